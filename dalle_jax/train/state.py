@@ -1,0 +1,162 @@
+"""What a training run carries from step to step, and the one jitted function that moves it.
+
+Source: ours; the weight average follows Ramesh et al. 2021, appendices A.2 and B.2.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+
+Batch = PyTree  # a dict of arrays, each with the batch B as first axis
+Metrics = dict[str, Array]  # names to f32 scalars
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """What the loop needs to know about a model in training; one class per stage implements it."""
+
+    name: str
+    """Short name, used in the log and in file names."""
+
+    optimizer: optax.GradientTransformationExtraArgs
+    """Its update receives the loss as `value=`."""
+
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Draws the parameters."""
+        ...
+
+    def loss(
+        self, params: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Computes the mean loss over the batch; pure and traced under jit.
+
+        Args:
+          params: parameters being trained.
+          batch: what the iterator yields, or one micro-batch of it.
+          key: differs for every step and micro-batch.
+          step: updates done so far, from 0, for schedules.
+
+        Returns:
+          Loss in f32, and metrics, each a f32 scalar that is a mean over the batch too.
+        """
+        ...
+
+    def evaluate(self, params: PyTree) -> dict[str, float]:
+        """Measures averaged parameters on held-out data, on the host; may be slow."""
+        ...
+
+    def sheet(self, params: PyTree) -> UInt8[Any, "H W 3"] | None:
+        """Draws a picture of what averaged parameters can do, or nothing."""
+        ...
+
+
+@struct.dataclass
+class TrainState:
+    """Everything an update reads and writes; saved whole in every checkpoint."""
+
+    step: Int[Array, ""]
+    """Updates done, int32."""
+    params: PyTree
+    average: PyTree
+    """Exponential moving average of params, of the same structure; used for samples and export."""
+    opt_state: PyTree
+    key: Key[Array, ""]
+    """Base key; the key of a step is fold_in(key, step), so it never changes."""
+
+
+def create(stage: Stage, key: Key[Array, ""]) -> TrainState:
+    """Makes the state before the first update; the average starts as a copy of the parameters."""
+    key_init, key_steps = jax.random.split(key)
+    params = stage.init(key_init)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        average=jax.tree.map(jnp.copy, params),  # own buffers: both are donated to the update
+        opt_state=stage.optimizer.init(params),
+        key=key_steps,
+    )
+
+
+def update_step(
+    stage: Stage, *, accumulate: int = 1, average_every: int = 1, average_decay: float = 0.999
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the jitted update `(state, batch) -> (state, metrics)`; the given state is consumed.
+
+    With `accumulate` = k the batch is cut into k micro-batches whose losses, metrics and
+    gradients are averaged with equal weight. That equals the whole batch when the loss is a mean
+    over examples; a loss averaged over a count of tokens that varies between examples weighs the
+    micro-batches equally all the same, which is not quite the mean over all tokens.
+
+    Args:
+      stage: gives the loss and the optimizer.
+      accumulate: micro-batches k per update, at least 1.
+      average_every: updates between two moves of the weight average.
+      average_decay: d in average = d * average + (1 - d) * params, in [0, 1).
+
+    Returns:
+      The update. Its metrics are the stage's own and loss, grad_norm (after accumulation, before
+      the optimizer clips), update_norm and param_norm (after the update): f32 scalars.
+    """
+    differentiate = jax.value_and_grad(stage.loss, has_aux=True)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulate == 1:
+            (loss, metrics), grads = differentiate(state.params, batch, key, state.step)
+        else:
+            (loss, metrics), grads = _accumulated(
+                differentiate, accumulate, state.params, batch, key, state.step
+            )
+        updates, opt_state = stage.optimizer.update(
+            grads, state.opt_state, state.params, value=loss
+        )
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        average = jax.lax.cond(
+            step % average_every == 0,
+            lambda old: jax.tree.map(
+                lambda a, p: average_decay * a + (1 - average_decay) * p, old, params
+            ),
+            lambda old: old,
+            state.average,
+        )
+        metrics = metrics | {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(params),
+        }
+        return state.replace(
+            step=step, params=params, average=average, opt_state=opt_state
+        ), metrics
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def _accumulated(differentiate, k: int, params, batch, key, step):
+    """Mean over k micro-batches of what `differentiate` returns, with one in memory at a time."""
+
+    def split(x):
+        if x.shape[0] % k:
+            raise ValueError(
+                f"a batch of {x.shape[0]} examples cannot be cut into {k} equal micro-batches; "
+                f"choose a batch size that is a multiple of accumulate={k}"
+            )
+        # Every k-th example, not k runs: a batch sharded by examples then stays where it is.
+        return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)  # k B/k ...
+
+    def body(total, item):
+        index, part = item
+        result = differentiate(params, part, jax.random.fold_in(key, index), step)
+        return jax.tree.map(jnp.add, total, result), None
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(differentiate, params, jax.tree.map(lambda x: x[0], parts), key, step)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(k), parts))
+    return jax.tree.map(lambda x: x / k, total)
