@@ -1,0 +1,1 @@
+"""Pictures: decoding, the paper's crop recipes, the pixel map and contact sheets."""

@@ -1,0 +1,197 @@
+"""From encoded pictures to square uint8 arrays, by the paper's two crop recipes, and the pixel map.
+
+Letters: H, W height and width of a picture as it came, R side of the square one asked for (`px`).
+Pictures are uint8 [H, W, 3], RGB, 0 to 255, throughout.
+"""
+
+import functools
+import io
+import os
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+Picture = UInt8[np.ndarray, "H W 3"]
+Square = UInt8[np.ndarray, "R R 3"]
+Pixels = Float[jax.Array, "..."] | Float[np.ndarray, "..."]
+
+# The logit-Laplace density lives on (0, 1): pixels keep this distance from both ends.
+PIXEL_MARGIN = 0.1
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; the message is one sentence for the person who owns it."""
+
+
+def decode(data: bytes | str | os.PathLike, *, min_px: int = 1) -> Picture:
+    """Reads any picture Pillow knows as 8-bit RGB, upright, without transparency.
+
+    Alpha is laid on white; 16-bit grey keeps its upper 8 bits, rounded; palette, grey and CMYK
+    become RGB; the camera's EXIF orientation is applied; of an animation the first frame counts.
+
+    Args:
+      data: the encoded bytes, or the path of a file that holds them.
+      min_px: smallest short side allowed, in pixels.
+    Raises:
+      PictureError: unreadable, truncated, without a known brightness range, or too small.
+      OSError: if the file cannot be opened at all.
+    Source: ours.
+    """
+    if isinstance(data, bytes):
+        name = f"picture of {len(data)} bytes"
+    else:
+        name = os.fspath(data)
+        with open(data, "rb") as file:
+            data = file.read()
+    # Damaged files make Pillow's parsers raise nearly anything (OSError, SyntaxError, struct.error,
+    # IndexError, ...); each of them means the same to the owner of the picture.
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+    except Image.UnidentifiedImageError:
+        raise PictureError(
+            f"{name}: not a picture in a known format (PNG, JPEG, WebP, ...)"
+        ) from None
+    except Exception as error:
+        raise PictureError(f"{name}: damaged or truncated ({error}); replace the file") from None
+    if upright.mode in ("I", "F"):
+        raise PictureError(
+            f"{name}: 32-bit grey without a known range; save it with 8 or 16 bits a channel"
+        )
+    if min(upright.size) < min_px:
+        raise PictureError(
+            f"{name}: {upright.width}x{upright.height} pixels, but the short side must have at "
+            f"least {min_px}"
+        )
+    return _to_rgb(upright)
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255 instead of scaling
+        grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def encode_png(image: Picture) -> bytes:
+    """Packs a picture as PNG, without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def area_resize(image: Picture, size: tuple[int, int]) -> UInt8[np.ndarray, "H_out W_out 3"]:
+    """Resizes by averaging areas as TensorFlow 1 did with AREA and align_corners=True.
+
+    The scale is (in - 1) / (out - 1), so output i averages the input over [i s, (i + 1) s); what
+    reaches beyond the last pixel counts as that pixel. Values are rounded to nearest.
+
+    Args:
+      image: the picture as it is.
+      size: height and width wanted, in pixels, at least 1.
+    Source: Ramesh et al. 2021, listings 1 and 2 (`tf.image.resize_images`).
+    """
+    if image.shape[:2] == tuple(size):
+        return image
+    rows = _area_matrix(image.shape[0], size[0])
+    columns = _area_matrix(image.shape[1], size[1])
+    narrowed = columns @ image.astype(np.float32)  # H out 3
+    resized = np.tensordot(rows, narrowed, axes=1)  # out out 3
+    return np.rint(np.clip(resized, 0, 255)).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=256)
+def _area_matrix(n_in: int, n_out: int) -> np.ndarray:
+    """Weights [out, in] that sum to 1 in each row."""
+    if n_in == 1:
+        return np.ones((n_out, 1), np.float32)
+    scale = (n_in - 1) / (n_out - 1) if n_out > 1 else float(n_in)
+    start = np.arange(n_out)[:, None] * scale
+    left = np.arange(n_in)
+    right = np.append(left[1:], np.inf)  # the last pixel goes on for ever
+    overlap = np.minimum(start + scale, right) - np.maximum(start, left)
+    return (np.maximum(overlap, 0) / scale).astype(np.float32)
+
+
+def crop_dvae(image: Picture, px: int, rng: np.random.Generator) -> Square:
+    """Cuts a random square out of a picture for dVAE training, mirrored half of the time.
+
+    A square of the short side anywhere, shrunk to a side drawn from 9/8 to 12/8 of `px` as far as
+    the picture allows, then a random `px` window of it. A picture whose short side is below `px`
+    is enlarged to it (Lanczos; ours, the paper has none so small).
+
+    Source: Ramesh et al. 2021, listing 1 (written there for px = 256: 288 to 384).
+    """
+    H, W, _ = image.shape
+    side = min(H, W)
+    top, left = rng.integers(H - side + 1), rng.integers(W - side + 1)
+    square = image[top : top + side, left : left + side]
+    window = _shrink_and_cut(square, px, round(9 * px / 8), round(12 * px / 8), rng)
+    return np.ascontiguousarray(window[:, ::-1] if rng.random() < 0.5 else window)
+
+
+def crop_prior(image: Picture, px: int, rng: np.random.Generator) -> Square:
+    """Cuts a nearly centred square out of a picture for transformer training, never mirrored.
+
+    The square of the short side lies between 3/8 and 5/8 of the free room, is shrunk to a side
+    drawn from `px` to 9/8 of it, and gives a random `px` window. Pictures that are too small are
+    enlarged as in `crop_dvae`. No mirroring, because pictures may hold text.
+
+    Source: Ramesh et al. 2021, listing 2 (written there for px = 256: 256 to 288).
+    """
+    H, W, _ = image.shape
+    side = min(H, W)
+    top, left = _nearly_centred(H - side, rng), _nearly_centred(W - side, rng)
+    square = image[top : top + side, left : left + side]
+    return np.ascontiguousarray(_shrink_and_cut(square, px, px, round(9 * px / 8), rng))
+
+
+def _nearly_centred(room: int, rng: np.random.Generator) -> int:
+    lowest = 3 * room // 8
+    return int(rng.integers(lowest, max(lowest + 1, 5 * room // 8)))
+
+
+def _shrink_and_cut(
+    square: np.ndarray, px: int, smallest: int, largest: int, rng: np.random.Generator
+) -> np.ndarray:
+    side = square.shape[0]
+    if side < px:
+        return crop_center(square, px)
+    target = int(rng.integers(min(side, smallest), min(side, largest), endpoint=True))
+    shrunk = area_resize(square, (target, target))
+    top, left = rng.integers(target - px + 1, size=2)
+    return shrunk[top : top + px, left : left + px]
+
+
+def crop_center(image: Picture, px: int) -> Square:
+    """Scales a picture until its short side is `px` (Lanczos) and keeps the middle square.
+
+    Source: OpenAI's dVAE usage notebook; used for every evaluation.
+    """
+    H, W, _ = image.shape
+    scale = px / min(H, W)
+    high, wide = round(scale * H), round(scale * W)
+    top, left = round((high - px) / 2), round((wide - px) / 2)
+    # Resizing only the part that is kept is the same, and bounded for a picture of 1 x 10,000.
+    box = (left * W / wide, top * H / high, (left + px) * W / wide, (top + px) * H / high)
+    resized = Image.fromarray(image).resize((px, px), Image.Resampling.LANCZOS, box=box)
+    return np.array(resized)
+
+
+def map_pixels(x: Pixels) -> Pixels:
+    """Maps pixels from [0, 1] into [0.1, 0.9], where the logit-Laplace density is finite.
+
+    Source: Ramesh et al. 2021, appendix A.3.
+    """
+    return (1 - 2 * PIXEL_MARGIN) * x + PIXEL_MARGIN
+
+
+def unmap_pixels(x: Pixels) -> Pixels:
+    """Inverts `map_pixels`, clamped to [0, 1]."""
+    return ((x - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clip(0, 1)

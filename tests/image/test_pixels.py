@@ -1,0 +1,210 @@
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.image.pixels import (
+    PictureError,
+    area_resize,
+    crop_center,
+    crop_dvae,
+    crop_prior,
+    decode,
+    encode_png,
+    map_pixels,
+    unmap_pixels,
+)
+
+
+def noise(high, wide, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (high, wide, 3), dtype=np.uint8)
+
+
+def packed(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+class Scripted(np.random.Generator):
+    """Draws the highest or lowest value allowed, and notes every range it was asked for."""
+
+    def __new__(cls, highest):
+        return np.random.Generator.__new__(cls)
+
+    def __init__(self, highest):
+        super().__init__(np.random.PCG64(0))
+        self.highest, self.ranges = highest, []
+
+    def integers(self, low, high=None, size=None, endpoint=False):
+        low, high = (0, low) if high is None else (low, high)
+        top = high if endpoint else high - 1
+        self.ranges.append((int(low), int(top)))
+        drawn = top if self.highest else low
+        return np.full(size, drawn) if size else drawn
+
+    def random(self):
+        return 0.9 if self.highest else 0.1
+
+
+def test_area_resize_of_five_to_three_follows_the_written_example():
+    # scale (5-1)/(3-1) = 2: outputs average [0,2), [2,4), [4,6), the last seeing only pixel 4.
+    row = np.array([10, 20, 30, 50, 90], np.uint8)
+    image = np.broadcast_to(row[None, :, None], (5, 5, 3)).copy()
+    np.testing.assert_array_equal(area_resize(image, (5, 3))[0, :, 0], [15, 40, 90])
+    np.testing.assert_array_equal(area_resize(image.swapaxes(0, 1), (3, 5))[:, 0, 0], [15, 40, 90])
+
+
+def test_area_resize_with_a_fractional_scale_follows_the_written_example():
+    # scale 3/2: [0,1.5) = (a + b/2)/1.5, [1.5,3) = (b/2 + c)/1.5, [3,4.5) = d.
+    image = np.broadcast_to(np.array([0, 60, 90, 200], np.uint8)[None, :, None], (4, 4, 3)).copy()
+    np.testing.assert_array_equal(area_resize(image, (4, 3))[0, :, 0], [20, 80, 200])
+
+
+def test_area_resize_to_the_same_size_changes_nothing():
+    image = noise(7, 9)
+    np.testing.assert_array_equal(area_resize(image, (7, 9)), image)
+
+
+def test_area_resize_keeps_a_flat_picture_flat():
+    flat = np.full((37, 23, 3), 201, np.uint8)
+    assert (area_resize(flat, (11, 17)) == 201).all()
+    assert (area_resize(flat[:1, :1], (4, 4)) == 201).all()
+    assert (area_resize(flat, (1, 1)) == 201).all()
+
+
+def test_dvae_crop_draws_from_the_ranges_of_listing_1():
+    rng = Scripted(highest=True)
+    assert crop_dvae(noise(500, 420), 256, rng).shape == (256, 256, 3)
+    # position of the 420 square, side 288 to 384, position of the window in 384
+    assert rng.ranges == [(0, 80), (0, 0), (288, 384), (0, 128)]
+    rng = Scripted(highest=True)
+    crop_dvae(noise(300, 300), 256, rng)
+    assert rng.ranges[2] == (288, 300)
+    rng = Scripted(highest=True)
+    crop_dvae(noise(270, 270), 256, rng)
+    assert rng.ranges[2] == (270, 270)
+
+
+def test_prior_crop_draws_from_the_ranges_of_listing_2():
+    rng = Scripted(highest=False)
+    assert crop_prior(noise(340, 300), 256, rng).shape == (256, 256, 3)
+    # room of 40: rows 15 to 24; no room in width: 0; side 256 to 288; window in 256
+    assert rng.ranges == [(15, 24), (0, 0), (256, 288), (0, 0)]
+    rng = Scripted(highest=True)
+    crop_prior(noise(260, 261), 256, rng)
+    assert rng.ranges[1:3] == [(0, 0), (256, 260)]
+
+
+def test_dvae_crop_of_an_exact_square_is_the_picture_or_its_mirror():
+    image = noise(32, 32)
+    np.testing.assert_array_equal(crop_dvae(image, 32, Scripted(highest=True)), image)
+    np.testing.assert_array_equal(crop_dvae(image, 32, Scripted(highest=False)), image[:, ::-1])
+
+
+def test_prior_crop_of_an_exact_square_is_always_the_picture():
+    image = noise(32, 32)
+    for seed in range(8):
+        np.testing.assert_array_equal(crop_prior(image, 32, np.random.default_rng(seed)), image)
+
+
+def test_crops_repeat_for_the_same_generator_seed():
+    image = noise(90, 70)
+    for crop in (crop_dvae, crop_prior):
+        first, again, other = (crop(image, 32, np.random.default_rng(s)) for s in (1, 1, 2))
+        np.testing.assert_array_equal(first, again)
+        assert (first != other).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (20, 16)])
+def test_pictures_smaller_than_asked_are_enlarged(shape):
+    image = np.full((*shape, 3), 77, np.uint8)
+    for square in (
+        crop_dvae(image, 32, np.random.default_rng(0)),
+        crop_prior(image, 32, np.random.default_rng(0)),
+        crop_center(image, 32),
+    ):
+        assert square.shape == (32, 32, 3)
+        assert (square == 77).all()
+
+
+def test_center_crop_equals_resizing_the_whole_picture_and_cutting_the_middle():
+    image = noise(90, 61)
+    whole = Image.fromarray(image).resize((32, round(32 / 61 * 90)), Image.Resampling.LANCZOS)
+    top = round((whole.height - 32) / 2)
+    expected = np.asarray(whole)[top : top + 32].astype(int)
+    assert np.abs(crop_center(image, 32) - expected).max() <= 1  # Pillow keeps boxes in f32
+
+
+def test_center_crop_of_an_exact_square_is_the_picture():
+    np.testing.assert_array_equal(crop_center(noise(24, 24), 24), noise(24, 24))
+
+
+def test_png_round_trip_is_exact(tmp_path):
+    image = noise(5, 8)
+    np.testing.assert_array_equal(decode(encode_png(image)), image)
+    (tmp_path / "x.png").write_bytes(encode_png(image))
+    np.testing.assert_array_equal(decode(tmp_path / "x.png"), image)
+
+
+def test_transparency_is_laid_on_white():
+    red = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
+    np.testing.assert_allclose(decode(packed(red))[0, 0], [255, 127, 127], atol=1)
+    clear = Image.new("LA", (2, 2), (0, 0))
+    assert (decode(packed(clear)) == 255).all()
+
+
+def test_palette_pictures_keep_their_colours_and_lose_transparency():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(decode(packed(picture))[0], [[10, 20, 30], [200, 100, 50]])
+    np.testing.assert_array_equal(
+        decode(packed(picture, transparency=0))[0], [[255, 255, 255], [200, 100, 50]]
+    )
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    deep = np.array([[0, 257 * 100, 65535]], np.uint16)
+    np.testing.assert_array_equal(decode(packed(Image.fromarray(deep)))[0, :, 0], [0, 100, 255])
+
+
+def test_camera_orientation_is_applied():
+    picture = Image.fromarray(noise(4, 6))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    turned = decode(packed(picture, exif=exif))
+    np.testing.assert_array_equal(turned, np.rot90(noise(4, 6), -1))
+
+
+def test_a_one_pixel_picture_is_read_but_refused_where_size_is_asked():
+    dot = encode_png(noise(1, 1))
+    assert decode(dot).shape == (1, 1, 3)
+    with pytest.raises(PictureError, match="1x1 pixels, but the short side must have at least 8"):
+        decode(dot, min_px=8)
+
+
+def test_a_truncated_file_is_named_with_the_reason(tmp_path):
+    (tmp_path / "half.jpg").write_bytes(packed(Image.fromarray(noise(64, 64)), "JPEG")[:700])
+    with pytest.raises(PictureError, match=r"half\.jpg: damaged or truncated .*replace the file"):
+        decode(tmp_path / "half.jpg")
+
+
+def test_bytes_that_are_no_picture_are_refused():
+    with pytest.raises(PictureError, match="picture of 5 bytes: not a picture in a known format"):
+        decode(b"hello")
+
+
+def test_float_pictures_are_refused_because_their_range_is_unknown():
+    with pytest.raises(PictureError, match="32-bit grey without a known range"):
+        decode(packed(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"))
+
+
+def test_pixel_map_reaches_a_tenth_and_nine_tenths_and_inverts():
+    x = jnp.linspace(0, 1, 11)
+    mapped = map_pixels(x)
+    np.testing.assert_allclose([mapped[0], mapped[-1]], [0.1, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(unmap_pixels(mapped), x, atol=1e-6)
+    np.testing.assert_array_equal(unmap_pixels(np.array([-1.0, 2.0])), [0, 1])
