@@ -1,0 +1,336 @@
+"""The prior over captions and image codes: a sparse decoder-only transformer.
+
+Letters: B batch, T positions (P text + I image, I = G * G), S key positions, D width, N heads,
+H head size, F mlp, V text vocabulary, K codebook, G grid side, L layers.
+
+    position   0              1 .. P-1            P               P+1 .. T-1
+    input      start of text  caption slot 0..    start of image  code 0 .. I-2
+    predicts   slot 0         slot 1 .. P-2, -    code 0          code 1 .. I-1
+
+The last text position predicts nothing.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dalle_jax.models.attention import attend
+from dalle_jax.models.masks import attention_mask, layer_kinds
+
+NORM_EPSILON = 1e-6  # activations start near 0.125 / sqrt(D), whose square is 4e-6 at D = 3968
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Sizes of the prior; the defaults are those of the 12-billion-parameter model."""
+
+    width: int = 3968
+    """Width D of the residual stream; a multiple of heads."""
+    depth: int = 64
+    """Number of layers L, each one attention and one MLP branch."""
+    heads: int = 62
+    """Attention heads N a layer."""
+    text_vocabulary: int = 16384
+    """Number of pieces V of the tokenizer; pads are extra."""
+    text_length: int = 256
+    """Text positions P: the start token and P - 1 caption slots."""
+    grid: int = 32
+    """Side G of the square of image codes."""
+    codes: int = 8192
+    """Size K of the image codebook."""
+    kernel: int = 11
+    """Side of the convolution window of the last layer; odd."""
+    mlp_ratio: int = 4
+    """Width F of the MLP, in multiples of the width D."""
+
+    def __post_init__(self):
+        least = {"text_length": 2}  # the start token and one caption slot
+        for name, size in vars(self).items():
+            if size < least.get(name, 1):
+                raise ValueError(f"{name} is {size}, but must be at least {least.get(name, 1)}")
+        if self.width % self.heads:
+            raise ValueError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}, but must be odd, so that it has a middle")
+
+    @property
+    def image_length(self) -> int:
+        """Image positions I = G * G."""
+        return self.grid**2
+
+    @property
+    def length(self) -> int:
+        """All positions T = P + I."""
+        return self.text_length + self.image_length
+
+
+PUBLISHED = {
+    "2.8B": PriorConfig(width=1920, heads=30),
+    "5.6B": PriorConfig(width=2688, heads=42),
+    "12B": PriorConfig(width=3968, heads=62),
+}
+"""Table 1 of Ramesh et al. 2021; the sizes count layers alone, without embeddings and heads."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, for the positions read so far; zeros for the rest."""
+
+    key: Float[Array, "B T N H"]
+    value: Float[Array, "B T N H"]
+
+
+class Prior(nn.Module):
+    """p(text, codes) as a product over positions, text first, then the codes in raster order.
+
+    Where the paper is silent, these choices are ours. From Child et al. 2019, which it names as its
+    model: GELU as x * sigmoid(1.702 x), a final layer norm, biases, weights from
+    N(0, 0.125 / sqrt(d_in)), those that write to the residual stream divided by sqrt(2 L),
+    embeddings from N(0, 0.125 / sqrt(D)), output heads zero. Our own: one head for text and one for
+    codes, so that no position spends work or probability on tokens it cannot have; no tied
+    weights; no dropout. Image position p gets the row and column embedding of cell p, so the start
+    of the image sits at (0, 0); a slot embedding is added to real tokens only, since each slot has
+    a pad vector of its own.
+
+    All parameters of the layers are stacked on a first axis of size L.
+    """
+
+    config: PriorConfig
+
+    def setup(self):
+        """Declares the parameters: weight matrices are named kernel, their biases bias."""
+        self.embed = self.param("embed", _init_embeddings, self.config)
+        self.layers = self.param("layers", _init_layers, self.config)
+        self.head = self.param("head", _init_head, self.config)
+
+    def __call__(
+        self, text: Int[Array, "B slots"], codes: Int[Array, "B I"]
+    ) -> tuple[Float[Array, "B slots V"], Float[Array, "B I K"]]:
+        """Logits of every caption slot and of every code, given all before it.
+
+        Args:
+          text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
+          codes: G * G codes in [0, K), in raster order; the last one is only predicted.
+
+        Returns:
+          Unnormalised log-probabilities in float32 of the slots' tokens and of the codes.
+
+        Raises:
+          ValueError: if text or codes do not have the lengths of the config.
+
+        Source: Ramesh et al. 2021, sections 2.2 and 2.3, appendix B.
+        """
+        config = self.config
+        self._check(text)
+        if codes.shape[1] != config.image_length:
+            raise ValueError(
+                f"got {codes.shape[1]} codes a picture, but grid {config.grid} needs "
+                f"{config.image_length}; were these codes made by another dVAE?"
+            )
+        x = jnp.concatenate([self._embed_text(text), self._embed_image(codes)], axis=1)  # B T D
+        masks = self._masks()
+        for layer, kind in enumerate(layer_kinds(config.depth)):
+
+            def look(query, key, value, mask=masks[kind]):
+                return attend(query, key, value, mask=mask), None
+
+            x, _ = _block(self._layer(layer), x, look)
+        P = config.text_length
+        return (
+            self._logits(x[:, : P - 1], "text"),
+            self._logits(x[:, P:], "image"),
+        )
+
+    def prefill(self, text: Int[Array, "B slots"]) -> tuple[Cache, ...]:
+        """Reads a caption in one pass.
+
+        Args:
+          text: as for the forward pass.
+
+        Returns:
+          One cache a layer, holding the P text positions and room for the image.
+
+        Raises:
+          ValueError: if text does not have the length of the config.
+
+        Source: ours; text positions see no image, so that they never need a second look.
+        """
+        config = self.config
+        self._check(text)
+        P = config.text_length
+        mask = jnp.tri(P, dtype=bool)  # every kind is causal within the text
+        room = ((0, 0), (0, config.image_length), (0, 0), (0, 0))
+
+        def look(query, key, value):
+            cache = Cache(key=jnp.pad(key, room), value=jnp.pad(value, room))
+            return attend(query, key, value, mask=mask), cache
+
+        x = self._embed_text(text)  # B P D
+        caches = []
+        for layer in range(config.depth):
+            x, cache = _block(self._layer(layer), x, look)
+            caches.append(cache)
+        return tuple(caches)
+
+    def decode(
+        self, caches: tuple[Cache, ...], previous: Int[Array, " B"], position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B K"], tuple[Cache, ...]]:
+        """Logits of the next code, one position at a time.
+
+        Args:
+          caches: what `prefill`, or this method at position - 1, returned.
+          previous: code at position - 1, in [0, K); ignored at position 0.
+          position: raster position p in [0, I) whose code is wanted.
+
+        Returns:
+          Unnormalised float32 log-probabilities, equal to the forward pass, and the caches with
+          this position added.
+
+        Source: ours.
+        """
+        config = self.config
+        at = config.text_length + position
+        masks = self._masks()
+        start = jnp.broadcast_to(self.embed["start_of_image"], (previous.shape[0], config.width))
+        token = jnp.where(position == 0, start, self.embed["code"][previous])  # B D
+        x = (token + self._cells()[position][None])[:, None]  # B 1 D
+        grown = []
+        for layer, kind in enumerate(layer_kinds(config.depth)):
+
+            def look(query, key, value, cache=caches[layer], mask=masks[kind]):
+                cache = Cache(
+                    key=jax.lax.dynamic_update_slice_in_dim(cache.key, key, at, axis=1),
+                    value=jax.lax.dynamic_update_slice_in_dim(cache.value, value, at, axis=1),
+                )
+                return attend(query, cache.key, cache.value, mask=mask[at][None]), cache
+
+            x, cache = _block(self._layer(layer), x, look)
+            grown.append(cache)
+        return self._logits(x, "image")[:, 0], tuple(grown)
+
+    def _check(self, text):
+        if text.shape[1] != self.config.text_length - 1:
+            raise ValueError(
+                f"got {text.shape[1]} caption slots, but text_length {self.config.text_length} "
+                f"needs {self.config.text_length - 1}, since the first position is the start token"
+            )
+
+    def _masks(self):
+        config = self.config
+        sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
+        return {
+            kind: jnp.asarray(attention_mask(kind, **sizes))
+            for kind in set(layer_kinds(config.depth))
+        }
+
+    def _layer(self, index):
+        return jax.tree.map(lambda weights: weights[index], self.layers)
+
+    def _embed_text(self, text):
+        V = self.config.text_vocabulary
+        token = self.embed["text"][jnp.minimum(text, V - 1)] + self.embed["slot"][None]
+        slots = jnp.where((text < V)[..., None], token, self.embed["pad"][None])
+        return self._start("start_of_text", slots)  # B P D
+
+    def _embed_image(self, codes):
+        tokens = self._start("start_of_image", self.embed["code"][codes[:, :-1]])
+        return tokens + self._cells()[None]  # B I D
+
+    def _start(self, name, x):
+        B, _, D = x.shape
+        return jnp.concatenate([jnp.broadcast_to(self.embed[name], (B, 1, D)), x], axis=1)
+
+    def _cells(self):
+        row, column = self.embed["row"], self.embed["column"]
+        return (row[:, None] + column[None]).reshape(self.config.image_length, -1)  # I D
+
+    def _logits(self, x, of):
+        x = _layer_norm(self.head["norm"], x).astype(jnp.float32)
+        return jnp.einsum("BTD,DV->BTV", x, self.head[of]["kernel"])
+
+
+def _block(
+    weights: Mapping, x: Float[Array, "B T D"], look: Callable[[Array, Array, Array], tuple]
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One layer; `look` maps query, key, value to what was seen and a cache, if any, to hand on."""
+    y = _layer_norm(weights["attention_norm"], x)
+    qkv = _linear("BTD,DCNH->BTCNH", weights["qkv"], y)
+    seen, cache = look(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # B T N H
+    x = x + _linear("BTNH,NHD->BTD", weights["attention_out"], seen)
+    y = _layer_norm(weights["mlp_norm"], x)
+    y = _linear("BTD,DF->BTF", weights["mlp_in"], y)
+    y = y * jax.nn.sigmoid(1.702 * y)
+    return x + _linear("BTF,FD->BTD", weights["mlp_out"], y), cache
+
+
+def _linear(spec, weights, x):
+    return jnp.einsum(spec, x, weights["kernel"]) + jnp.expand_dims(weights["bias"], (0, 1))
+
+
+def _layer_norm(weights, x):
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPSILON)
+    scale, bias = (jnp.expand_dims(weights[name], (0, 1)) for name in ("scale", "bias"))
+    return (x * scale + bias).astype(dtype)
+
+
+def _init_embeddings(key, config):
+    rows = {
+        "text": config.text_vocabulary,
+        "slot": config.text_length - 1,
+        "pad": config.text_length - 1,
+        "code": config.codes,
+        "row": config.grid,
+        "column": config.grid,
+        "start_of_text": 1,
+        "start_of_image": 1,
+    }
+    # one draw for all of them: each draw adds about half a second of compilation on a CPU
+    drawn = _normal(key, (sum(rows.values()), config.width), 0.125 * config.width**-0.5)
+    tables = jnp.split(drawn, list(itertools.accumulate(rows.values()))[:-1])
+    embed = dict(zip(rows, tables, strict=True))
+    return embed | {name: embed[name][0] for name in ("start_of_text", "start_of_image")}
+
+
+def _init_layers(key, config):
+    L, D, N = config.depth, config.width, config.heads
+    H, F = D // N, D * config.mlp_ratio
+    key_qkv, key_attention_out, key_mlp_in, key_mlp_out = jax.random.split(key, 4)
+
+    def linear(key, shape, *, bias, fan_in, gain=1.0):
+        kernel = _normal(key, (L, *shape), 0.125 * gain * fan_in**-0.5)
+        return {"kernel": kernel, "bias": jnp.zeros((L, *bias))}
+
+    residual = (2 * L) ** -0.5
+    return {
+        "attention_norm": _init_norm((L, D)),
+        "qkv": linear(key_qkv, (D, 3, N, H), bias=(3, N, H), fan_in=D),
+        "attention_out": linear(key_attention_out, (N, H, D), bias=(D,), fan_in=D, gain=residual),
+        "mlp_norm": _init_norm((L, D)),
+        "mlp_in": linear(key_mlp_in, (D, F), bias=(F,), fan_in=D),
+        "mlp_out": linear(key_mlp_out, (F, D), bias=(D,), fan_in=F, gain=residual),
+    }
+
+
+def _init_head(key, config):
+    del key  # zero heads: every token starts equally likely
+    D = config.width
+    return {
+        "norm": _init_norm((D,)),
+        "text": {"kernel": jnp.zeros((D, config.text_vocabulary))},
+        "image": {"kernel": jnp.zeros((D, config.codes))},
+    }
+
+
+def _init_norm(shape):
+    return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
+
+
+def _normal(key, shape, std):
+    return std * jax.random.normal(key, shape, jnp.float32)

@@ -1,0 +1,224 @@
+import dataclasses
+from functools import cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models.masks import attention_mask, layer_kinds
+from dalle_jax.models.transformer import PUBLISHED, Prior, PriorConfig
+
+# four layers hold every kind: row, column, row, conv
+TINY = PriorConfig(
+    width=16, depth=4, heads=2, text_vocabulary=11, text_length=4, grid=3, codes=7, kernel=3
+)
+
+
+@cache
+def _parameters(config):
+    """Weights large enough for every path to show in float32."""
+    shapes = jax.eval_shape(Prior(config).init, jax.random.key(0), *_batch(config, 1))["params"]
+    generator = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * generator.normal(size=x.shape), x.dtype), shapes
+    )
+
+
+def _batch(config, size):
+    generator = np.random.default_rng(size)
+    text = generator.integers(config.text_vocabulary, size=(size, config.text_length - 1))
+    codes = generator.integers(config.codes, size=(size, config.image_length))
+    return jnp.asarray(text), jnp.asarray(codes)
+
+
+@partial(jax.jit, static_argnames="config")
+def _apply(config, params, text, codes):
+    return Prior(config).apply({"params": params}, text, codes)
+
+
+def _forward(config, text, codes):
+    return _apply(config, _parameters(config), text, codes)
+
+
+def _decode(config, text, codes):
+    """Logits of all image positions, one cached step after the other."""
+    model, variables = Prior(config), {"params": _parameters(config)}
+
+    def step(caches, inputs):
+        logits, caches = model.apply(variables, caches, *inputs, method="decode")
+        return caches, logits
+
+    @jax.jit
+    def steps(text, codes):
+        caches = model.apply(variables, text, method="prefill")
+        previous = jnp.roll(codes, 1, axis=1).T  # position 0 ignores what comes with it
+        _, logits = jax.lax.scan(step, caches, (previous, jnp.arange(config.image_length)))
+        return logits.swapaxes(0, 1)
+
+    return steps(text, codes)
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "everything"),
+    [
+        ("2.8B", 2_832_752_640, 2_928_234_240),
+        ("5.6B", 5_551_300_608, 5_684_974_848),
+        ("12B", 12_095_479_808, 12_292_808_448),
+    ],
+)
+def test_published_sizes_count_the_parameters_of_their_layers(size, layers, everything):
+    config = PUBLISHED[size]
+    text, codes = jax.eval_shape(lambda: _batch(config, 1))
+    params = jax.eval_shape(Prior(config).init, jax.random.key(0), text, codes)["params"]
+    count = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+    assert count["layers"] == layers
+    assert sum(count.values()) == everything
+    # the paper rounds to 0.1e9, which is 1.8 % of the smallest size
+    assert layers == pytest.approx(float(size.rstrip("B")) * 1e9, rel=0.012)
+    if size == "12B":
+        assert layers == pytest.approx(12.0e9, rel=0.01)
+
+
+def test_initial_parameters_are_stacked_and_spread_as_documented():
+    config = dataclasses.replace(TINY, width=64, heads=4)
+    params = jax.jit(Prior(config).init)(jax.random.key(3), *_batch(config, 1))["params"]
+    L, D = config.depth, config.width
+    assert all(x.shape[0] == L for x in jax.tree.leaves(params["layers"]))
+    residual = (2 * L) ** -0.5
+    for name, std in {
+        "qkv": 0.125 * D**-0.5,
+        "attention_out": 0.125 * D**-0.5 * residual,
+        "mlp_in": 0.125 * D**-0.5,
+        "mlp_out": 0.125 * (4 * D) ** -0.5 * residual,
+    }.items():
+        assert params["layers"][name]["kernel"].std() == pytest.approx(std, rel=0.02)
+        assert not params["layers"][name]["bias"].any()
+    for name in ("text", "slot", "pad", "code", "row", "column", "start_of_text"):
+        assert params["embed"][name].std() == pytest.approx(0.125 * D**-0.5, rel=0.25)
+    # zero heads: an untrained prior finds every token equally likely
+    assert not params["head"]["text"]["kernel"].any()
+    assert not params["head"]["image"]["kernel"].any()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_cached_decode_equals_full_forward(size):
+    text, codes = _batch(TINY, size)
+    text = text.at[0, 1:].set(TINY.text_vocabulary + jnp.arange(1, 3))  # a short caption
+    _, expected = _forward(TINY, text, codes)
+    logits = _decode(TINY, text, codes)
+    assert expected.std() > 0.1
+    chex.assert_trees_all_close(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [1, 2, 4])
+def test_cached_decode_equals_full_forward_when_the_kernel_exceeds_the_grid(grid):
+    config = dataclasses.replace(TINY, depth=3, grid=grid, kernel=11, text_length=2)
+    text, codes = _batch(config, 2)
+    _, expected = _forward(config, text, codes)
+    chex.assert_trees_all_close(_decode(config, text, codes), expected, atol=1e-5)
+
+
+def _influence(config):
+    """Whether the logits of one position (first axis) change with the input of another (second).
+
+    All slots are pads and all codes differ, so that each input has an embedding vector of its own.
+    """
+    config = dataclasses.replace(config, codes=config.image_length)
+    V, length = config.text_vocabulary, config.image_length
+    text = V + jnp.arange(config.text_length - 1)[None]
+    codes = jnp.arange(length)[None]
+    params = _parameters(config)
+    inputs = {name: params["embed"][name] for name in ("start_of_text", "pad", "start_of_image")}
+    inputs["code"] = params["embed"]["code"][: length - 1]
+    last = params["embed"]["code"][length - 1 :]  # only predicted, never read
+
+    def outputs(inputs):
+        embed = params["embed"] | inputs | {"code": jnp.concatenate([inputs["code"], last])}
+        variables = {"params": params | {"embed": embed}}
+        text_logits, image_logits = Prior(config).apply(variables, text, codes)
+        return jnp.concatenate([text_logits[0] @ probe[:V], image_logits[0] @ probe[V:]])
+
+    probe = jax.random.normal(jax.random.key(5), (V + length,))
+    slopes = jax.jit(jax.jacrev(outputs))(inputs)
+    strength = [
+        np.abs(slopes[name]).sum(-1).reshape(config.length - 1, -1)
+        for name in ("start_of_text", "pad", "start_of_image", "code")
+    ]
+    return np.concatenate(strength, axis=1) > 0
+
+
+def _reachable(config):
+    """What the masks allow: one step a layer, along the product of their graphs."""
+    reach = np.eye(config.length, dtype=bool)
+    for kind in layer_kinds(config.depth):
+        sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
+        reach = attention_mask(kind, **sizes) @ reach
+    return np.delete(reach, config.text_length - 1, axis=0)  # that position predicts nothing
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv", "dense"])
+def test_one_layer_passes_exactly_what_its_mask_shows(kind, monkeypatch):
+    config = dataclasses.replace(TINY, depth=1, grid=4)
+    monkeypatch.setattr("dalle_jax.models.transformer.layer_kinds", lambda depth: (kind,) * depth)
+    monkeypatch.setitem(globals(), "layer_kinds", lambda depth: (kind,) * depth)
+    np.testing.assert_array_equal(_influence(config), _reachable(config))
+
+
+def test_the_whole_model_leaks_nothing_and_reaches_what_its_masks_allow():
+    config = dataclasses.replace(TINY, depth=3, grid=4)  # row, column, conv
+    influence = _influence(config)
+    causal = np.delete(np.tri(config.length, dtype=bool), config.text_length - 1, axis=0)
+    assert not influence[~causal].any()
+    np.testing.assert_array_equal(influence, _reachable(config))
+
+
+def test_logits_do_not_depend_on_later_text_or_codes():
+    text, codes = _batch(TINY, 1)
+    before = _forward(TINY, text, codes)
+    text_after, _ = _forward(TINY, text.at[0, 1].add(1), codes)
+    chex.assert_trees_all_equal(text_after[:, :2], before[0][:, :2])
+    assert (text_after[:, 2] != before[0][:, 2]).any()
+    _, image_after = _forward(TINY, text, (codes.at[0, 4].add(1)) % TINY.codes)
+    chex.assert_trees_all_equal(image_after[:, :5], before[1][:, :5])
+    assert (image_after[:, 5] != before[1][:, 5]).any()
+
+
+@pytest.mark.parametrize("slot", range(TINY.text_length - 1))
+def test_each_slot_has_a_pad_of_its_own_that_only_an_empty_slot_shows(slot):
+    text, codes = _batch(TINY, 1)
+    pads = TINY.text_vocabulary + jnp.arange(TINY.text_length - 1)[None]
+    params = _parameters(TINY)
+    pad = params["embed"]["pad"].at[slot, 0].add(1.0)
+    changed = params | {"embed": params["embed"] | {"pad": pad}}
+    _, before = _forward(TINY, pads, codes)
+    _, after = _apply(TINY, changed, pads, codes)
+    assert jnp.abs(after - before).max() > 1e-3
+    chex.assert_trees_all_equal(_apply(TINY, changed, text, codes), _forward(TINY, text, codes))
+
+
+def test_samples_of_a_batch_do_not_see_each_other():
+    text, codes = _batch(TINY, 3)
+    whole = _forward(TINY, text, codes)
+    alone = _forward(TINY, text[1:2], codes[1:2])
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1:2], whole), alone, atol=1e-5)
+
+
+def test_bad_sizes_say_what_is_allowed():
+    for change, message in [
+        ({"width": 10, "heads": 4}, r"width \(=10\) must be a multiple of heads \(=4\)"),
+        ({"depth": 0}, "depth is 0, but must be at least 1"),
+        ({"text_length": 1}, "text_length is 1, but must be at least 2"),
+        ({"kernel": 4}, "kernel is 4, but must be odd"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(TINY, **change)
+
+
+def test_wrong_lengths_say_what_the_config_needs():
+    text, codes = _batch(TINY, 1)
+    with pytest.raises(ValueError, match="got 2 caption slots, but text_length 4 needs 3"):
+        _forward(TINY, text[:, :2], codes)
+    with pytest.raises(ValueError, match="got 8 codes a picture, but grid 3 needs 9"):
+        _forward(TINY, text, codes[:, :8])
