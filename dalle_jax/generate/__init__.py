@@ -1,0 +1,1 @@
+"""New pictures from captions: models, their folders, and drawing from them."""

@@ -1,0 +1,111 @@
+"""Losses as pure functions: arrays in, one scalar and named metrics out.
+
+Letters: B batch, R pixel side, G grid side, K codes, P caption slots, I image tokens, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def logit_laplace_nll(
+    x: Float[Array, "B R R 3"],
+    stats: Float[Array, "B R R 6"],
+    *,
+    min_log_scale: float | None = None,
+) -> Float[Array, "B R R 3"]:
+    """Negative log-density of mapped pixels under the logit-Laplace distribution.
+
+    -ln f(x | mu, b) = ln(2b) + ln(x(1-x)) + |logit(x) - mu| / b: of a density, so it can be < 0.
+
+    Args:
+      x: pixels in (0, 1), as `image.pixels.map_pixels` gives them.
+      stats: mu and ln b, as the decoder gives them.
+      min_log_scale: ln b = min_log_scale + softplus(raw - min_log_scale) if given (ours): without a
+        floor a flat white background can be made as likely as one likes, and the model spends
+        itself on it. None is the paper's form.
+    Returns:
+      nats per pixel and channel.
+    Source: Ramesh et al. 2021, appendix A.3.
+    """
+    mu, log_b = jnp.split(stats, 2, axis=-1)
+    if min_log_scale is not None:
+        log_b = min_log_scale + jax.nn.softplus(log_b - min_log_scale)
+    logit = jnp.log(x) - jnp.log1p(-x)
+    return jnp.log(2.0) + log_b + jnp.log(x * (1 - x)) + jnp.abs(logit - mu) * jnp.exp(-log_b)
+
+
+def kl_to_uniform(logits: Float[Array, "B G G K"]) -> Float[Array, "B G G"]:
+    """KL(q || uniform) of each cell's categorical, from the plain logits: ln K + sum q ln q.
+
+    Source: Ramesh et al. 2021, section 2.1; the plain logits, not the relaxed sample, by the
+    author's answer in openai/DALL-E issue 26.
+    """
+    log_q = jax.nn.log_softmax(logits)
+    return np.log(logits.shape[-1]) + jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
+
+
+def gumbel_softmax(
+    key: Array, logits: Float[Array, "B G G K"], temperature: Float[Array, ""] | float
+) -> Float[Array, "B G G K"]:
+    """One relaxed sample per cell, fed to the decoder as it is (soft, not straight-through).
+
+    Source: Ramesh et al. 2021, section 2.1.
+    """
+    return jax.nn.softmax((logits + jax.random.gumbel(key, logits.shape)) / temperature)
+
+
+def rare_code_penalty(
+    logits: Float[Array, "B G G K"], *, min_share: float = 1 / 8
+) -> Float[Array, ""]:
+    """How far codes have fallen below a share of their fair part of the batch, in nats (ours).
+
+    The mean over codes of max(0, ln(min_share / K) - ln q_k), with q_k the mean of q over all
+    cells of the batch. Its gradient pulls on each vanishing code with equal strength, however
+    small its probability, where that of the KL term dies with the code.
+
+    Args:
+      logits: plain encoder logits.
+      min_share: the part of 1 / K below which a code counts as rare.
+    """
+    K = logits.shape[-1]
+    log_q = jax.nn.log_softmax(logits).reshape(-1, K)
+    log_share = jax.nn.logsumexp(log_q, axis=0) - np.log(log_q.shape[0])
+    return jnp.mean(jax.nn.relu(np.log(min_share / K) - log_share))
+
+
+def prior_loss(
+    text_logits: Float[Array, "B P V"],
+    image_logits: Float[Array, "B I K"],
+    text: Int[Array, "B P"],
+    codes: Int[Array, "B I"],
+) -> tuple[Float[Array, ""], Metrics]:
+    """1/8 of the mean cross-entropy of text tokens plus 7/8 of that of image tokens.
+
+    Each mean is over the tokens of its kind in the batch. Pads are no tokens: their slots do not
+    count (ours; the paper does not say).
+
+    Args:
+      text_logits: one distribution for each caption slot.
+      image_logits: one distribution for each image token.
+      text: caption slots; ids from V on are pads.
+      codes: image tokens in raster order.
+    Returns:
+      The loss, and "text_nats" and "image_nats" per token.
+    Source: Ramesh et al. 2021, section 2.2 and appendix B.2.
+    """
+    V = text_logits.shape[-1]
+    is_token = text < V
+    text_nats = _cross_entropy(text_logits, jnp.minimum(text, V - 1))
+    text_mean = jnp.sum(jnp.where(is_token, text_nats, 0)) / jnp.maximum(jnp.sum(is_token), 1)
+    image_mean = jnp.mean(_cross_entropy(image_logits, codes))
+    loss = text_mean / 8 + image_mean * 7 / 8
+    return loss, {"text_nats": text_mean, "image_nats": image_mean}
+
+
+def _cross_entropy(logits, labels):
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
