@@ -57,16 +57,19 @@ class Stage(Protocol):
 
 @struct.dataclass
 class TrainState:
-    """Everything an update reads and writes; saved whole in every checkpoint."""
+    """Everything an update reads and writes; saved whole in every checkpoint.
 
-    step: Int[Array, ""]
-    """Updates done, int32."""
+    Every field is a tree, since JAX also makes states of shapes or of shardings.
+    """
+
+    step: PyTree
+    """Updates done, int32 scalar."""
     params: PyTree
     average: PyTree
     """Exponential moving average of params, of the same structure; used for samples and export."""
     opt_state: PyTree
-    key: Key[Array, ""]
-    """Base key; the key of a step is fold_in(key, step), so it never changes."""
+    key: PyTree
+    """Typed key scalar, never changed: the key of a step is fold_in(key, step)."""
 
 
 def create(stage: Stage, key: Key[Array, ""]) -> TrainState:

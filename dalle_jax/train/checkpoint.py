@@ -1,0 +1,238 @@
+"""Training checkpoints that are whole or not there, and are verified before they are trusted.
+
+A step is a folder `000500/` with one Orbax item each for params, average, optimizer and rng, the
+data position and the settings as JSON, and `manifest.json` with the size and sha256 of every file
+(Orbax reads back a flipped byte without complaint). All of it is written under a temporary name
+and renamed last, so a folder under a step's name was complete once.
+
+Source: ours.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from dalle_jax.train import manifest
+from dalle_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+_UNFINISHED = "tmp-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint exists but cannot be used; the message says why and what to do."""
+
+
+class Checkpoints:
+    """The saved steps of one run. Saving goes on in the background; `wait` or `close` ends it.
+
+    Args:
+      folder: holds one folder per step; made by the first save.
+      keep: newest steps to keep, at least 1.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}, but at least 1 checkpoint has to be kept")
+        self.folder = Path(folder).absolute()
+        self._keep = keep
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the save under way and ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk; raises what went wrong with it, if anything."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def steps(self) -> list[int]:
+        """Lists the steps on disk in rising order, damaged ones too, unfinished ones not."""
+        return _steps(self.folder)
+
+    def save(self, step: int, state: TrainState, data_state: dict, settings: dict) -> None:
+        """Saves a step; returns when the state may be overwritten, before the files are complete.
+
+        Args:
+          step: updates done; a step of this name or a later one is replaced, as only a run that
+            fell back from a damaged step can meet one.
+          state: what `restore` gives back.
+          data_state: position of the data iterator, JSON-able.
+          settings: of the run, JSON-able; `restore` can compare them.
+        """
+        self.wait()
+        # Both to text now: a value that JSON cannot hold fails here, and later changes do no harm.
+        texts = {"data.json": json.dumps(data_state), "settings.json": json.dumps(settings)}
+        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+        unfinished = self.folder / f"{_UNFINISHED}{step:06d}"
+        writing = ocp.save_checkpointables_async(unfinished, _items(state))
+        self._saving = self._worker.submit(self._finish, writing, unfinished, step, texts)
+
+    def _finish(self, writing, unfinished: Path, step: int, texts: dict[str, str]) -> None:
+        writing.result()
+        for name, text in texts.items():
+            (unfinished / name).write_text(text)
+        manifest.write(unfinished, step)
+        for old in self.steps():
+            if old >= step:
+                shutil.rmtree(self.folder / f"{old:06d}")
+        os.replace(unfinished, self.folder / f"{step:06d}")
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self.folder / f"{old:06d}")
+
+    def restore(
+        self, template: TrainState, *, settings: dict | None = None
+    ) -> tuple[int, TrainState, dict, dict] | None:
+        """Reads the newest step that its manifest confirms; says in the log why others are not.
+
+        Args:
+          template: a state of the wanted structure, shapes and shardings; its values are not read.
+          settings: what must agree with the saved settings; saved entries it lacks are not looked
+            at.
+        Returns:
+          Step, state, data position and all saved settings, or None if nothing was ever saved.
+        Raises:
+          CheckpointError: if steps exist but all are damaged, if settings differ (named one by
+            one), or if the saved arrays do not fit the template.
+        """
+        self.wait()
+        for step, path in _good_steps(self.folder):
+            saved = json.loads((path / "settings.json").read_text())
+            if changes := _changes(saved, _as_json(settings or {})):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} in {self.folder} was made with other settings: "
+                    f"{'; '.join(changes)}; set them back, or choose another folder for a new run"
+                )
+            wanted = _items(template)
+            if reason := _misfit(ocp.checkpointables_metadata(path).metadata, wanted):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} in {self.folder} does not fit this model and "
+                    f"optimizer: {reason}; use those it was made with, or another folder"
+                )
+            items = ocp.load_checkpointables(path, wanted)
+            state = TrainState(
+                step=jnp.asarray(step, jnp.int32),
+                params=items["params"],
+                average=items["average"],
+                opt_state=items["optimizer"],
+                key=items["rng"]["key"],
+            )
+            return step, state, json.loads((path / "data.json").read_text()), saved
+        return None
+
+
+def read_params(folder: str | Path, step: int | None = None, *, average: bool = True) -> PyTree:
+    """Reads the weights of a checkpoint alone, for export; no model or optimizer is needed.
+
+    Args:
+      folder: the one given to `Checkpoints`.
+      step: which step; None for the newest undamaged one.
+      average: the averaged weights, or else those in training.
+    Returns:
+      Weights as a tree of numpy arrays.
+    Raises:
+      CheckpointError: if there is no such step, or it is damaged.
+    """
+    folder = Path(folder).absolute()
+    name = "average" if average else "params"
+    for _, path in _good_steps(folder, step):
+        saved = ocp.checkpointables_metadata(path).metadata[name]
+        arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), saved)
+        return ocp.load_checkpointables(path, {name: arrays})[name]
+    steps = ", ".join(map(str, _steps(folder))) or "none"
+    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+    raise CheckpointError(f"{wanted} in {folder}; steps there: {steps}")
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    return {
+        "params": state.params,
+        "average": state.average,
+        "optimizer": state.opt_state,
+        "rng": {"key": state.key},
+    }
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _good_steps(folder: Path, step: int | None = None) -> Iterator[tuple[int, Path]]:
+    """Yields the undamaged steps, newest first; raises if there are steps but no good one."""
+    steps = [s for s in reversed(_steps(folder)) if step in (None, s)]
+    found = False
+    for number in steps:
+        path = folder / f"{number:06d}"
+        if reason := manifest.damage(path, number):
+            log.warning("checkpoint of step %d in %s is not used: %s", number, folder, reason)
+        else:
+            found = True
+            yield number, path
+    if steps and not found:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged ({', '.join(map(str, steps))}; last reason: "
+            f"{reason}); put back a good copy, or move the folder away to start over"
+        )
+
+
+def _misfit(saved: PyTree, wanted: PyTree) -> str | None:
+    """Names the first array that only one of two trees holds, or in two shapes or dtypes."""
+
+    def arrays(tree):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        name = partial(jax.tree_util.keystr, simple=True, separator="/")
+        # A typed key is saved as its words, so only its place in the tree can be compared.
+        return {name(path): _form(x) for path, x in leaves if not name(path).startswith("rng/")}
+
+    old, new = arrays(saved), arrays(wanted)
+    for name in sorted(old | new):
+        if old.get(name) != new.get(name):
+            return f"{name} is {old.get(name, 'absent')} in it, {new.get(name, 'absent')} here"
+    return None
+
+
+def _form(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _changes(saved: Any, now: Any, name: str = "") -> list[str]:
+    """Lists where `now` differs from `saved`, by dotted name."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return [
+            change
+            for key, value in now.items()
+            for change in _changes(saved.get(key), value, f"{name}.{key}" if name else key)
+        ]
+    return [] if saved == now else [f"{name} was {saved!r}, now {now!r}"]

@@ -1,0 +1,205 @@
+import json
+import logging
+import re
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle_jax.train.checkpoint import CheckpointError, Checkpoints, read_params
+from dalle_jax.train.state import TrainState
+
+SETTINGS = {"model": {"width": 64, "kinds": ["row", "column"]}, "steps": 100}
+
+
+def state_at(step):
+    params = {"dense": {"w": jnp.full((4, 8), step, jnp.float32), "b": jnp.arange(8.0)}}
+    return TrainState(
+        step=jnp.int32(step),
+        params=params,
+        average=jax.tree.map(lambda x: x / 2, params),
+        opt_state=optax.adamw(1e-3).init(params),
+        key=jax.random.key(7),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three saved steps: 10, 20, 30."""
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, state_at(step), {"next_index": step}, SETTINGS)
+    return tmp_path / "checkpoints"
+
+
+def largest_file(folder):
+    return max((f for f in folder.rglob("d/*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def flip_byte(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def key_data(state):
+    return state.replace(key=jax.random.key_data(state.key))
+
+
+def test_restored_state_equals_saved_state(folder):
+    step, state, data, settings = Checkpoints(folder).restore(state_at(0))
+    assert (step, data, settings) == (30, {"next_index": 30}, SETTINGS)
+    chex.assert_trees_all_equal(key_data(state), key_data(state_at(30)))
+    chex.assert_trees_all_equal_dtypes(key_data(state), key_data(state_at(30)))
+
+
+def test_saved_state_is_not_touched_by_donation(tmp_path):
+    overwrite = jax.jit(lambda s: s.replace(params=jax.tree.map(lambda x: x + 1, s.params)),
+                        donate_argnums=0)  # fmt: skip
+    state = state_at(5)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {}, {})
+        for _ in range(5):
+            state = overwrite(state)
+    _, restored, _, _ = Checkpoints(tmp_path).restore(state_at(0))
+    chex.assert_trees_all_equal(restored.params, state_at(5).params)
+
+
+def test_nothing_saved_gives_none(tmp_path):
+    assert Checkpoints(tmp_path / "none").restore(state_at(0)) is None
+
+
+def test_unfinished_save_is_never_used_and_is_cleaned_up(folder):
+    shutil.move(folder / "000030", folder / "tmp-000030")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.steps() == [10, 20]
+    assert checkpoints.restore(state_at(0))[0] == 20
+    with checkpoints:
+        checkpoints.save(25, state_at(25), {}, SETTINGS)
+    assert sorted(p.name for p in folder.iterdir()) == ["000010", "000020", "000025"]
+
+
+def test_unfinished_first_save_starts_afresh(folder):
+    for step in ("000010", "000020"):
+        shutil.rmtree(folder / step)
+    shutil.move(folder / "000030", folder / "tmp-000030")
+    assert Checkpoints(folder).restore(state_at(0)) is None
+
+
+def damage_flip(path):
+    flip_byte(largest_file(path / "params"))
+
+
+def damage_truncate(path):
+    file = largest_file(path / "optimizer")
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def damage_file(path):
+    (path / "settings.json").unlink()
+
+
+def damage_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+def damage_manifest_text(path):
+    (path / "manifest.json").write_text("{")
+
+
+def damage_name(path):
+    shutil.rmtree(path)
+    shutil.copytree(path.parent / "000020", path)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (damage_flip, r"params/.* has changed since it was written"),
+        (damage_truncate, r"optimizer/.* has \d+ bytes instead of \d+"),
+        (damage_file, "settings.json is missing"),
+        (damage_manifest, "manifest.json is missing"),
+        (damage_manifest_text, "manifest.json is unreadable"),
+        (damage_name, "it was saved as step 20"),
+    ],
+)
+def test_damaged_step_falls_back_one_with_a_reason(folder, caplog, damage, reason):
+    damage(folder / "000030")
+    with caplog.at_level(logging.WARNING):
+        step, state, data, _ = Checkpoints(folder).restore(state_at(0))
+    assert (step, data) == (20, {"next_index": 20})
+    assert state.params["dense"]["w"][0, 0] == 20
+    (message,) = caplog.messages
+    assert message.startswith("checkpoint of step 30 in ") and "\n" not in message
+    assert re.search(reason, message)
+
+
+def test_only_damaged_steps_never_start_over_silently(folder):
+    for path in folder.iterdir():
+        damage_manifest(path)
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged \(30, 20, 10; "):
+        Checkpoints(folder).restore(state_at(0))
+
+
+def test_a_step_saved_after_a_fall_back_replaces_the_damaged_one(folder):
+    damage_flip(folder / "000030")
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(25, state_at(25), {}, SETTINGS)
+    assert checkpoints.steps() == [10, 20, 25]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, state_at(step), {}, {})
+    assert checkpoints.steps() == [3, 4]
+    with pytest.raises(ValueError, match="keep is 0, but at least 1"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_changed_settings_are_named(folder):
+    now = {"model": {"width": 128, "kinds": ("row", "column")}}
+    with pytest.raises(CheckpointError, match=r"other settings: model.width was 64, now 128; set"):
+        Checkpoints(folder).restore(state_at(0), settings=now)
+    now["model"]["width"] = 64  # steps may differ, as nothing is said about it; tuples are lists
+    assert Checkpoints(folder).restore(state_at(0), settings=now)[0] == 30
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"params": {"dense": {"w": jnp.zeros((4, 9)), "b": jnp.zeros(8)}}},
+         r"params/dense/w is float32\[4, 8\] in it, float32\[4, 9\] here"),
+        ({"opt_state": optax.sgd(1e-3).init({})},
+         r"optimizer/0/count is int32\[\] in it, absent here"),
+    ],
+)  # fmt: skip
+def test_another_model_or_optimizer_is_refused(folder, change, reason):
+    with pytest.raises(CheckpointError, match=f"step 30 in .* does not fit this .*: {reason}; use"):
+        Checkpoints(folder).restore(state_at(0).replace(**change))
+
+
+def test_settings_that_json_cannot_hold_fail_at_once(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError, match="not JSON"):
+        checkpoints.save(1, state_at(1), {}, {"array": np.zeros(3)})
+
+
+def test_weights_alone_are_read_for_export(folder):
+    average = read_params(folder)
+    chex.assert_trees_all_equal(average, state_at(30).average)
+    assert isinstance(average["dense"]["w"], np.ndarray)
+    chex.assert_trees_all_equal(read_params(folder, 10, average=False), state_at(10).params)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 15 in .*: 10, 20, 30"):
+        read_params(folder, 15)
+
+
+def test_manifest_lists_every_file_with_size_and_hash(folder):
+    path = folder / "000010"
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    on_disk = {f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()}
+    assert set(files) == on_disk - {"manifest.json"}
+    assert files["data.json"]["size"] == len('{"next_index": 10}')
