@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, so that no test needs a device
@@ -11,3 +12,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_left_as_found():
+    """A program under test may send log lines to the terminal; the next test wants them back."""
+    logger = logging.getLogger("dalle_jax")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)

@@ -1,0 +1,198 @@
+"""The one training loop: every stage runs through it.
+
+Source: ours.
+"""
+
+import dataclasses
+import logging
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from dalle_jax.image.sheet import save_png
+from dalle_jax.train import state as state_lib
+from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.train.log import MetricsLog, ProgressLog
+from dalle_jax.train.state import Stage, TrainState
+from dalle_jax.train.window import Window
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class DataIterator(Protocol):
+    """Yields batches without end; its position is saved. Grain's iterators are of this kind."""
+
+    def __next__(self) -> Any:
+        """Gives a dict of arrays, each with the batch B as first axis."""
+        ...
+
+    def get_state(self) -> dict:
+        """Gives the position after the last batch, JSON-able."""
+        ...
+
+    def set_state(self, state: dict) -> None:
+        """Goes to a position, so that the next batch is the one that followed it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long a stage trains and how often it says, saves and measures something."""
+
+    steps: int
+    """Updates in all."""
+    log_every: int = 50
+    """Updates between two lines in metrics.jsonl, each with means over those updates."""
+    save_every: int = 500
+    """Updates between two checkpoints."""
+    evaluate_every: int | None = 500
+    """Updates between two measurements on held-out data; None for none."""
+    sheet_every: int | None = 500
+    """Updates between two sheets of sample pictures; None for none."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    accumulate: int = 1
+    """Micro-batches per update: memory falls by this factor, the batch stays the same."""
+    average_every: int = 1
+    """Updates between two moves of the weight average."""
+    average_decay: float = 0.999
+    """Decay of the weight average at each of its moves, in [0, 1)."""
+    seed: int = 0
+    """Seed of the first weights and of all noise in training."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("average_decay", "seed") and value is not None and value < 1:
+                raise ValueError(f"{field.name} is {value}, but has to be at least 1")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay is {self.average_decay}, but has to be in [0, 1)")
+
+
+def train(
+    stage: Stage,
+    iterator: DataIterator,
+    *,
+    config: LoopConfig,
+    workdir: str | Path,
+    settings: dict,
+    must_agree: Sequence[str] | None = None,
+) -> TrainState:
+    """Trains a stage up to `config.steps` updates, or goes on where an earlier call stopped.
+
+    Everything goes to `workdir`: checkpoints/, metrics.jsonl and sheets/. A call with the same
+    arguments continues from the newest undamaged checkpoint and ends, on the same machine, with
+    the very state of an unbroken run. SIGTERM and SIGINT save at the next update and then raise
+    SystemExit with 128 + the signal's number; a second one does what it did before this call.
+
+    Args:
+      stage: what to train.
+      iterator: batches for it, at their beginning; its position is set on resume.
+      config: lengths and intervals, in updates; may differ between calls.
+      workdir: folder of this run and stage alone.
+      settings: what describes the run, JSON-able; saved with every checkpoint.
+      must_agree: top-level names in settings that a resumed run has to share with its checkpoint;
+        None for all.
+    Returns:
+      The state after the last update.
+    Raises:
+      NonFiniteError: if loss or another metric stops being finite.
+      CheckpointError: if there are checkpoints, but none that is whole or fits.
+      SystemExit: after a signal.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    settings = {"stage": stage.name} | settings
+    fixed = {k: v for k, v in settings.items() if must_agree is None or k in (*must_agree, "stage")}
+    state = state_lib.create(stage, jax.random.key(config.seed))
+    with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _Signals() as signals:
+        step = 0
+        if found := checkpoints.restore(state, settings=fixed):
+            step, state, position, _ = found
+            iterator.set_state(position)
+            log.info("%s goes on from step %d of %s", stage.name, step, checkpoints.folder)
+        update = state_lib.update_step(
+            stage,
+            accumulate=config.accumulate,
+            average_every=config.average_every,
+            average_decay=config.average_decay,
+        )
+        metrics_log = MetricsLog(workdir / "metrics.jsonl", stage=stage.name, step=step)
+        window = Window(checkpoints)
+        with ProgressLog(stage.name, step=step, steps=config.steps) as progress:
+            while step < config.steps:
+                batch = _next_batch(iterator, step, config.steps)
+                state, metrics = update(state, batch)
+                step += 1
+                window.add(step, metrics, examples=len(jax.tree.leaves(batch)[0]))
+                progress.advance(step)
+                last = step == config.steps
+
+                if last or step % config.log_every == 0:
+                    values = window.close()
+                    metrics_log.write(step, values)
+                    progress.report(step, values)
+
+                stop = signals.caught  # read once: a signal after the save waits for the next
+                if last or stop or step % config.save_every == 0:
+                    window.read_all()  # a state whose metrics are not finite is never saved
+                    checkpoints.save(step, state, iterator.get_state(), settings)
+                if stop:
+                    break
+
+                with window.paused():
+                    if _due(step, config.evaluate_every, last):
+                        measured = {k: float(v) for k, v in stage.evaluate(state.average).items()}
+                        metrics_log.write(step, {f"eval/{k}": v for k, v in measured.items()})
+                        progress.say(step, "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+                    if _due(step, config.sheet_every, last):
+                        sheet = stage.sheet(state.average)
+                        if sheet is not None:
+                            save_png(workdir / "sheets" / f"{stage.name}-{step:06d}.png", sheet)
+        if signals.caught:
+            checkpoints.wait()
+            log.info("%s saved step %d and stops", stage.name, step)
+            raise SystemExit(128 + signals.caught)
+        return state
+
+
+def _due(step: int, every: int | None, last: bool) -> bool:
+    return every is not None and (last or step % every == 0)
+
+
+def _next_batch(iterator: DataIterator, step: int, steps: int) -> Any:
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise ValueError(
+            f"the data ended after step {step} of {steps}; a training iterator has to repeat"
+        ) from None
+
+
+class _Signals:
+    """Notes the first SIGTERM or SIGINT; hands a second one to whoever handled it before."""
+
+    def __init__(self):
+        self.caught = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def _catch(self, number: int, _) -> None:
+        self.caught = number
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,99 @@
+"""Metrics between two log lines: read a few updates late, checked, averaged, timed.
+
+Source: ours.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.train.state import Metrics
+
+# Updates the host may run ahead of the device: enough to keep it busy, few enough that batches
+# do not pile up in memory and that a signal is answered soon.
+_IN_FLIGHT = 2
+
+
+class NonFiniteError(FloatingPointError):
+    """A metric became nan or infinite; no checkpoint was written from that step on."""
+
+
+class Window:
+    """The metrics since the last log line.
+
+    Args:
+      checkpoints: of the run, named in the error when a metric is not finite.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+        self._unread: deque[tuple[int, dict, int]] = deque()
+        self._values: list[dict[str, float]] = []
+        self._steps = self._examples = 0  # since self._began
+        self._began: float | None = None  # None until the first update, which compiles, is over
+
+    def add(self, step: int, metrics: Metrics, *, examples: int) -> None:
+        """Takes the metrics of a step as they leave the update, perhaps not computed yet."""
+        self._unread.append((step, metrics, examples))
+        if len(self._unread) > _IN_FLIGHT:
+            self._read()
+
+    def read_all(self) -> None:
+        """Waits for every metric given so far, so that those not finite are found."""
+        while self._unread:
+            self._read()
+
+    def _read(self) -> None:
+        step, metrics, examples = self._unread.popleft()
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        if bad := sorted(k for k, x in values.items() if not math.isfinite(x)):
+            raise NonFiniteError(_explain(step, values, bad, self._checkpoints))
+        self._values.append(values)
+        if self._began is None:
+            self._began = time.monotonic()
+        else:
+            self._steps += 1
+            self._examples += examples
+
+    def close(self) -> dict[str, float]:
+        """Gives mean and last value of each metric and the rates, and begins a new window."""
+        self.read_all()
+        last = self._values[-1]
+        values = {k: math.fsum(v[k] for v in self._values) / len(self._values) for k in last}
+        values |= {f"last/{k}": x for k, x in last.items()}
+        now = time.monotonic()
+        if self._steps:
+            elapsed = max(now - self._began, 1e-9)
+            values["steps_per_s"] = self._steps / elapsed
+            values["examples_per_s"] = self._examples / elapsed
+        self._values, self._steps, self._examples, self._began = [], 0, 0, now
+        return values
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what happens inside out of the rates."""
+        start = time.monotonic()
+        yield
+        if self._began is not None:
+            self._began += time.monotonic() - start
+
+
+def _explain(step: int, values: dict, bad: list[str], checkpoints: Checkpoints) -> str:
+    name = "loss" if "loss" in bad else bad[0]
+    others = f" (and {', '.join(k for k in bad if k != name)})" if len(bad) > 1 else ""
+    checkpoints.wait()
+    saved = checkpoints.steps()
+    good = (
+        f"the last good checkpoint is step {saved[-1]} in {checkpoints.folder}"
+        if saved
+        else "no checkpoint was saved before"
+    )
+    return (
+        f"{name}{others} became {values[name]} at step {step}; {good}; "
+        "lower the step size, clip gradients harder, or look for broken values in the data"
+    )
