@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Record = dict[str, Any]
 
@@ -24,6 +24,7 @@ class SourceError(ValueError):
     """Data that cannot be trained on as it is; the message says what to change."""
 
 
+@runtime_checkable
 class DataSource(Protocol):
     """Anything with a length and records by number: the seam for other storage."""
 

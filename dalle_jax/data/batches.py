@@ -1,0 +1,204 @@
+"""Batches for training and for evaluation, from any data source.
+
+Letters: B examples of a batch on this process, R pixel side, P text positions (a batch holds the
+P - 1 caption slots), G grid side.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from dalle_jax.data.sources import DataSource, Record, SourceError
+from dalle_jax.image.pixels import PictureError, crop_center, crop_dvae, crop_prior, decode
+from dalle_jax.text.bpe import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+_CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
+    "dvae": crop_dvae,
+    "prior": crop_prior,
+    "center": lambda image, px, rng: crop_center(image, px),
+}
+# Below a quarter of the side asked for, enlarging a picture shows nothing but blur.
+_SMALLEST_SHARE = 4
+
+_log = logging.getLogger("dalle_jax.data")
+
+
+def batches(
+    source: DataSource,
+    *,
+    batch_size: int,
+    seed: int,
+    px: int,
+    crop: str,
+    tokenizer: Tokenizer | None = None,
+    text_length: int | None = None,
+    bpe_dropout: float = 0.0,
+    caption_dropout: float = 0.0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> grain.DatasetIterator:
+    """Yields shuffled batches without end; every epoch shows each record once, in a new order.
+
+    Everything drawn for an example (crop, which caption, dropout) depends on the seed, the epoch
+    and the record alone, and the k-th batch of all processes together holds the same examples
+    however many processes there are. A picture that cannot be used is named in the log, once, and
+    the next record of the source takes its place.
+
+    Args:
+      source: pictures or codes with captions.
+      batch_size: examples of one step over all processes; a multiple of `process_count`.
+      seed: any non-negative number below 2**32.
+      px: side R of the pictures; those whose short side is below R / 4 are not used.
+      crop: "dvae" (listing 1, mirrors), "prior" (listing 2) or "center".
+      tokenizer: turns one caption of each record, each equally often, into ids; None for no text.
+      text_length: P, the start-of-text position included, so that captions have P - 1 slots.
+      bpe_dropout: chance in [0, 1] that a merge is skipped; 0.1 in the paper.
+      caption_dropout: share in [0, 1] of examples whose caption is left empty, for guidance.
+      process_index: which part of the batch this process makes, below `process_count`.
+      process_count: processes that train together.
+      threads: batches made ahead at the same time; 0 to make each when it is asked for.
+    Returns:
+      dicts with uint8 "image" [B, R, R, 3], or int32 "codes" [B, G, G] if the source holds codes,
+      and int32 "text" [B, P - 1] with a tokenizer. `get_state()` is a small JSON-able dict.
+    Raises:
+      SourceError: if an option is out of range, or (when a batch is asked for) if none of the
+        pictures can be used.
+    Source: Ramesh et al. 2021, listings 1 and 2; the sampling of captions is ours.
+    """
+    _check(source, batch_size, tokenizer, text_length)
+    if crop not in _CROPS:
+        raise SourceError(f"there is no crop {crop!r}; choose from {', '.join(_CROPS)}")
+    if batch_size % process_count:
+        raise SourceError(f"a batch of {batch_size} cannot be shared by {process_count} processes")
+    for name, chance in {"bpe_dropout": bpe_dropout, "caption_dropout": caption_dropout}.items():
+        if not 0 <= chance <= 1:
+            raise SourceError(f"{name} must lie in [0, 1], got {chance}")
+    pictures = _Pictures(source, px)
+
+    def example(step: int, index: int) -> Batch:
+        epoch = (step * process_count + process_index) // len(source)
+        rng = np.random.default_rng([seed, epoch, index])
+        # fixed draws come first, so that text does not depend on the crop or on the picture
+        use_caption, which, bpe_seed = rng.random(), rng.random(), rng.integers(2**31)
+        _, record, made = pictures.usable(index, lambda image: _CROPS[crop](image, px, rng))
+        if tokenizer is not None:
+            captions = record["captions"]
+            caption = captions[int(which * len(captions))] if use_caption >= caption_dropout else ""
+            made["text"] = tokenizer.encode(
+                [caption], length=text_length - 1, dropout=bpe_dropout, seeds=[int(bpe_seed)]
+            )[0]
+        return made
+
+    # Repeating before slicing keeps epochs aligned between processes when the source does not
+    # divide evenly.
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    examples = order[process_index::process_count].map_with_index(example)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(examples.batch(batch_size // process_count).to_iter_dataset(options))
+
+
+def once(
+    source: DataSource,
+    *,
+    batch_size: int,
+    px: int,
+    tokenizer: Tokenizer | None = None,
+    text_length: int | None = None,
+) -> Iterator[Batch]:
+    """Yields every record once and in order, for evaluation; the last batch may be smaller.
+
+    Pictures are cropped in the middle, captions are the primary ones. Unusable pictures are named
+    in the log and left out, so "index" says which records a batch holds.
+
+    Args:
+      source: pictures or codes with captions.
+      batch_size: most examples in a batch.
+      px: side R of the pictures.
+      tokenizer: turns captions into ids; None for no text.
+      text_length: P, as in `batches`.
+    Returns:
+      dicts as from `batches`, and int32 "index" [B] into the source.
+    Raises:
+      SourceError: if an option is out of range, or none of the pictures can be used.
+    """
+    _check(source, batch_size, tokenizer, text_length)
+    return _once(source, batch_size, px, tokenizer, text_length)
+
+
+def _once(source, batch_size, px, tokenizer, text_length) -> Iterator[Batch]:
+    pictures = _Pictures(source, px)
+    waiting: list[Batch] = []
+    index = 0
+    while index < len(source):
+        found, record, made = pictures.usable(index, lambda image: crop_center(image, px))
+        if found < index:  # the search went round: only unusable ones were left
+            break
+        made["index"] = np.int32(found)
+        if tokenizer is not None:
+            made["text"] = tokenizer.encode(record["captions"][:1], length=text_length - 1)[0]
+        waiting.append(made)
+        index = found + 1
+        if len(waiting) == batch_size:
+            yield _stack(waiting)
+            waiting = []
+    if waiting:
+        yield _stack(waiting)
+
+
+def _stack(examples: list[Batch]) -> Batch:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _check(source: DataSource, batch_size: int, tokenizer: Any, text_length: int | None) -> None:
+    if len(source) == 0:
+        raise SourceError("the data source is empty; it needs at least one captioned picture")
+    if batch_size < 1:
+        raise SourceError(f"batch_size must be at least 1, got {batch_size}")
+    if tokenizer is not None and (text_length is None or text_length < 2):
+        raise SourceError(
+            f"text_length must be at least 2 (start of text and one slot), got {text_length}"
+        )
+
+
+class _Pictures:
+    """Reads records and remembers which pictures were no good; used by several threads."""
+
+    def __init__(self, source: DataSource, px: int):
+        self._source, self._min_px = source, max(2, px // _SMALLEST_SHARE)
+        self._named: set[str] = set()
+        self._lock = threading.Lock()
+
+    def usable(
+        self, index: int, crop: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[int, Record, Batch]:
+        """Finds the first record from `index` on, going round, that has a good picture or codes."""
+        for found in (*range(index, len(self._source)), *range(index)):
+            record = {"id": f"record {found}"}
+            try:
+                record = self._source[found]
+                if "codes" in record:
+                    return found, record, {"codes": record["codes"].astype(np.int32)}
+                image = decode(record["image"], min_px=self._min_px)
+            except (PictureError, OSError) as error:
+                self._name(record["id"], error)
+            else:
+                return found, record, {"image": crop(image)}
+        raise SourceError(
+            f"none of the {len(self._source)} pictures can be used; "
+            "`dalle-jax data check FOLDER` says what is wrong with each"
+        )
+
+    def _name(self, name: str, error: Exception) -> None:
+        with self._lock:
+            if name in self._named:
+                return
+            self._named.add(name)
+            count = len(self._named)
+        _log.warning("picture %s is left out (%d so far): %s", name, count, error)

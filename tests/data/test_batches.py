@@ -1,0 +1,230 @@
+import itertools
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from dalle_jax.data.batches import batches, once
+from dalle_jax.data.sources import FolderSource, SourceError
+from dalle_jax.image.pixels import decode, encode_png
+from dalle_jax.text.bpe import Tokenizer
+
+
+class Pictures:
+    """Flat pictures whose brightness is their number; some are broken."""
+
+    def __init__(self, count, side=8, broken=()):
+        self.count, self.side, self.broken = count, side, broken
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        shade = np.full((self.side, self.side, 3), index, np.uint8)
+        data = b"broken" if index in self.broken else encode_png(shade)
+        captions = [f"number {index}", f"picture {index}"]
+        return {"id": f"n{index}", "image": data, "captions": captions}
+
+
+class Codes:
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        codes = np.full((4, 4), 60_000 + index, np.uint16)
+        return {"id": str(index), "codes": codes, "captions": ["a"]}
+
+
+def take(source, count, **options):
+    chosen = {"batch_size": 4, "seed": 0, "px": 8, "crop": "prior", "threads": 0} | options
+    return list(itertools.islice(batches(source, **chosen), count))
+
+
+def shades(batch):
+    return batch["image"][:, 0, 0, 0].tolist()
+
+
+def equal(first, second):
+    return all(
+        a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def words():
+    captions = [caption for i in range(10) for caption in Pictures(10)[i]["captions"]]
+    return Tokenizer.train(captions, vocabulary=300)
+
+
+@pytest.fixture
+def text(words):
+    return {"tokenizer": words, "text_length": 17, "bpe_dropout": 0.5, "caption_dropout": 0.3}
+
+
+def test_an_epoch_shows_each_record_once_and_the_next_in_another_order():
+    seen = [s for batch in take(Pictures(12), 6) for s in shades(batch)]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen[:12] != seen[12:]
+    assert seen[:12] != list(range(12))
+
+
+def test_the_seed_decides_the_order():
+    first, again, other = (take(Pictures(12), 3, seed=s) for s in (1, 1, 2))
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+@pytest.mark.parametrize("count", [12, 13])
+def test_a_global_batch_is_the_same_for_one_two_and_four_processes(count, text):
+    def together(processes):
+        parts = [
+            take(
+                Pictures(count, side=12),
+                9,
+                process_index=i,
+                process_count=processes,
+                crop="dvae",
+                **text,
+            )
+            for i in range(processes)
+        ]
+        for step in zip(*parts, strict=True):
+            yield sorted(
+                (image.tobytes(), tokens.tobytes())
+                for part in step
+                for image, tokens in zip(part["image"], part["text"], strict=True)
+            )
+
+    alone = list(together(1))
+    assert list(together(2)) == alone
+    assert list(together(4)) == alone
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_resumed_iterator_continues_exactly(threads, text):
+    def fresh():
+        return batches(
+            Pictures(10, side=12),
+            batch_size=4,
+            seed=3,
+            px=8,
+            crop="dvae",
+            threads=threads,
+            **text,
+        )
+
+    unbroken = list(itertools.islice(fresh(), 7))
+    iterator = fresh()
+    for _ in range(4):
+        next(iterator)
+    saved = json.dumps(iterator.get_state())
+    resumed = fresh()
+    resumed.set_state(json.loads(saved))
+    assert equal(list(itertools.islice(resumed, 3)), unbroken[4:])
+
+
+def test_threads_do_not_change_what_is_drawn(text):
+    with_threads = take(Pictures(10, side=12), 6, crop="dvae", threads=4, **text)
+    assert equal(with_threads, take(Pictures(10, side=12), 6, crop="dvae", **text))
+
+
+def test_a_source_smaller_than_the_batch_fills_it_again_and_again():
+    assert sorted(shades(take(Pictures(3), 1, batch_size=6)[0])) == [0, 0, 1, 1, 2, 2]
+
+
+def test_both_captions_are_used_and_some_are_left_out(words):
+    drawn = take(Pictures(10), 20, tokenizer=words, text_length=17, caption_dropout=0.25)
+    texts = [words.decode(row) for batch in drawn for row in batch["text"]]
+    assert 8 <= texts.count("") <= 32  # 80 draws at 0.25
+    assert any(text.startswith("number") for text in texts)
+    assert any(text.startswith("picture") for text in texts)
+
+
+def test_captions_stay_with_their_pictures(words):
+    for batch in take(Pictures(10), 5, tokenizer=words, text_length=17, bpe_dropout=0.5):
+        for shade, row in zip(shades(batch), batch["text"], strict=True):
+            assert words.decode(row).split()[1] == str(shade)
+
+
+def test_a_broken_picture_is_replaced_by_the_next_and_named_once(caplog):
+    with caplog.at_level(logging.WARNING, "dalle_jax.data"):
+        drawn = take(Pictures(6, broken={2, 5}), 6, batch_size=6)
+    for batch in drawn:
+        assert sorted(shades(batch)) == [0, 0, 1, 3, 3, 4]
+    messages = sorted(record.getMessage() for record in caplog.records)
+    assert len(messages) == 2
+    assert "picture n2 is left out" in messages[0]
+    assert "picture n5 is left out" in messages[1]
+    assert sum("(2 so far): picture of 6 bytes: not a picture" in m for m in messages) == 1
+
+
+def test_a_picture_that_vanished_does_not_stop_training(tmp_path, caplog):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(Pictures(1)[0]["image"])
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = FolderSource(tmp_path)
+    (tmp_path / "a.png").unlink()
+    assert take(source, 1)[0]["image"].shape == (4, 8, 8, 3)
+    assert "picture record 0 is left out" in caplog.text
+
+
+def test_only_broken_pictures_are_an_error():
+    with pytest.raises(SourceError, match="none of the 3 pictures can be used; `dalle-jax data"):
+        take(Pictures(3, broken={0, 1, 2}), 1)
+    with pytest.raises(SourceError, match="none of the 3 pictures can be used"):
+        list(once(Pictures(3, broken={0, 1, 2}), batch_size=2, px=8))
+
+
+def test_pictures_below_a_quarter_of_the_side_are_left_out(caplog):
+    with pytest.raises(SourceError, match="none of the 2 pictures"):
+        take(Pictures(2, side=7), 1, px=32)
+    assert "7x7 pixels, but the short side must have at least 8" in caplog.text
+    assert take(Pictures(2, side=8), 1, px=32)[0]["image"].shape == (4, 32, 32, 3)
+
+
+def test_codes_come_instead_of_pictures(words):
+    batch = take(Codes(), 1, batch_size=3, tokenizer=words, text_length=5)[0]
+    assert sorted(batch) == ["codes", "text"]
+    assert batch["codes"].dtype == np.int32
+    assert sorted(batch["codes"][:, 0, 0]) == [60_000, 60_001, 60_002]
+
+
+def test_once_gives_every_record_in_order_with_its_primary_caption(words):
+    source = Pictures(5, side=10, broken={1, 4})
+    first, last = once(source, batch_size=2, px=8, tokenizer=words, text_length=17)
+    assert shades(first) == first["index"].tolist() == [0, 2]
+    assert shades(last) == last["index"].tolist() == [3]
+    assert [words.decode(row) for row in first["text"]] == ["number 0", "number 2"]
+
+
+def test_an_exact_picture_passes_through_unchanged():
+    source = Pictures(2)
+    batch = next(once(source, batch_size=2, px=8))
+    np.testing.assert_array_equal(batch["image"][1], decode(source[1]["image"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"process_count": 3}, "a batch of 4 cannot be shared by 3 processes"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"bpe_dropout": 1.5}, r"bpe_dropout must lie in \[0, 1\], got 1.5"),
+        ({"caption_dropout": -0.1}, r"caption_dropout must lie in \[0, 1\], got -0.1"),
+        ({"crop": "left"}, "no crop 'left'; choose from dvae, prior, center"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(SourceError, match=message):
+        take(Pictures(4), 1, **options)
+
+
+def test_text_needs_a_length(words):
+    with pytest.raises(SourceError, match="text_length must be at least 2 .*, got None"):
+        take(Pictures(4), 1, tokenizer=words)
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(SourceError, match="the data source is empty"):
+        take(Pictures(0), 1)
