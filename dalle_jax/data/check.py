@@ -1,0 +1,135 @@
+"""Looks through a folder of captioned pictures for what would spoil training."""
+
+import collections
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dalle_jax.data.sources import list_folder
+from dalle_jax.image.pixels import PictureError, decode
+
+_SHOWN = 20  # lines per kind of finding in the printed form
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `check` found; names are paths below the folder.
+
+    Attributes:
+      folder: the folder looked through.
+      pictures: number of picture files.
+      captions: number of captions of pictures that are there.
+      pairs: number of pictures that can be read and have a caption: what training will see.
+      px: what counts as tiny.
+      unreadable: picture and reason.
+      tiny: picture and size, for a short side below `px`.
+      elongated: picture and size, where one side is more than twice the other: square crops lose
+        what lies at the ends (the paper drops such pictures).
+      captionless: pictures without a caption.
+      missing: pictures that have captions but are not there.
+      duplicates: groups of pictures with exactly the same pixels.
+    """
+
+    folder: Path
+    pictures: int
+    captions: int
+    pairs: int
+    px: int
+    unreadable: dict[str, str]
+    tiny: dict[str, str]
+    elongated: dict[str, str]
+    captionless: list[str]
+    missing: list[str]
+    duplicates: list[list[str]]
+
+    def __str__(self) -> str:
+        """Lists the findings, the first of each kind by name."""
+        kinds = {
+            "cannot be read": _noted(self.unreadable),
+            f"are tiny (short side below {self.px} px)": _noted(self.tiny),
+            "are more than twice as long as wide": _noted(self.elongated),
+            "have no caption": self.captionless,
+            "have captions but are not there": self.missing,
+            "groups have exactly the same pixels": [" = ".join(g) for g in self.duplicates],
+        }
+        lines = [
+            f"{self.folder}: {self.pictures} pictures, {self.captions} captions, "
+            f"{self.pairs} pictures to train on"
+        ]
+        for kind, found in kinds.items():
+            if found:
+                lines += [f"{len(found)} {kind}:", *(f"  {line}" for line in found[:_SHOWN])]
+            if len(found) > _SHOWN:
+                lines.append(f"  ... and {len(found) - _SHOWN} more")
+        if len(lines) == 1:
+            lines.append("nothing to complain about")
+        return "\n".join(lines)
+
+
+def _noted(found: dict[str, str]) -> list[str]:
+    return [f"{name}: {note}" for name, note in found.items()]
+
+
+def check(
+    path: str | os.PathLike,
+    *,
+    px: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Opens every picture of a folder and reports on all of them.
+
+    Args:
+      path: the folder, in any of the forms of `list_folder`.
+      px: pictures with a short side below this are reported as tiny.
+      progress: called with pictures done and their number.
+    Raises:
+      SourceError: no folder, no pictures, or a caption table that cannot be read.
+    """
+    root = Path(path)
+    listing = list_folder(root)
+    unreadable: dict[str, str] = {}
+    tiny: dict[str, str] = {}
+    elongated: dict[str, str] = {}
+    same = collections.defaultdict(list)
+    names = list(listing.captions)
+    with ThreadPoolExecutor() as pool:
+        looks = pool.map(_look, [root / name for name in names])
+        for done, (name, look) in enumerate(zip(names, looks, strict=True), 1):
+            if isinstance(look, str):
+                unreadable[name] = look
+            else:
+                high, wide, digest = look
+                same[digest].append(name)
+                if min(high, wide) < px:
+                    tiny[name] = f"{wide}x{high}"
+                if max(high, wide) > 2 * min(high, wide):
+                    elongated[name] = f"{wide}x{high}"
+            if progress is not None:
+                progress(done, len(names))
+    return Report(
+        folder=root,
+        pictures=len(names),
+        captions=sum(map(len, listing.captions.values())),
+        pairs=sum(bool(listing.captions[name]) and name not in unreadable for name in names),
+        px=px,
+        unreadable=unreadable,
+        tiny=tiny,
+        elongated=elongated,
+        captionless=[name for name in names if not listing.captions[name]],
+        missing=listing.missing,
+        duplicates=[group for group in same.values() if len(group) > 1],
+    )
+
+
+def _look(path: Path) -> tuple[int, int, str] | str:
+    """Height, width and a digest of the pixels; or what is wrong with the file."""
+    try:
+        image = decode(path)
+    except (PictureError, OSError) as error:
+        return str(error).removeprefix(f"{path}: ")
+    return *image.shape[:2], hashlib.sha256(
+        repr(image.shape).encode() + image.tobytes()
+    ).hexdigest()

@@ -1,0 +1,157 @@
+"""Codes of pictures, made once by a frozen dVAE and kept in array_record files.
+
+A record is one line of JSON (id, captions) followed by the codes as little-endian uint16, G * G of
+them. `manifest.json` is written last, so a folder without it was never finished.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from dalle_jax.data.sources import Record, SourceError
+
+FORMAT = 1
+SHARD_RECORDS = 65_536  # about 150 MB at 32 x 32 codes
+_MANIFEST = "manifest.json"
+_AGAIN = "copy it again, or encode the pictures again"
+
+
+def write_codes(folder: str | os.PathLike, records: Iterable[Record], *, meta: dict) -> None:
+    """Writes records that hold codes, under temporary names until each file is whole.
+
+    Args:
+      folder: made if need be; shards of an earlier run there are replaced.
+      records: dicts with "id", "captions" and integer "codes" [G, G], all of one G.
+      meta: JSON-able facts to keep; "dvae" must be the fingerprint of the dVAE.
+    Raises:
+      SourceError: no records, codes of different shapes or outside uint16, or meta without "dvae".
+    """
+    if not meta.get("dvae"):
+        raise SourceError('code shards need meta["dvae"], the fingerprint of the dVAE')
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _MANIFEST).unlink(missing_ok=True)
+    remaining = iter(records)
+    first = next(remaining, None)
+    if first is None:
+        raise SourceError("there are no records to write; code shards need at least one")
+    remaining = itertools.chain([first], remaining)
+    shape = np.shape(first["codes"])
+    shards = []
+    while chunk := list(itertools.islice(remaining, 1)):
+        name = f"codes-{len(shards):05d}.array_record"
+        chunk = itertools.chain(chunk, itertools.islice(remaining, SHARD_RECORDS - 1))
+        count = _write_shard(root / name, chunk, shape)
+        shards.append(_described(root / name) | {"records": count})
+    manifest = {"format": FORMAT, "grid": shape[0], "shards": shards, "meta": meta}
+    partial = root / f".{_MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(partial, root / _MANIFEST)
+
+
+def _write_shard(path: Path, records: Iterable[Record], shape: tuple[int, ...]) -> int:
+    partial = path.with_name(f".{path.name}.partial")
+    writer = ArrayRecordWriter(str(partial), "group_size:1")  # records are read in any order
+    count = 0
+    try:
+        for record in records:
+            writer.write(_pack(record, shape))
+            count += 1
+    finally:
+        writer.close()
+    os.replace(partial, path)
+    return count
+
+
+def _pack(record: Record, shape: tuple[int, ...]) -> bytes:
+    codes = np.asarray(record["codes"])
+    if codes.ndim != 2 or codes.shape != shape or shape[0] != shape[1]:
+        raise SourceError(f"{record['id']}: codes of shape {codes.shape}, expected one square grid")
+    if codes.min() < 0 or codes.max() > 0xFFFF:
+        raise SourceError(
+            f"{record['id']}: codes reach from {codes.min()} to {codes.max()}, but shards hold 0 "
+            "to 65535"
+        )
+    head = json.dumps({"id": record["id"], "captions": list(record["captions"])})
+    return head.encode() + b"\n" + codes.astype("<u2").tobytes()
+
+
+def _described(path: Path) -> dict:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+class CodeSource:
+    """Codes with captions, as a data source.
+
+    Opening compares the sizes of the files; `verify` compares their contents as well.
+
+    Args:
+      folder: what `write_codes` has written.
+      dvae_fingerprint: of the dVAE the codes have to belong to.
+    Raises:
+      SourceError: unfinished, damaged, of another format, or made by another dVAE.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, dvae_fingerprint: str):
+        self._root = Path(folder)
+        try:
+            manifest = json.loads((self._root / _MANIFEST).read_text())
+        except FileNotFoundError:
+            raise SourceError(
+                f"{self._root} holds no finished code shards ({_MANIFEST} is missing); encode the "
+                "pictures again"
+            ) from None
+        if manifest["format"] != FORMAT:
+            raise SourceError(
+                f"{self._root} has code shards of format {manifest['format']}, but this version "
+                f"reads format {FORMAT}; encode the pictures again"
+            )
+        self.meta: dict = manifest["meta"]
+        if self.meta["dvae"] != dvae_fingerprint:
+            raise SourceError(
+                f"the codes in {self._root} were made by the dVAE {self.meta['dvae'][:12]}, not by "
+                f"{dvae_fingerprint[:12]}; delete that folder to encode the pictures again"
+            )
+        self.grid: int = manifest["grid"]
+        self._shards = manifest["shards"]
+        for shard in self._shards:
+            path = self._root / shard["file"]
+            size = path.stat().st_size if path.exists() else 0
+            if size != shard["bytes"]:
+                raise SourceError(f"{path} has {size} bytes instead of {shard['bytes']}; {_AGAIN}")
+        try:
+            files = [str(self._root / shard["file"]) for shard in self._shards]
+            self._stored = ArrayRecordDataSource(files)
+        except RuntimeError as error:
+            raise SourceError(f"{self._root} is damaged ({error}); {_AGAIN}") from None
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            head, _, codes = self._stored[index].partition(b"\n")
+        except RuntimeError as error:  # the file's own check sums; one record stops no training
+            raise OSError(f"{self._root}: code record {index} is damaged ({error})") from None
+        grid = np.frombuffer(codes, "<u2").reshape(self.grid, self.grid)
+        return json.loads(head) | {"codes": grid}
+
+    def verify(self) -> None:
+        """Reads every shard and compares it with the manifest.
+
+        Raises:
+          SourceError: naming the first file whose content has changed.
+        """
+        for shard in self._shards:
+            path = self._root / shard["file"]
+            if _described(path)["sha256"] != shard["sha256"]:
+                raise SourceError(f"{path} is damaged; {_AGAIN}")

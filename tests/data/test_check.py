@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+from dalle_jax.data.check import check
+from dalle_jax.data.sources import SourceError
+from dalle_jax.image.pixels import encode_png
+
+
+def picture(high, wide, shade=0):
+    return encode_png(np.full((high, wide, 3), shade, np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {
+        "good.png": picture(70, 80, 1),
+        "copy.png": picture(70, 80, 1),
+        "small.png": picture(70, 30, 2),
+        "long.png": picture(64, 129, 3),
+        "twice.png": picture(64, 128, 4),
+        "half.png": picture(64, 64, 5)[:60],
+        "mute.png": picture(64, 64, 6),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        if name != "mute.png":
+            (tmp_path / name).with_suffix(".txt").write_text("one\ntwo\n")
+    (tmp_path / "ghost.txt").write_text("boo")
+    return tmp_path
+
+
+def test_each_kind_of_trouble_is_found_by_name(folder):
+    report = check(folder)
+    assert (report.pictures, report.captions, report.pairs) == (7, 12, 5)
+    assert list(report.unreadable) == ["half.png"]
+    assert report.tiny == {"small.png": "30x70"}
+    assert report.elongated == {"long.png": "129x64", "small.png": "30x70"}
+    assert report.captionless == ["mute.png"]
+    assert report.missing == ["ghost.txt"]
+    assert report.duplicates == [["copy.png", "good.png"]]
+
+
+def test_the_printed_report_counts_and_names(folder):
+    text = str(check(folder))
+    assert "7 pictures, 12 captions, 5 pictures to train on" in text
+    assert "1 cannot be read:\n  half.png: damaged or truncated" in text
+    assert "1 are tiny (short side below 64 px):\n  small.png: 30x70" in text
+    assert "copy.png = good.png" in text
+    assert "nothing to complain" not in text
+
+
+def test_what_counts_as_tiny_can_be_set(folder):
+    assert sorted(check(folder, px=70).tiny) == ["long.png", "mute.png", "small.png", "twice.png"]
+
+
+def test_pictures_of_other_shape_but_equal_bytes_are_no_duplicates(tmp_path):
+    for name, shape in {"a.png": (4, 8), "b.png": (8, 4)}.items():
+        (tmp_path / name).write_bytes(picture(*shape))
+    assert check(tmp_path).duplicates == []
+
+
+def test_a_clean_folder_says_so(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(64, 64))
+    (tmp_path / "a.txt").write_text("a")
+    assert str(check(tmp_path)).endswith("1 pictures to train on\nnothing to complain about")
+
+
+def test_a_long_list_is_cut_but_counted(tmp_path):
+    for i in range(25):
+        (tmp_path / f"{i:02}.png").write_bytes(picture(64, 64, i))
+    text = str(check(tmp_path))
+    assert "25 have no caption" in text
+    assert "... and 5 more" in text
+
+
+def test_progress_reaches_the_end(folder):
+    seen = []
+    check(folder, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 7) for i in range(1, 8)]
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(SourceError, match="holds no pictures"):
+        check(tmp_path)

@@ -1,0 +1,135 @@
+import json
+
+import numpy as np
+import pytest
+
+from dalle_jax.data import shards
+from dalle_jax.data.batches import batches
+from dalle_jax.data.shards import CodeSource, write_codes
+from dalle_jax.data.sources import SourceError
+
+DVAE = "d" * 64
+
+
+def records(count, grid=4):
+    codes = np.random.default_rng(0).integers(0, 65_536, (count, grid, grid), dtype=np.int32)
+    return [
+        {"id": f"n{i}", "captions": [f"num\nber {i}", "é"], "codes": c} for i, c in enumerate(codes)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 3)
+    write_codes(tmp_path / "codes", iter(records(7)), meta={"dvae": DVAE, "px": 64})
+    return tmp_path / "codes"
+
+
+def test_records_come_back_as_they_were_over_several_shards(folder):
+    source = CodeSource(folder, dvae_fingerprint=DVAE)
+    assert len(source) == 7
+    for i, written in enumerate(records(7)):
+        read = source[i]
+        assert (read["id"], read["captions"]) == (written["id"], written["captions"])
+        assert read["codes"].dtype == np.uint16
+        np.testing.assert_array_equal(read["codes"], written["codes"])
+    assert source.meta == {"dvae": DVAE, "px": 64}
+    source.verify()
+
+
+def test_only_whole_files_and_a_manifest_remain(folder):
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "codes-00000.array_record",
+        "codes-00001.array_record",
+        "codes-00002.array_record",
+        "manifest.json",
+    ]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["grid"] == 4
+    assert [shard["records"] for shard in manifest["shards"]] == [3, 3, 1]
+
+
+def test_batches_read_shards_from_several_threads(folder):
+    source = CodeSource(folder, dvae_fingerprint=DVAE)
+    batch = next(batches(source, batch_size=7, seed=0, px=8, crop="prior", threads=3))
+    got = sorted(codes.tobytes() for codes in batch["codes"])
+    assert got == sorted(record["codes"].tobytes() for record in records(7))
+
+
+def test_codes_of_another_dvae_are_refused(folder):
+    with pytest.raises(SourceError, match="made by the dVAE dddddddddddd, not by eeee; delete"):
+        CodeSource(folder, dvae_fingerprint="eeee")
+
+
+def test_an_interrupted_run_leaves_nothing_that_opens(tmp_path):
+    def broken():
+        yield from records(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_codes(tmp_path, broken(), meta={"dvae": DVAE})
+    with pytest.raises(SourceError, match="no finished code shards"):
+        CodeSource(tmp_path, dvae_fingerprint=DVAE)
+
+
+def test_a_shortened_shard_is_found_when_opening(folder):
+    shard = folder / "codes-00001.array_record"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(SourceError, match=r"codes-00001\.array_record has \d+ bytes instead of"):
+        CodeSource(folder, dvae_fingerprint=DVAE)
+
+
+def damage(shard, position):
+    data = bytearray(shard.read_bytes())
+    data[position] ^= 1
+    shard.write_bytes(data)
+
+
+def test_a_damaged_record_is_left_out_of_training_and_found_by_verify(folder, caplog):
+    damage(folder / "codes-00002.array_record", 90)  # inside its one record
+    source = CodeSource(folder, dvae_fingerprint=DVAE)
+    with pytest.raises(OSError, match="code record 6 is damaged"):
+        source[6]
+    batch = next(batches(source, batch_size=7, seed=0, px=8, crop="prior", threads=0))
+    assert len({codes.tobytes() for codes in batch["codes"]}) == 6
+    assert "record 6 is left out" in caplog.text
+    with pytest.raises(SourceError, match=r"codes-00002\.array_record is damaged; copy it again"):
+        source.verify()
+
+
+def test_a_damaged_index_is_found_when_opening(folder):
+    shard = folder / "codes-00001.array_record"
+    damage(shard, shard.stat().st_size // 2)
+    with pytest.raises(SourceError, match=r"is damaged \(.*\); copy it again"):
+        CodeSource(folder, dvae_fingerprint=DVAE)
+
+
+def test_shards_of_another_format_are_refused(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 9}))
+    with pytest.raises(SourceError, match="format 9, but this version reads format 1"):
+        CodeSource(folder, dvae_fingerprint=DVAE)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.full((4, 4), 65_536), "bad: codes reach from 65536 to 65536, but shards hold 0"),
+        (np.full((4, 4), -1), "bad: codes reach from -1 to -1"),
+        (np.zeros((4, 5), int), r"bad: codes of shape \(4, 5\), expected one square grid"),
+    ],
+)
+def test_codes_that_do_not_fit_are_named(tmp_path, codes, message):
+    bad = [{"id": "bad", "captions": ["a"], "codes": codes}]
+    with pytest.raises(SourceError, match=message):
+        write_codes(tmp_path, bad, meta={"dvae": DVAE})
+
+
+def test_nothing_to_write_is_an_error(tmp_path):
+    with pytest.raises(SourceError, match="no records to write"):
+        write_codes(tmp_path, [], meta={"dvae": DVAE})
+
+
+def test_shards_must_name_their_dvae(tmp_path):
+    with pytest.raises(SourceError, match=r'need meta\["dvae"\]'):
+        write_codes(tmp_path, records(1), meta={})
