@@ -103,9 +103,16 @@ class Prior(nn.Module):
     config: PriorConfig
 
     def setup(self):
-        """Declares the parameters: weight matrices are named kernel, their biases bias."""
+        """Declares the parameters: weight matrices are named kernel, their biases bias.
+
+        Layers are cut out of the stack here: a loop over positions around a bound prior then holds
+        them as constants, where cutting at every step would copy all weights once more.
+        """
         self.embed = self.param("embed", _init_embeddings, self.config)
-        self.layers = self.param("layers", _init_layers, self.config)
+        stacked = self.param("layers", _init_layers, self.config)
+        self.layers = [
+            jax.tree.map(lambda weights, i=i: weights[i], stacked) for i in range(self.config.depth)
+        ]
         self.head = self.param("head", _init_head, self.config)
 
     def __call__(
@@ -139,7 +146,7 @@ class Prior(nn.Module):
             def look(query, key, value, mask=masks[kind]):
                 return attend(query, key, value, mask=mask), None
 
-            x, _ = _block(self._layer(layer), x, look)
+            x, _ = _block(self.layers[layer], x, look)
         P = config.text_length
         return (
             self._logits(x[:, : P - 1], "text"),
@@ -173,7 +180,7 @@ class Prior(nn.Module):
         x = self._embed_text(text)  # B P D
         caches = []
         for layer in range(config.depth):
-            x, cache = _block(self._layer(layer), x, look)
+            x, cache = _block(self.layers[layer], x, look)
             caches.append(cache)
         return tuple(caches)
 
@@ -198,7 +205,7 @@ class Prior(nn.Module):
         masks = self._masks()
         start = jnp.broadcast_to(self.embed["start_of_image"], (previous.shape[0], config.width))
         token = jnp.where(position == 0, start, self.embed["code"][previous])  # B D
-        x = (token + self._cells()[position][None])[:, None]  # B 1 D
+        x = (token + self._cell(position)[None])[:, None]  # B 1 D
         grown = []
         for layer, kind in enumerate(layer_kinds(config.depth)):
 
@@ -209,7 +216,7 @@ class Prior(nn.Module):
                 )
                 return attend(query, cache.key, cache.value, mask=mask[at][None]), cache
 
-            x, cache = _block(self._layer(layer), x, look)
+            x, cache = _block(self.layers[layer], x, look)
             grown.append(cache)
         return self._logits(x, "image")[:, 0], tuple(grown)
 
@@ -228,9 +235,6 @@ class Prior(nn.Module):
             for kind in set(layer_kinds(config.depth))
         }
 
-    def _layer(self, index):
-        return jax.tree.map(lambda weights: weights[index], self.layers)
-
     def _embed_text(self, text):
         V = self.config.text_vocabulary
         token = self.embed["text"][jnp.minimum(text, V - 1)] + self.embed["slot"][None]
@@ -239,15 +243,15 @@ class Prior(nn.Module):
 
     def _embed_image(self, codes):
         tokens = self._start("start_of_image", self.embed["code"][codes[:, :-1]])
-        return tokens + self._cells()[None]  # B I D
+        return tokens + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
 
     def _start(self, name, x):
         B, _, D = x.shape
         return jnp.concatenate([jnp.broadcast_to(self.embed[name], (B, 1, D)), x], axis=1)
 
-    def _cells(self):
-        row, column = self.embed["row"], self.embed["column"]
-        return (row[:, None] + column[None]).reshape(self.config.image_length, -1)  # I D
+    def _cell(self, position):
+        G = self.config.grid
+        return self.embed["row"][position // G] + self.embed["column"][position % G]
 
     def _logits(self, x, of):
         x = _layer_norm(self.head["norm"], x).astype(jnp.float32)
@@ -259,17 +263,22 @@ def _block(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer; `look` maps query, key, value to what was seen and a cache, if any, to hand on."""
     y = _layer_norm(weights["attention_norm"], x)
-    qkv = _linear("BTD,DCNH->BTCNH", weights["qkv"], y)
+    qkv = _linear(weights["qkv"], y)  # B T 3 N H
     seen, cache = look(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # B T N H
-    x = x + _linear("BTNH,NHD->BTD", weights["attention_out"], seen)
+    x = x + _linear(weights["attention_out"], seen)
     y = _layer_norm(weights["mlp_norm"], x)
-    y = _linear("BTD,DF->BTF", weights["mlp_in"], y)
+    y = _linear(weights["mlp_in"], y)  # B T F
     y = y * jax.nn.sigmoid(1.702 * y)
-    return x + _linear("BTF,FD->BTD", weights["mlp_out"], y), cache
+    return x + _linear(weights["mlp_out"], y), cache
 
 
-def _linear(spec, weights, x):
-    return jnp.einsum(spec, x, weights["kernel"]) + jnp.expand_dims(weights["bias"], (0, 1))
+def _linear(weights, x):
+    """Maps all axes of x after B and T to those of the bias."""
+    B, T, *_ = x.shape
+    kernel, bias = weights["kernel"], weights["bias"]
+    # one plain matrix product: XLA copies a kernel that is contracted along two axes
+    y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size)
+    return (y + bias.reshape(1, 1, -1)).reshape(B, T, *bias.shape)
 
 
 def _layer_norm(weights, x):

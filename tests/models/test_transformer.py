@@ -44,20 +44,21 @@ def _forward(config, text, codes):
 
 def _decode(config, text, codes):
     """Logits of all image positions, one cached step after the other."""
-    model, variables = Prior(config), {"params": _parameters(config)}
-
-    def step(caches, inputs):
-        logits, caches = model.apply(variables, caches, *inputs, method="decode")
-        return caches, logits
 
     @jax.jit
-    def steps(text, codes):
-        caches = model.apply(variables, text, method="prefill")
+    def steps(params, text, codes):
+        prior = Prior(config).bind({"params": params})
+        caches = prior.prefill(text)
+
+        def step(caches, inputs):
+            logits, caches = prior.decode(caches, *inputs)
+            return caches, logits
+
         previous = jnp.roll(codes, 1, axis=1).T  # position 0 ignores what comes with it
         _, logits = jax.lax.scan(step, caches, (previous, jnp.arange(config.image_length)))
         return logits.swapaxes(0, 1)
 
-    return steps(text, codes)
+    return steps(_parameters(config), text, codes)
 
 
 @pytest.mark.parametrize(
