@@ -1,0 +1,165 @@
+"""Draws image codes from the prior, one after the other, in a single compiled loop.
+
+Letters: B batch, P text positions, I = G * G image positions, G grid side, K codebook.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from dalle_jax.generate.filters import filter_logits
+from dalle_jax.models.transformer import Prior, PriorConfig
+
+
+def sample(
+    config: PriorConfig,
+    params: dict,
+    text: Int[Array | np.ndarray, "B slots"],
+    keys: Key[Array, " B"],
+    *,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | int | None = None,
+    guidance: float | int = 1.0,
+    prompt_codes: Int[Array | np.ndarray, "B G G"] | None = None,
+    keep_rows: int = 0,
+) -> Int[Array, "B G G"]:
+    """Draws one grid of codes for each caption.
+
+    The code at raster position p is drawn with fold_in(key, p), from this picture's key alone, so
+    a picture does not depend on the batch it is drawn in (up to float32 rounding, which batch
+    sizes may change: it can turn a draw that is as good as a tie). Whether there is a top_k, a
+    top_p and guidance is compiled in, and the batch size; their values are not, so that only a
+    new combination compiles anew.
+
+    Args:
+      config: sizes of the prior.
+      params: its weights, as `Prior(config).init` lays them out under "params".
+      text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
+      keys: one typed key (`jax.random.key`) a picture.
+      temperature: divides the logits, at least 0; 0 takes the likeliest code each time (greedy).
+      top_k: draw among the k likeliest codes, in [1, K]. None: among all.
+      top_p: then among the fewest that hold this share of the probability, in (0, 1]. None: all.
+      guidance: s in u + s (c - u), where c are the logits for the caption and u those for an
+        empty one (all pads); 1 is off and costs nothing, others double the work. The prior must
+        have seen empty captions in training.
+      prompt_codes: codes of a picture each, whose top rows are kept. None: no picture.
+      keep_rows: how many rows of prompt_codes are kept, in [0, G].
+
+    Returns:
+      Codes in [0, K).
+
+    Raises:
+      ValueError: for a value outside its range, or sizes that do not fit each other.
+
+    Source: Ramesh et al. 2021, section 2.6 and figure 2 for drawing at temperature t and keeping
+      top rows; top-k, top-p and guidance (Ho and Salimans 2022) are ours.
+    """
+    _check_options(config, temperature, top_k, top_p, guidance)
+    _check_arrays(config, text, keys, prompt_codes, keep_rows)
+    B, G = text.shape[0], config.grid
+    given = jnp.zeros((B, G, G), jnp.int32) if prompt_codes is None else jnp.asarray(prompt_codes)
+    return _sample(
+        config,
+        params,
+        jnp.asarray(text),
+        keys,
+        temperature=jnp.float32(temperature),
+        top_k=None if top_k is None else jnp.int32(top_k),
+        top_p=None if top_p is None else jnp.float32(top_p),
+        guidance=None if guidance == 1 else jnp.float32(guidance),
+        given=given.astype(jnp.int32),
+        kept=jnp.int32(keep_rows * G),
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, given, kept):
+    B, G = text.shape[0], config.grid
+    guided = guidance is not None  # None has no leaves, so that jit compiles it in
+    if guided:
+        empty = config.text_vocabulary + jnp.arange(config.text_length - 1, dtype=text.dtype)
+        text = jnp.concatenate([text, jnp.broadcast_to(empty, text.shape)])
+    prior = Prior(config).bind({"params": params})
+    caches = prior.prefill(text)
+
+    def step(carry, inputs):
+        caches, previous = carry
+        position, given = inputs
+        previous = jnp.tile(previous, 2) if guided else previous
+        logits, caches = prior.decode(caches, previous, position)  # B K, or twice B
+        if guided:
+            with_caption, without = jnp.split(logits, 2)
+            logits = without + guidance * (with_caption - without)
+        drawn = _draw(logits, keys, position, temperature, top_k, top_p)
+        code = jnp.where(position < kept, given, drawn)
+        return (caches, code), code
+
+    positions = jnp.arange(config.image_length)
+    start = (caches, jnp.zeros(B, jnp.int32))
+    _, codes = jax.lax.scan(step, start, (positions, given.reshape(B, -1).T))
+    return codes.T.reshape(B, G, G)
+
+
+def _draw(logits, keys, position, temperature, top_k, top_p):
+    best = jnp.argmax(logits, axis=-1)
+    greedy = temperature == 0
+    # with the best at 0, tiny temperatures send the others to -inf and nothing to nan
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = filter_logits(logits / jnp.where(greedy, 1, temperature), top_k=top_k, top_p=top_p)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits)
+    return jnp.where(greedy, best, drawn).astype(jnp.int32)
+
+
+def _check_options(config, temperature, top_k, top_p, guidance):
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"temperature is {temperature}, but must be 0 (always the likeliest code) or a "
+            "positive finite number"
+        )
+    if top_k is not None and not 1 <= top_k <= config.codes:
+        raise ValueError(
+            f"top_k is {top_k}, but must lie in 1..{config.codes}, the size of the codebook; "
+            "leave it out to draw from all codes"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_p is {top_p}, but must be above 0 and at most 1; "
+            "leave it out to draw from all codes"
+        )
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}, but must be a finite number; 1 turns it off")
+
+
+def _check_arrays(config, text, keys, prompt_codes, keep_rows):
+    B, G = text.shape[0], config.grid
+    if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"keys have dtype {keys.dtype}, but must come from jax.random.key")
+    if keys.shape != (B,):
+        raise ValueError(
+            f"got {B} captions and keys of shape {keys.shape}; give one key a picture, "
+            "for example jax.random.split(key, number)"
+        )
+    if not 0 <= keep_rows <= G:
+        raise ValueError(f"keep_rows is {keep_rows}, but must lie in 0..{G}, the rows of the grid")
+    if prompt_codes is None:
+        if keep_rows:
+            raise ValueError(
+                f"keep_rows is {keep_rows}, but there is no picture to keep rows of; "
+                "give prompt_codes, or keep_rows=0"
+            )
+    elif prompt_codes.shape != (B, G, G):
+        raise ValueError(
+            f"prompt_codes have shape {tuple(prompt_codes.shape)}, but {B} captions on grid {G} "
+            f"need {(B, G, G)}, one picture a caption"
+        )
+    elif B and not 0 <= prompt_codes.min() <= prompt_codes.max() < config.codes:
+        raise ValueError(
+            f"prompt_codes lie in {prompt_codes.min()}..{prompt_codes.max()}, but the codebook has "
+            f"0..{config.codes - 1}; were they made by another dVAE?"
+        )
