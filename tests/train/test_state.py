@@ -49,14 +49,13 @@ def batch_of(size):
 def test_accumulated_update_equals_whole_batch(key):
     stage = Line(optax.adamw(1e-2))
     results = []
-    for k in (1, 2, 4):
+    for k in (1, 4):
         step = state_lib.update_step(stage, accumulate=k)
         state = state_lib.create(stage, key)
         for _ in range(3):
             state, metrics = step(state, batch_of(8))
         results.append((state.params, state.average, metrics["loss"], metrics["grad_norm"]))
     chex.assert_trees_all_close(results[0], results[1], atol=1e-6)
-    chex.assert_trees_all_close(results[0], results[2], atol=1e-6)
 
 
 def test_micro_batches_get_keys_of_their_own(key):
