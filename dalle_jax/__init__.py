@@ -1,0 +1,18 @@
+"""DALL-E and coarse-to-fine token generation in JAX/Flax."""
+
+__all__ = ["Model", "load"]
+
+
+def load(name_or_folder):
+    """Opens a shipped model by name, or a model folder by path; see `Model.load`."""
+    from dalle_jax.generate.model import Model  # jax takes a second: only who draws waits for it
+
+    return Model.load(name_or_folder)
+
+
+def __getattr__(name):
+    if name == "Model":
+        from dalle_jax.generate.model import Model
+
+        return Model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

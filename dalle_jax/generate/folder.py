@@ -1,0 +1,173 @@
+"""A model folder: everything one model needs, its licence included, in one place.
+
+    config.json           format, name, px, sizes of the networks, fingerprints of the files
+    dvae.safetensors      weights in bfloat16, nested names joined by "/"
+    prior.safetensors     the same; absent if the folder holds a dVAE alone
+    tokenizer.model       SentencePiece; there if prior.safetensors is
+    README.md, LICENSE    model card with the attribution of the data, and the terms of the weights
+
+A prior knows codes and ids only by number, so config.json names the very dVAE and tokenizer that it
+was trained with, and any other is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent.parent / "pretrained"
+CONFIG, DVAE, PRIOR, TOKENIZER = (
+    "config.json",
+    "dvae.safetensors",
+    "prior.safetensors",
+    "tokenizer.model",
+)
+CARD, LICENSE = "README.md", "LICENSE"
+
+Tensors = dict[str, np.ndarray]
+
+
+class ModelError(ValueError):
+    """A model, or a folder with one, that cannot be used, said in one sentence."""
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with this package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def find(name_or_folder: str | os.PathLike) -> Path:
+    """Returns the folder of a shipped model, else the folder of that path.
+
+    Raises:
+      ModelError: if there is neither; the message lists the shipped models.
+    """
+    if name_or_folder in shipped():
+        return SHIPPED / name_or_folder
+    folder = Path(name_or_folder)
+    if (folder / CONFIG).is_file():
+        return folder
+    names = ", ".join(shipped()) or "none in this installation"
+    problem = f"has no {CONFIG}" if folder.is_dir() else "is neither a shipped model nor a folder"
+    raise ModelError(f"{str(name_or_folder)!r} {problem}; shipped models: {names}")
+
+
+def flat(params: Any) -> dict[str, Any]:
+    """Leaves of nested parameters under the names they are stored by, sorted."""
+    return dict(sorted(flax.traverse_util.flatten_dict(params, sep="/").items()))
+
+
+def to_tensors(params: Any) -> Tensors:
+    """Flattens nested parameters and rounds them to bfloat16, as they are stored."""
+    return {name: np.asarray(a).astype(ml_dtypes.bfloat16) for name, a in flat(params).items()}
+
+
+def to_params(tensors: Tensors) -> Any:
+    """Nests tensors again and widens them to float32, as they are used."""
+    widened = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    return flax.traverse_util.unflatten_dict(widened, sep="/")
+
+
+def fingerprint(tensors: Tensors) -> str:
+    """Sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+      ModelError: if it is no JSON object, or of a format this version does not know.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version = config["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error!r}); restore it") from error
+    if version != FORMAT:
+        raise ModelError(
+            f"{path} has format {version}, but this dalle_jax reads format {FORMAT}; "
+            "install the version that wrote it"
+        )
+    return config
+
+
+def sizes(cls: type, fields: Any, path: Path) -> Any:
+    """Makes a config dataclass from its saved fields; ModelError if they do not fit."""
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path / CONFIG} does not describe a {cls.__name__} of this version: {error}"
+        ) from error
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Reads a safetensors file; ModelError if it is missing or cut short."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"cannot read the weights {path}: missing or damaged ({error}); restore the file"
+        ) from error
+
+
+def write_config(folder: Path, **fields: Any) -> None:
+    """Writes config.json; dataclasses among the fields become objects."""
+    plain = {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in fields.items()
+    }
+    text = json.dumps({"format": FORMAT, **plain}, indent=2)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Writes a safetensors file."""
+    safetensors.numpy.save_file(tensors, path)
+
+
+@contextmanager
+def replacing(folder: str | os.PathLike) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the place of `folder` when all went well.
+
+    Raises:
+      ModelError: if something is there that is not a model folder; it is left alone.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / CONFIG).is_file() and not _is_empty(target):
+        raise ModelError(f"{target} holds other files; choose a new folder for the model")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new = workplace / "new"  # mkdir, unlike mkdtemp, lets others read it
+        new.mkdir()
+        yield new
+        if target.exists():
+            os.replace(target, workplace / "old")
+        os.replace(new, target)
+    finally:
+        shutil.rmtree(workplace)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

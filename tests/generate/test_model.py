@@ -1,0 +1,360 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import dalle_jax
+from dalle_jax.generate import folder as files
+from dalle_jax.generate import model as model_module
+from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate.model import Model, _micro_batches
+from dalle_jax.image.pixels import PictureError
+from dalle_jax.text.bpe import TextError, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, model):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.model(card="# Tiny\n", license="Do as you like.\n").save(path)
+    return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (5, tiny.PX, tiny.PX, 3), np.uint8)
+
+
+def write_png(path, array, mode=None):
+    Image.fromarray(array, mode).save(path)
+    return path
+
+
+# Drawing
+
+
+def test_generate_gives_n_pictures_a_caption(model):
+    images = model.generate(["red apple", "blue heart"], n=3)
+    assert images.shape == (2, 3, tiny.PX, tiny.PX, 3)
+    assert images.dtype == np.uint8
+    assert len({image.tobytes() for image in images.reshape(6, -1)}) == 6
+
+
+def test_one_caption_counts_as_a_list_of_one(model):
+    np.testing.assert_array_equal(model.generate("red apple"), model.generate(["red apple"]))
+
+
+def test_a_sample_depends_on_seed_caption_and_number_alone(model):
+    together = model.generate(["red apple", "blue heart"], n=3, seed=7)
+    np.testing.assert_array_equal(model.generate(["Blue heart"], n=2, seed=7)[0], together[1, :2])
+    assert (model.generate(["Blue heart"], n=2, seed=8)[0] != together[1, :2]).any()
+
+
+def test_micro_batches_change_nothing(model, monkeypatch):
+    whole = model.generate(["red apple", "blue heart"], n=3)
+    monkeypatch.setattr(model_module, "LARGEST", 2)
+    reports = []
+    parts = model.generate(
+        ["red apple", "blue heart"], n=3, progress=lambda *counts: reports.append(counts)
+    )
+    np.testing.assert_array_equal(parts, whole)
+    assert reports == [(2, 6), (4, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 24, 31, 33, 512])
+def test_micro_batches_cover_everything_once_in_one_shape(total):
+    batches = list(_micro_batches(total, bytes_each=1))
+    assert len({len(batch) for batch, _ in batches}) == 1
+    assert len(batches[0][0]) <= 32
+    covered = np.unique(np.concatenate([batch for batch, _ in batches]))
+    np.testing.assert_array_equal(covered, np.arange(total))
+    assert batches[-1][1] == total
+    assert sum(len(batch) for batch, _ in batches) < 1.5 * total + 1
+
+
+def test_micro_batches_shrink_to_the_memory():
+    assert {len(batch) for batch, _ in _micro_batches(512, bytes_each=2**28)} == {4}
+    assert {len(batch) for batch, _ in _micro_batches(3, bytes_each=2**40)} == {1}
+
+
+def test_temperature_zero_draws_the_likeliest_picture_whatever_the_seed(model):
+    first = model.generate("red apple", temperature=0, seed=0)
+    np.testing.assert_array_equal(first, model.generate("red apple", temperature=0, seed=1))
+
+
+def test_guidance_of_one_is_off(model):
+    plain, strong = (model.generate("red apple", n=2, guidance=s) for s in (1.0, 8.0))
+    assert (plain != strong).any()
+
+
+def test_image_prompt_keeps_its_top_rows_of_codes(model, pictures, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(model, "decode", lambda codes: decoded.append(codes) or pictures[:2])
+    model.generate("red apple", n=2, image_prompt=pictures[0], keep_rows=3)
+    wanted = model.encode(pictures[:1])[0]
+    for codes in decoded[0]:
+        np.testing.assert_array_equal(codes[:3], wanted[:3])
+
+
+def test_image_prompt_may_be_any_picture_file(model, tmp_path):
+    rng = np.random.default_rng(0)
+    clear = write_png(tmp_path / "alpha.png", rng.integers(0, 256, (40, 30, 4), np.uint8))
+    deep = write_png(tmp_path / "deep.png", rng.integers(0, 65536, (20, 20)).astype(np.uint16))
+    for path in (clear, str(deep)):
+        images = model.generate("red apple", image_prompt=path, keep_rows=1)
+        assert images.shape == (1, 1, tiny.PX, tiny.PX, 3)
+
+
+# Codes
+
+
+def test_encode_cuts_pictures_of_any_size_to_the_middle_square(model, pictures):
+    wide = np.concatenate([pictures[1], pictures[0], pictures[1]], axis=1)
+    codes = model.encode([pictures[0], wide])
+    assert codes.shape == (2, 4, 4)
+    assert codes.dtype == np.int32
+    np.testing.assert_array_equal(codes[0], codes[1])
+
+
+def test_micro_batches_change_no_code(model, pictures, monkeypatch):
+    whole = model.encode(pictures)
+    monkeypatch.setattr(model_module, "LARGEST", 2)
+    np.testing.assert_array_equal(model.encode(pictures), whole)
+    assert model.decode(whole).shape == pictures.shape
+    assert model.decode(whole[:0]).shape == (0, tiny.PX, tiny.PX, 3)
+
+
+# The folder
+
+
+def test_loaded_model_equals_the_one_that_was_saved(model, saved, pictures):
+    loaded = dalle_jax.load(saved)
+    np.testing.assert_array_equal(
+        loaded.generate("red apple", n=2), model.generate("red apple", n=2)
+    )
+    np.testing.assert_array_equal(loaded.encode(pictures), model.encode(pictures))
+    assert (loaded.name, loaded.card, loaded.license) == ("tiny", "# Tiny\n", "Do as you like.\n")
+    assert loaded.fingerprints == model.fingerprints
+    assert repr(loaded).startswith("Model('tiny': 16 px, 4 x 4 of 12 codes, prior of 0.0M")
+
+
+def test_model_folder_holds_all_that_is_needed(saved):
+    assert {path.name for path in saved.iterdir()} == {
+        *("config.json", "dvae.safetensors", "prior.safetensors", "tokenizer.model"),
+        *("README.md", "LICENSE"),
+    }
+    config = json.loads((saved / "config.json").read_text())
+    assert config["format"] == 1
+    assert config["prior"]["grid"] == 4
+    assert set(config["fingerprints"]) == {"dvae", "prior", "tokenizer"}
+
+
+def test_weights_are_stored_in_bfloat16(saved):
+    assert {str(t.dtype) for t in files.read_tensors(saved / "prior.safetensors").values()} == {
+        "bfloat16"
+    }
+
+
+def test_dvae_alone_encodes_and_decodes_but_does_not_draw(tmp_path, pictures):
+    alone = tiny.model(prior=None, prior_params=None, tokenizer=None)
+    alone.save(tmp_path / "alone")
+    loaded = dalle_jax.load(tmp_path / "alone")
+    assert loaded.decode(loaded.encode(pictures)).shape == pictures.shape
+    with pytest.raises(ModelError, match="'tiny' holds a dVAE alone: .* needs a prior"):
+        loaded.generate("red apple")
+
+
+def test_saving_replaces_a_model_and_leaves_nothing_else_behind(copy):
+    tiny.model(name="new").save(copy)
+    assert dalle_jax.load(copy).name == "new"
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_failed_save_leaves_the_old_model(copy, monkeypatch):
+    def fail(path, tensors):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "write_tensors", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tiny.model(name="new").save(copy)
+    assert dalle_jax.load(copy).name == "tiny"
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_saving_over_other_files_is_refused(tmp_path, model):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ModelError, match="holds other files; choose a new folder"):
+        model.save(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, dalle_jax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# What does not belong, or is damaged
+
+
+def refused(folder, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        dalle_jax.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_model_name_lists_the_shipped_ones(tmp_path, monkeypatch):
+    (tmp_path / "emoji").mkdir()
+    (tmp_path / "emoji" / "config.json").write_text("{}")
+    monkeypatch.setattr(files, "SHIPPED", tmp_path)
+    refused("emojy", "'emojy' is neither a shipped model nor a folder; shipped models: emoji")
+    refused(tmp_path, r"has no config.json; shipped models: emoji")
+
+
+def test_tokenizer_that_does_not_belong_is_refused(copy):
+    Tokenizer.train(["dog"], vocabulary=320).save(copy / "tokenizer.model")
+    refused(copy, "made for text vocabulary .*, but the tokenizer has .*do not belong together")
+
+
+def test_tokenizer_of_the_same_size_that_does_not_belong_is_refused(copy):
+    data = tiny.tokenizer().to_bytes()
+    assert data.count(b"apple") == 1
+    (copy / "tokenizer.model").write_bytes(data.replace(b"apple", b"elppa"))
+    refused(copy, "the tokenizer of model 'tiny' is not the one it was trained with .*put the orig")
+
+
+def test_dvae_that_does_not_belong_is_refused(copy):
+    other = tiny.model(dvae_params=tiny.dvae_params(5))
+    other.save(copy.parent / "other")
+    shutil.copy(copy.parent / "other" / "dvae.safetensors", copy)
+    refused(copy, "the dVAE of model 'tiny' is damaged or not the one it was trained with")
+
+
+def test_flipped_bit_in_the_prior_is_noticed(copy):
+    path = copy / "prior.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+    refused(copy, "the prior of model 'tiny' is damaged .*put the original file back")
+
+
+@pytest.mark.parametrize("name", ["dvae.safetensors", "prior.safetensors"])
+def test_truncated_or_missing_weights_are_refused(copy, name):
+    path = copy / name
+    path.write_bytes(path.read_bytes()[:-3])
+    refused(copy, f"cannot read the weights .*{name}: missing or damaged")
+    path.unlink()
+    refused(copy, f"cannot read the weights .*{name}: missing or damaged")
+
+
+def test_missing_tokenizer_is_refused(copy):
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(TextError, match=r"cannot read the tokenizer .*tokenizer\.model"):
+        dalle_jax.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2, but this dalle_jax reads format 1"),
+        ({"dvae": {"depth": 3}}, "does not describe a DVAEConfig of this version: .*depth"),
+        ({"px": 18}, "px is 18, but must be a multiple of 4"),
+        ({"px": 32}, "made for grid 4, but the dVAE has 8; they do not belong together"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(copy, change, message):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(copy, message)
+
+
+def test_damaged_config_is_refused(copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    del config["px"]
+    path.write_text(json.dumps(config))
+    refused(copy, "config.json lacks 'px'; restore it")
+    path.write_text('{"form')
+    refused(copy, "config.json is damaged")
+
+
+def test_weights_of_other_sizes_are_refused():
+    config = tiny.DVAE_CONFIG.__class__(
+        width=8, groups=3, blocks_per_group=1, codes=12, code_width=16
+    )
+    with pytest.raises(ModelError, match=r"dVAE do not fit its config: decoder/.* has shape \("):
+        tiny.model(dvae=config)
+
+
+def test_prior_without_tokenizer_is_refused():
+    with pytest.raises(ModelError, match="has a prior but no tokenizer"):
+        tiny.model(tokenizer=None)
+
+
+# Bad requests
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompts": []}, "no caption was given"),
+        ({"prompts": ["red apple", "  "]}, "caption 2 of 2 is empty; say what to draw"),
+        ({"prompts": "red " * 9}, "has .* tokens, but only 8 fit; shorten it"),
+        ({"n": 0}, "n is 0; at least 1"),
+        ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"keep_rows": 2}, "keep_rows is 2, but no image prompt was given"),
+    ],
+)
+def test_bad_request_is_refused_in_one_sentence(model, request_, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**({"prompts": "red apple"} | request_))
+
+
+@pytest.mark.parametrize("keep_rows", [-1, 0, 4, 9])
+def test_rows_to_keep_must_lie_within_the_grid(model, pictures, keep_rows):
+    with pytest.raises(ValueError, match=f"keep_rows is {keep_rows}; .* 1 to 3, since the grid"):
+        model.generate("red apple", image_prompt=pictures[0], keep_rows=keep_rows)
+
+
+def test_unusable_image_prompt_is_refused(model, tmp_path):
+    dot = write_png(tmp_path / "dot.png", np.zeros((1, 1, 3), np.uint8))
+    cut = write_png(tmp_path / "cut.png", np.zeros((99, 99, 3), np.uint8))
+    cut.write_bytes(cut.read_bytes()[:80])
+    for path, message in ((dot, "1x1 pixels, .* at least 4"), (cut, "damaged or truncated")):
+        with pytest.raises(PictureError, match=f"{re.escape(path.name)}: {message}"):
+            model.generate("red apple", image_prompt=path, keep_rows=1)
+    with pytest.raises(FileNotFoundError):
+        model.generate("red apple", image_prompt=tmp_path / "none.png", keep_rows=1)
+
+
+def test_pictures_and_codes_of_the_wrong_kind_are_refused(model):
+    with pytest.raises(ValueError, match=r"got a picture of float64 \[16, 16, 3\]; .* uint8"):
+        model.encode([np.zeros((16, 16, 3))])
+    with pytest.raises(ValueError, match="codes go from 0 to 12, but the codebook holds 0 to 11"):
+        model.decode(np.arange(16).reshape(1, 4, 4) % 13)
+
+
+def test_model_class_is_reached_from_the_package():
+    assert dalle_jax.Model is Model
+    with pytest.raises(AttributeError, match="no attribute 'Modell'"):
+        _ = dalle_jax.Modell

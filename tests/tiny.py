@@ -1,0 +1,58 @@
+"""A model with random weights that draws in milliseconds, for the tests of several rooms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.generate.model import Model
+from dalle_jax.models.dvae import DVAE, DVAEConfig
+from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.text.bpe import Tokenizer
+
+PX = 16
+DVAE_CONFIG = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=12, code_width=8)
+
+
+@functools.cache
+def tokenizer():
+    return Tokenizer.train(["red apple", "blue heart", "crying cat"], vocabulary=320)
+
+
+@functools.cache
+def parts():
+    config = PriorConfig(
+        width=16,
+        depth=2,
+        heads=2,
+        text_vocabulary=tokenizer().vocabulary,
+        text_length=9,
+        grid=4,
+        codes=12,
+        kernel=3,
+    )
+    text, codes = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 16), jnp.int32)
+    return {
+        "px": PX,
+        "dvae": DVAE_CONFIG,
+        "dvae_params": dvae_params(0),
+        "prior": config,
+        "prior_params": _drawn(1, Prior(config), text, codes),
+        "tokenizer": tokenizer(),
+    }
+
+
+def dvae_params(seed):
+    return _drawn(seed, DVAE(DVAE_CONFIG), jnp.zeros((1, PX, PX, 3)))
+
+
+def model(**changes):
+    """A fresh tiny model; heads and biases are random too, so that captions matter."""
+    return Model(**({"name": "tiny"} | parts() | changes))
+
+
+def _drawn(seed, module, *inputs):
+    rng = np.random.default_rng(seed)  # numpy compiles nothing
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), shapes)
