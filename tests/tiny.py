@@ -27,12 +27,12 @@ def parts():
         depth=2,
         heads=2,
         text_vocabulary=tokenizer().vocabulary,
-        text_length=9,
+        text_length=64,
         grid=4,
         codes=12,
         kernel=3,
     )
-    text, codes = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 16), jnp.int32)
+    text, codes = jnp.zeros((1, 63), jnp.int32), jnp.zeros((1, 16), jnp.int32)
     return {
         "px": PX,
         "dvae": DVAE_CONFIG,

@@ -313,7 +313,7 @@ def test_prior_without_tokenizer_is_refused():
     [
         ({"prompts": []}, "no caption was given"),
         ({"prompts": ["red apple", "  "]}, "caption 2 of 2 is empty; say what to draw"),
-        ({"prompts": "red " * 9}, "has .* tokens, but only 8 fit; shorten it"),
+        ({"prompts": "red " * 99}, "has 198 tokens, but only 63 fit; shorten it"),
         ({"n": 0}, "n is 0; at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),

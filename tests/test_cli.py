@@ -1,0 +1,164 @@
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from dalle_jax.cli import main
+from dalle_jax.generate.folder import SHIPPED
+from dalle_jax.image.pixels import decode
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.model().save(path)
+    return str(path)
+
+
+@pytest.fixture
+def dalle(capsys):
+    """Runs the command line; gives its exit status, what it printed and what it complained of."""
+
+    def run(*args):
+        status = 0
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_generate_draws_a_sheet_and_says_where(dalle, folder, tmp_path):
+    sheet = tmp_path / "new" / "sheet.png"
+    args = ("red apple", "crying cat", "--model", folder, "-n", 2, "--seed", 3, "--out", sheet)
+    status, said, _ = dalle("generate", *args)
+    assert status == 0
+    assert said.startswith("4 pictures of 16 px in ")
+    assert said.endswith(f"s: {sheet}\n")
+    first = decode(sheet)
+    assert first.shape[1] > 2 * 8 * tiny.PX
+    sheet.unlink()
+    dalle("generate", *args)
+    np.testing.assert_array_equal(decode(sheet), first)
+
+
+def test_without_captions_the_first_six_of_the_list_are_drawn(dalle, folder, tmp_path):
+    singles = tmp_path / "singles"
+    status, said, _ = dalle(
+        *("generate", "--model", folder, "-n", 1, "--singles", singles),
+        *("--out", tmp_path / "sheet.png"),
+    )
+    assert status == 0
+    assert said.startswith("6 pictures")
+    names = sorted(path.name for path in singles.iterdir())
+    listed = (SHIPPED / "captions.txt").read_text().splitlines()[:6]
+    assert names == [
+        f"{row:03d}-{caption.lower().replace(' ', '-')}-000.png"
+        for row, caption in enumerate(listed)
+    ]
+    assert decode(singles / names[0]).shape == (tiny.PX, tiny.PX, 3)
+
+
+def test_listed_captions_are_plain_and_all_different():
+    captions = (SHIPPED / "captions.txt").read_text().splitlines()
+    assert len(captions) == len(set(captions)) == 40
+    assert all(caption.strip() == caption != "" for caption in captions)
+
+
+def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
+    picture = tmp_path / "alpha.png"
+    Image.new("RGBA", (30, 40), (255, 0, 0, 9)).save(picture)
+    status, _, _ = dalle(
+        *("generate", "red apple", "--model", folder, "-n", 1, "--out", tmp_path / "sheet.png"),
+        *("--image-prompt", picture, "--keep-rows", 2),
+    )
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ([" "], "caption 1 of 1 is empty; say what to draw"),
+        (["-n", 0], "n is 0; at least 1 picture per caption can be drawn"),
+        (["--temperature", -1], "temperature is -1.0"),
+        (["--top-k", 0], "top_k is 0"),
+        (["--top-p", 1.5], "top_p is 1.5"),
+        (["--seed", -1], "seed is -1; it must be a whole number from 0 to 4294967295"),
+        (["--out", "sheet.jpg"], "--out is sheet.jpg; the sheet is a PNG, so its name must end in"),
+        (["--keep-rows", 2], "keep_rows is 2, but no image prompt was given"),
+        (["--image-prompt", "none.png", "--keep-rows", 2], "none.png: No such file or directory"),
+        (["--model", "emojy"], "'emojy' is neither a shipped model nor a folder; shipped models:"),
+    ],
+)
+def test_what_the_user_can_mend_is_said_in_one_sentence(
+    dalle, folder, tmp_path, monkeypatch, args, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    captions = [] if args == [" "] else ["red apple"]
+    status, said, complained = dalle("generate", *captions, "--model", folder, *args)
+    assert status == 2
+    assert said == ""
+    assert complained.startswith("dalle-jax: ")
+    assert complaint in complained
+    assert complained.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncated_image_prompt_is_named(dalle, folder, tmp_path):
+    cut = tmp_path / "cut.png"
+    Image.new("RGB", (99, 99)).save(cut)
+    cut.write_bytes(cut.read_bytes()[:80])
+    status, _, complained = dalle(
+        *("generate", "red apple", "--model", folder, "--image-prompt", cut, "--keep-rows", 1)
+    )
+    assert status == 2
+    assert f"{cut}: damaged or truncated" in complained
+
+
+def test_damaged_weights_are_named(dalle, folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = broken / "prior.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    status, _, complained = dalle("generate", "red apple", "--model", broken)
+    assert status == 2
+    assert f"cannot read the weights {weights}: missing or damaged" in complained
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("--temprature", "--temperature"), ("--guidence", "--guidance"), ("--modle", "--model")],
+)
+def test_mistyped_option_says_what_was_meant(dalle, wrong, meant):
+    status, _, complained = dalle("generate", "red apple", wrong, "1")
+    assert status == 2
+    assert "Perhaps you meant" in complained
+    assert meant in complained
+
+
+def test_help_explains_every_option(dalle):
+    status, said, _ = dalle("generate", "--help")
+    assert status == 0
+    for words in ("Pictures per caption", "0 always", "above 0 and up to 1", "rows of codes"):
+        assert words in " ".join(said.replace("│", " ").split())
+
+
+def test_data_check_lists_what_is_wrong(dalle, tmp_path):
+    Image.new("RGB", (99, 99), "red").save(tmp_path / "red.png")
+    (tmp_path / "red.txt").write_text("a red square\n")
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "dot.png")
+    status, said, _ = dalle("data", "check", tmp_path)
+    assert status == 0
+    assert "2 pictures, 1 captions, 1 pictures to train on" in said
+    assert "1 are tiny (short side below 64 px):\n  dot.png: 9x9" in said
+    assert "1 have no caption:\n  dot.png" in said
+
+
+def test_data_check_of_a_folder_without_pictures_is_an_error(dalle, tmp_path):
+    status, _, complained = dalle("data", "check", tmp_path)
+    assert status == 2
+    assert complained.startswith("dalle-jax: ")
+    assert str(tmp_path) in complained
