@@ -143,7 +143,7 @@ def write_config(folder: Path, **fields: Any) -> None:
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """Writes a safetensors file."""
-    safetensors.numpy.save_file(tensors, path)
+    path.write_bytes(safetensors.numpy.save(tensors))  # save_file would lock out other users
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from dalle_jax.models.transformer import Prior, PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 
 MEMORY = 2**30  # bytes that one micro-batch may need besides the weights, about
-LARGEST = 32  # pictures in a micro-batch: more are no faster on the machines we measured
+LARGEST = 32  # pictures in a micro-batch; on 2 cores 8 to 64 take the same time a picture, 0.6 s
 
 
 class Model:

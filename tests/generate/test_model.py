@@ -164,6 +164,10 @@ def test_model_folder_holds_all_that_is_needed(saved):
     assert set(config["fingerprints"]) == {"dvae", "prior", "tokenizer"}
 
 
+def test_every_file_may_be_read_by_those_who_may_read_the_config(saved):
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
+
+
 def test_weights_are_stored_in_bfloat16(saved):
     assert {str(t.dtype) for t in files.read_tensors(saved / "prior.safetensors").values()} == {
         "bfloat16"

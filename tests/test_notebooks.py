@@ -1,0 +1,33 @@
+"""The notebooks run, on a tiny model with random weights and without Jupyter."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_without_outputs(path):
+    for cell in code_cells(path):
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+
+
+def test_first_pictures_runs(tmp_path, monkeypatch):
+    tiny.model().save(tmp_path / "tiny")
+    monkeypatch.setenv("DALLE_JAX_MODEL", str(tmp_path / "tiny"))
+    names = {}
+    (path,) = (path for path in NOTEBOOKS if path.stem == "first_pictures")
+    for number, cell in enumerate(code_cells(path)):
+        exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
+    shape = (2, 4, tiny.PX, tiny.PX, 3)
+    assert names["pictures"].shape == names["endings"].shape == shape
+    assert names["again"].shape == names["originals"].shape
