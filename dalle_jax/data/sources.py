@@ -1,6 +1,6 @@
 """What a set of captioned pictures looks like to training, and the simplest one: a folder.
 
-A record is a dict with "id" (str), "image" (bytes of a picture file) or "codes" (uint16 [G, G]),
+A record is a dict with "id" (str), "image" (bytes or path of a picture file) or "codes" (uint16 [G, G]),
 and "captions" (list of str, at least one, the first being the primary one).
 """
 
@@ -165,7 +165,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Record:
         name, captions = self._captions[index]
-        return {"id": name, "image": (self._root / name).read_bytes(), "captions": list(captions)}
+        return {"id": name, "image": self._root / name, "captions": list(captions)}
 
 
 def _validation_names(root: Path, names: list[str], share: float) -> set[str]:

@@ -33,7 +33,7 @@ def test_text_files_beside_pictures_give_one_caption_a_line(folder):
         ["café"],
         ["deep"],
     ]
-    assert source[1]["image"] == png(1)
+    assert source[1]["image"].read_bytes() == png(1)
     assert list_folder(folder).missing == ["ghost.txt"]
 
 
