@@ -1,0 +1,249 @@
+"""Stage 1: the dVAE learns to turn pictures into codes and back.
+
+Source: Ramesh et al. 2021, section 2.1 and appendix A; the short recipe is ours.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from dalle_jax import losses
+from dalle_jax.image.pixels import map_pixels
+from dalle_jax.image.sheet import contact_sheet
+from dalle_jax.models.dvae import DVAE, DVAEConfig, reconstruction
+from dalle_jax.optim.optimizer import adamw
+from dalle_jax.optim.schedules import cosine, warm_up
+from dalle_jax.train.codebook import kmeans_start
+from dalle_jax.train.loop import LoopConfig
+
+log = logging.getLogger(__name__)
+
+COLLAPSED = 1 / 8  # a codebook with less than this share of its codes in use gets a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAERun:
+    """One training run of the dVAE; the defaults are the paper's, `short_dvae_run` is our recipe.
+
+    A length of None stands for a share of the run, named beside it.
+    """
+
+    model: DVAEConfig = field(default_factory=DVAEConfig)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: LoopConfig(steps=3_000_000)
+    )
+    px: int = 256
+    """Side of the pictures the model is for, in pixels."""
+    crop_px: int | None = None
+    """Side of the squares cut from them for training, in pixels; None for whole pictures."""
+    batch_size: int = 512
+    """Pictures (or squares) in an update, over all devices."""
+    step_size: float = 1e-4
+    """Greatest learning rate."""
+    step_size_end: float = 1.25e-6
+    """Learning rate at the end of its cosine."""
+    step_size_steps: int | None = 1_200_000
+    """Updates of that cosine; None for the whole run."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises from 0."""
+    temperature_start: float = 1.0
+    """Temperature of the relaxed samples at the start."""
+    temperature_end: float = 1 / 16
+    """Temperature at the end of its cosine."""
+    temperature_steps: int | None = 150_000
+    """Updates of that cosine; None for 70 % of the run."""
+    kl_weight: float = 6.6
+    """Weight beta of the KL to uniform: the loss is mean pixel NLL + beta / (3 f^2) * mean KL."""
+    kl_steps: int | None = 5_000
+    """Updates over which beta rises from 0 along a cosine; None for full weight at once."""
+    rare_code_weight: float = 0.0
+    """Weight of a penalty on codes falling out of use, on the scale of beta (ours); 0 for none."""
+    kmeans_start: bool = False
+    """Start the codebook from clusters of the untrained encoder's features (ours)."""
+    min_log_scale: float | None = None
+    """Floor of ln b in the likelihood (ours); None for none, as in the paper."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay, multiplied by the learning rate."""
+    clip_norm: float | None = None
+    """Global norm that gradients are clipped to; None for no clipping."""
+
+    def __post_init__(self):
+        f = self.model.factor
+        for name in ("px", "crop_px"):
+            side = getattr(self, name)
+            if side is not None and (side < f or side % f):
+                raise ValueError(f"{name} is {side}, but has to be a multiple of the model's f={f}")
+        if self.crop_px is not None and self.crop_px > self.px:
+            raise ValueError(f"crop_px is {self.crop_px}, more than the pictures' px={self.px}")
+
+
+def short_dvae_run(**changes) -> DVAERun:
+    """Our recipe for runs of thousands of updates, not millions; `changes` replace its fields.
+
+    docs/dvae.md says what each departure from the paper bought.
+    """
+    recipe = {
+        "step_size": 2e-3,
+        "step_size_end": 1e-4,
+        "step_size_steps": None,
+        "warmup_steps": 100,
+        "temperature_steps": None,
+        "kl_steps": None,
+        "kl_weight": 1.0,
+        "rare_code_weight": 10.0,
+        "kmeans_start": True,
+        "min_log_scale": -2.0,
+        "clip_norm": 1.0,
+    }
+    return DVAERun(**(recipe | changes))
+
+
+class DVAEStage:
+    """The dVAE as a stage of the training loop.
+
+    Args:
+      run: the settings.
+      start_images: uint8 [B, R, R, 3] training pictures for the k-means start.
+      validation: a function giving one pass over the validation pictures, in batches with
+        uint8 "image" [B, R, R, 3].
+    """
+
+    name = "dvae"
+
+    def __init__(self, run: DVAERun, *, start_images: np.ndarray, validation):
+        self.run = run
+        self.model = DVAE(run.model)
+        self._start_images = start_images
+        self._validation = validation
+        steps = run.loop.steps
+        self.temperature = cosine(
+            run.temperature_start,
+            run.temperature_end,
+            _steps(run.temperature_steps, 0.7 * steps),
+        )
+        self.kl_weight = cosine(0.0, run.kl_weight, _steps(run.kl_steps, 0))
+        step_size = cosine(
+            run.step_size,
+            run.step_size_end,
+            _steps(run.step_size_steps, max(steps - run.warmup_steps, 1)),
+        )
+        self.optimizer = adamw(
+            warm_up(run.step_size, run.warmup_steps, step_size),
+            b2=0.999,
+            weight_decay=run.weight_decay,
+            clip_norm=run.clip_norm,
+        )
+        self._reconstruct = jax.jit(self._codes_and_pictures)
+
+    def init(self, key):
+        """Draws the parameters; see `models.dvae` and `train.codebook`."""
+        key_params, key_clusters = jax.random.split(key)
+        side = self.run.model.factor
+        params = jax.jit(self.model.init)(key_params, jnp.zeros((1, side, side, 3)))["params"]
+        if self.run.kmeans_start:
+            params = kmeans_start(key_clusters, params, self.run.model, self._start_images)
+        return params
+
+    def loss(self, params, batch, key, step):
+        """Mean pixel NLL + beta / (3 f^2) * mean cell KL.
+
+        This is the paper's loss divided by the number of pixels and channels: at 256 px and f = 8
+        it is mean NLL + (beta / 192) * mean KL.
+        """
+        run = self.run
+        key_windows, key_codes = jax.random.split(key)
+        images = batch["image"]
+        if run.crop_px is not None:
+            images = _windows(key_windows, images, run.crop_px, run.model.factor)
+        x = map_pixels(images.astype(jnp.float32) / 255)
+        logits = self._apply(params, x, "encode")
+        z = losses.gumbel_softmax(key_codes, logits, self.temperature(step))
+        stats = self._apply(params, z, "decode")
+        nll = jnp.mean(losses.logit_laplace_nll(x, stats, min_log_scale=run.min_log_scale))
+        kl = jnp.mean(losses.kl_to_uniform(logits))
+        per_value = 1 / (3 * run.model.factor**2)
+        loss = nll + self.kl_weight(step) * per_value * kl
+        metrics = {"nll": nll, "kl": kl}
+        if run.rare_code_weight:
+            metrics["rare"] = losses.rare_code_penalty(logits)
+            loss += run.rare_code_weight * per_value * metrics["rare"]
+        return loss, metrics
+
+    def evaluate(self, params) -> dict[str, float]:
+        """Measures hard (argmax) reconstruction over the validation pictures.
+
+        Returns:
+          psnr: mean over pictures of 10 log10(255^2 / MSE), in dB;
+          psnr_foreground: the same over the pixels that are not white;
+          codes: distinct codes seen; perplexity: exp of the entropy of their frequencies.
+        """
+        counts = np.zeros(self.run.model.codes, int)
+        psnr, foreground = [], []
+        for images in self._pictures():
+            codes, drawn = map(np.asarray, self._reconstruct(params, images))
+            counts += np.bincount(codes.ravel(), minlength=len(counts))
+            error = np.square(drawn.astype(float) - images).mean(-1)  # B R R
+            seen = (images < 250).any(-1)
+            psnr += _decibels(error.mean((1, 2)))
+            foreground += _decibels((error * seen).sum((1, 2)) / np.maximum(seen.sum((1, 2)), 1))
+        frequency = counts[counts > 0] / counts.sum()
+        used = int((counts > 0).sum())
+        if used < COLLAPSED * len(counts):
+            log.warning(
+                "the codebook has collapsed: %d of %d codes are in use; a higher kl_weight or "
+                "rare_code_weight, or a slower temperature, keeps more of them",
+                used,
+                len(counts),
+            )
+        return {
+            "psnr": float(np.mean(psnr)),
+            "psnr_foreground": float(np.mean(foreground)),
+            "codes": used,
+            "perplexity": float(np.exp(-np.sum(frequency * np.log(frequency)))),
+        }
+
+    def sheet(self, params):
+        """Draws validation pictures, each row above its reconstruction."""
+        images = next(iter(self._pictures()))
+        images = images[: min(len(images) // 8, 2) * 8 or len(images)]  # whole rows of eight
+        _, drawn = self._reconstruct(params, images)
+        pairs = zip(*(np.split(x, max(len(x) // 8, 1)) for x in (images, drawn)), strict=True)
+        rows = [row for pair in pairs for row in pair]
+        return contact_sheet(np.stack(rows), ["pictures", "reconstructions"] * (len(rows) // 2))
+
+    def _pictures(self) -> Iterable[np.ndarray]:
+        for batch in self._validation():
+            yield batch["image"]
+
+    def _codes_and_pictures(self, params, images):
+        x = map_pixels(images.astype(jnp.float32) / 255)
+        codes = jnp.argmax(self._apply(params, x, "encode"), axis=-1)
+        return codes, reconstruction(self._apply(params, codes, "decode"))
+
+    def _apply(self, params, x, method):
+        return self.model.apply({"params": params}, x, method=method)
+
+
+def _windows(key, images, side, factor):
+    """Cuts one square from each picture, along the lines of the grid of codes."""
+    B, R = images.shape[:2]
+    at = factor * jax.random.randint(key, (B, 2), 0, (R - side) // factor + 1)
+
+    def cut(image, at):
+        return jax.lax.dynamic_slice(image, (at[0], at[1], 0), (side, side, 3))
+
+    return jax.vmap(cut)(images, at)
+
+
+def _steps(given: int | None, otherwise: int | float) -> int:
+    return round(otherwise) if given is None else given
+
+
+def _decibels(mean_squared_error) -> list[float]:
+    return list(10 * np.log10(255**2 / np.maximum(mean_squared_error, 1e-2)))

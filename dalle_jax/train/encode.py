@@ -1,0 +1,65 @@
+"""From pictures to codes by a frozen dVAE: while the prior trains, or once, ahead of it.
+
+Source: Ramesh et al. 2021, section 2.2: the codes are the argmax of the encoder's logits.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dalle_jax.data import shards
+from dalle_jax.data.batches import once
+from dalle_jax.data.sources import DataSource
+from dalle_jax.generate.model import Model
+from dalle_jax.train.loop import DataIterator
+
+
+class EncodedBatches:
+    """An iterator whose pictures have become codes; its position is that of the one below.
+
+    Args:
+      iterator: yields dicts with uint8 "image" [B, R, R, 3].
+      model: its dVAE encodes them.
+    """
+
+    def __init__(self, iterator: DataIterator, model: Model):
+        self._iterator, self._model = iterator, model
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """Gives the next batch, with int32 "codes" [B, G, G] in place of "image"."""
+        batch = dict(next(self._iterator))
+        return batch | {"codes": self._model.encode(batch.pop("image"))}
+
+    def get_state(self) -> dict:
+        """Gives the position after the last batch."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Goes to a position."""
+        self._iterator.set_state(state)
+
+
+def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
+    """Gives a source with codes for pictures, written to code shards the first time it is asked.
+
+    Every picture is centre-cropped, so the prior sees one crop of each.
+
+    Args:
+      source: pictures with captions.
+      model: its dVAE encodes them.
+      folder: where the shards are kept.
+    Raises:
+      SourceError: if the shards there come from another dVAE.
+    """
+    fingerprint = model.fingerprints["dvae"]
+    if not (folder / "manifest.json").exists():
+        shards.write_codes(folder, _records(source, model), meta={"dvae": fingerprint})
+    return shards.CodeSource(folder, dvae_fingerprint=fingerprint)
+
+
+def _records(source: DataSource, model: Model) -> Iterator[dict]:
+    for batch in once(source, batch_size=64, px=model.px):
+        for index, codes in zip(batch["index"], model.encode(batch["image"]), strict=True):
+            record = source[int(index)]
+            yield {"id": record["id"], "captions": record["captions"], "codes": codes}

@@ -1,0 +1,255 @@
+"""What the scripts under experiments/ share: their command line, and all stages in turn.
+
+A workdir holds one folder for each stage (checkpoints, metrics.jsonl, sheets) and, once trained,
+`model`, the folder that `dalle_jax.load` opens. Source: ours.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol, Union, runtime_checkable
+
+import jax
+import tyro
+
+from dalle_jax.data.batches import batches, once
+from dalle_jax.data.sources import DataSource
+from dalle_jax.generate.model import Model
+from dalle_jax.image.sheet import contact_sheet, save_png
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train.checkpoint import CheckpointError
+from dalle_jax.train.dvae import DVAERun, DVAEStage
+from dalle_jax.train.encode import EncodedBatches, encoded
+from dalle_jax.train.log import read_metrics, show_log_lines
+from dalle_jax.train.loop import train
+from dalle_jax.train.prior import PriorRun, PriorStage
+from dalle_jax.train.window import NonFiniteError
+
+log = logging.getLogger(__name__)
+
+START_PICTURES = 1024  # pictures that the k-means start of a dVAE looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Opened pictures and captions, and what a model card has to say of them."""
+
+    train: DataSource
+    validation: DataSource
+    captions: Sequence[str]
+    """Drawn on the sample sheets."""
+    attribution: str
+    """Markdown for the model card: where the pictures are from and on which terms."""
+    license: str = ""
+    """Terms for weights trained on them; empty if their owner has not said."""
+
+
+@runtime_checkable
+class DataOptions(Protocol):
+    """A frozen dataclass of command-line options that say which data to open."""
+
+    def open(self, px: int) -> Data:
+        """Opens the data, for a model of pictures of side px."""
+        ...
+
+
+def main(
+    name: str,
+    *,
+    data: type[DataOptions],
+    dvae: DVAERun,
+    prior: PriorRun,
+    args: Sequence[str] | None = None,
+) -> None:
+    """Runs an experiment script: reads its command line and trains the stages it names.
+
+    Args:
+      name: of the experiment and of its models.
+      data: options of the data.
+      dvae: settings of the dVAE's run, unless the command line says otherwise.
+      prior: settings of the prior's run, likewise.
+      args: the command line; None for the process's own.
+    Raises:
+      SystemExit: 2 with one sentence if something given cannot be used.
+    """
+    commands = (
+        _command("dvae", "Train the dVAE.", data, {"dvae": dvae}),
+        _command("prior", "Train the prior on the codes of the dVAE.", data, {"prior": prior}),
+        _command("all", "Train every stage in turn.", data, {"dvae": dvae, "prior": prior}),
+    )
+    options = tyro.cli(Union[commands], prog=f"{name}.py", args=args)  # noqa: UP007
+    show_log_lines()
+    try:
+        _run(name, options)
+    except (ValueError, CheckpointError, NonFiniteError) as error:
+        raise SystemExit(_complain(error)) from error
+
+
+def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
+    """Trains the dVAE, or goes on with it, and writes the folder `model` below workdir."""
+    start = next(iter(once(data.train, batch_size=START_PICTURES, px=run.px)))["image"]
+    stage = DVAEStage(
+        run,
+        start_images=start,
+        validation=lambda: once(data.validation, batch_size=64, px=run.px),
+    )
+    iterator = batches(
+        data.train, batch_size=run.batch_size, seed=run.loop.seed, px=run.px, crop="dvae"
+    )
+    settings = _settings(run)
+    state = train(
+        stage, iterator, config=run.loop, workdir=workdir, settings=settings, must_agree=["run"]
+    )
+    model = Model(
+        name=name,
+        px=run.px,
+        dvae=run.model,
+        dvae_params=jax.device_get(state.average),
+        card=_card(name, data, [_summary("dvae", run, workdir)]),
+        license=data.license,
+    )
+    model.save(workdir / "model")
+    return model
+
+
+def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> Model:
+    """Trains the prior, or goes on with it; gives the whole model, not yet saved."""
+    tokenizer = Tokenizer.train(_captions(data.train), vocabulary=run.model.text_vocabulary)
+    if tokenizer.vocabulary != run.model.text_vocabulary:
+        log.info(
+            "the captions give a vocabulary of %d, not %d",
+            tokenizer.vocabulary,
+            run.model.text_vocabulary,
+        )
+        sizes = dataclasses.replace(run.model, text_vocabulary=tokenizer.vocabulary)
+        run = dataclasses.replace(run, model=sizes)
+    text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
+    # Validation codes are needed again and again, so they are always made once.
+    validation = encoded(data.validation, tokens, workdir / "codes" / "validation")
+    stage = PriorStage(
+        run,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        validation=lambda: once(validation, batch_size=64, **text),
+        captions=data.captions,
+    )
+    source = data.train
+    if run.encode_once:
+        source = encoded(source, tokens, workdir / "codes" / "train")
+    iterator = batches(
+        source,
+        batch_size=run.batch_size,
+        seed=run.loop.seed,
+        crop="prior",
+        bpe_dropout=run.bpe_dropout,
+        caption_dropout=run.caption_dropout,
+        **text,
+    )
+    if not run.encode_once:
+        iterator = EncodedBatches(iterator, tokens)
+    settings = _settings(run) | {
+        "fingerprints": {**tokens.fingerprints, "tokenizer": tokenizer.fingerprint}
+    }
+    state = train(
+        stage,
+        iterator,
+        config=run.loop,
+        workdir=workdir,
+        settings=settings,
+        must_agree=["run", "fingerprints"],
+    )
+    stages = [line for line in tokens.card.splitlines() if line.startswith("- ")]
+    card = _card(tokens.name, data, [*stages, _summary("prior", run, workdir)])
+    return stage.to_model(jax.device_get(state.average), card=card, license=data.license)
+
+
+def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
+    """A subcommand: its options are those of the data and of each run."""
+    here = "Folder of the experiment: checkpoints, metrics, sheets and the trained model."
+    fields = [
+        ("workdir", Annotated[Path, tyro.conf.arg(help=here)]),
+        ("data", Annotated[data, tyro.conf.arg(name="")]),
+    ]
+    for stage, run in runs.items():
+        # One stage alone needs no prefix before its options.
+        prefix = stage if len(runs) > 1 else ""
+        kind = Annotated[type(run), tyro.conf.arg(name=prefix)]
+        fields.append((stage, kind, dataclasses.field(default=run)))
+    options = dataclasses.make_dataclass(command.title(), fields, frozen=True, kw_only=True)
+    options.__doc__ = doc
+    return Annotated[options, tyro.conf.subcommand(command, prefix_name=False)]
+
+
+def _run(name: str, options: Any) -> None:
+    dvae, prior = getattr(options, "dvae", None), getattr(options, "prior", None)
+    workdir: Path = options.workdir
+    if dvae is not None:
+        if prior is not None:
+            _check_fit(prior, px=dvae.px, dvae=dvae.model)
+        data = options.data.open(dvae.px)
+        tokens = train_dvae(dvae, data, name=name, workdir=workdir / "dvae")
+        log.info("the dVAE is in %s", workdir / "dvae" / "model")
+    else:
+        tokens = Model.load(workdir / "dvae" / "model")
+        _check_fit(prior, px=tokens.px, dvae=tokens.dvae)
+        data = options.data.open(tokens.px)
+    if prior is not None:
+        model = train_prior(prior, data, tokens, workdir=workdir / "prior")
+        model.save(workdir / "model")
+        sheet = workdir / "sheet.png"
+        save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
+        log.info("the model is in %s, pictures it drew in %s", workdir / "model", sheet)
+
+
+def _check_fit(prior: PriorRun, *, px: int, dvae) -> None:
+    for option, got, wanted in (
+        ("grid", prior.model.grid, px // dvae.factor),
+        ("codes", prior.model.codes, dvae.codes),
+    ):
+        if got != wanted:
+            raise ValueError(
+                f"the prior's model.{option} is {got}, but the dVAE makes {wanted}; "
+                f"give the prior --model.{option} {wanted} (--prior.model.{option} with `all`)"
+            )
+
+
+def _captions(source: DataSource):
+    for i in range(len(source)):
+        yield from source[i]["captions"]
+
+
+def _settings(run: Any) -> dict:
+    """What is saved with a checkpoint: all but the loop's lengths has to agree on resume."""
+    settings = dataclasses.asdict(run)
+    loop = settings.pop("loop")
+    return {"run": settings, "loop": loop}
+
+
+def _card(name: str, data: Data, stages: Sequence[str]) -> str:
+    """The model card: a line for each trained stage, and where the data is from."""
+    head = [f"# {name}", "", "A dalle_jax model: `dalle_jax.load` opens this folder.", ""]
+    terms = f"\nTerms of the weights: {data.license}." if data.license else ""
+    return "\n".join([*head, *stages, "", "## Data", "", data.attribution + terms, ""])
+
+
+def _summary(stage: str, run: Any, workdir: Path) -> str:
+    """What a stage trained, for how long, and what it measured at the end, as one line."""
+    measured = [
+        f"{name.removeprefix('eval/')} {value:.4g}"
+        for entry in read_metrics(workdir / "metrics.jsonl")[-1:]
+        for name, value in entry.items()
+        if name.startswith("eval/")
+    ]
+    sizes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(run.model).items())
+    return (
+        f"- {stage}: {run.loop.steps:,} updates of {run.batch_size} examples ({sizes}); "
+        f"on validation pictures: {', '.join(measured) or 'not measured'}"
+    )
+
+
+def _complain(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

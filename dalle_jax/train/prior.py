@@ -1,0 +1,162 @@
+"""Stage 2: the prior learns captions and the codes of their pictures.
+
+Source: Ramesh et al. 2021, section 2.2 and appendix B; the short recipe is ours.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from dalle_jax.generate.model import Model
+from dalle_jax.image.sheet import contact_sheet
+from dalle_jax.losses import prior_loss
+from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.optim.optimizer import adamw
+from dalle_jax.optim.schedules import cosine, warm_up
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train.loop import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRun:
+    """One training run of the prior; the defaults are the paper's, `short_prior_run` our recipe."""
+
+    model: PriorConfig = field(default_factory=PriorConfig)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: LoopConfig(steps=430_000, average_every=25, average_decay=0.99)
+    )
+    batch_size: int = 1024
+    """Pictures in an update, over all devices."""
+    step_size: float = 4.5e-4
+    """Greatest learning rate."""
+    warmup_steps: int = 5_000
+    """Updates over which the learning rate rises from 0."""
+    plateau_steps: int | None = 5_000
+    """Updates whose mean loss is compared: after four such spans without progress the learning
+    rate is halved, five times at most; None for never."""
+    step_size_end: float | None = None
+    """Learning rate at the end of a cosine over the whole run; None for no cosine."""
+    weight_decay: float = 4.5e-2
+    """AdamW's weight decay, multiplied by the learning rate."""
+    clip_norm: float | None = 4.0
+    """Global norm that gradients are clipped to; None for no clipping."""
+    max_second_moment: float | None = 5.0
+    """Value that Adam's second moment is clipped to; None for no clipping."""
+    bpe_dropout: float = 0.1
+    """Chance that a merge of the tokenizer is skipped while training."""
+    caption_dropout: float = 0.0
+    """Chance that a picture is shown without its caption while training, for guidance."""
+    encode_once: bool = False
+    """Encode every picture once, centre-cropped, ahead of training; else a new crop at each use."""
+
+
+def short_prior_run(**changes) -> PriorRun:
+    """Our recipe for runs of thousands of updates; `changes` replace its fields.
+
+    docs/prior.md says what it costs and reaches.
+    """
+    recipe = {
+        "step_size": 2e-3,
+        "step_size_end": 1e-4,
+        "warmup_steps": 200,
+        "plateau_steps": None,
+        "caption_dropout": 0.1,
+        "encode_once": True,
+    }
+    return PriorRun(**(recipe | changes))
+
+
+class PriorStage:
+    """The prior as a stage of the training loop.
+
+    Args:
+      run: the settings.
+      tokens: the dVAE and everything else of the model folder but the prior.
+      tokenizer: belongs to the captions in the batches.
+      validation: a function giving one pass over the validation set, in batches with int32
+        "text" [B, P - 1] and "codes" [B, G, G].
+      captions: drawn on the sample sheets.
+    """
+
+    name = "prior"
+
+    def __init__(
+        self,
+        run: PriorRun,
+        *,
+        tokens: Model,
+        tokenizer: Tokenizer,
+        validation: Callable[[], Iterable[dict[str, np.ndarray]]],
+        captions: Sequence[str],
+    ):
+        self.run = run
+        self.config = run.model
+        self.model = Prior(self.config)
+        self._tokens, self._tokenizer = tokens, tokenizer
+        self._validation, self._captions = validation, captions
+        after = None
+        if run.step_size_end is not None:
+            length = run.loop.steps - run.warmup_steps
+            after = cosine(run.step_size, run.step_size_end, max(length, 1))
+        self.optimizer = adamw(
+            warm_up(run.step_size, run.warmup_steps, after),
+            b2=0.96,
+            weight_decay=run.weight_decay,
+            clip_norm=run.clip_norm,
+            max_second_moment=run.max_second_moment,
+            plateau_steps=run.plateau_steps,
+        )
+        self._measure = jax.jit(self._loss)
+
+    def init(self, key):
+        """Draws the parameters."""
+        c = self.config
+        text = jnp.zeros((1, c.text_length - 1), jnp.int32)
+        codes = jnp.zeros((1, c.image_length), jnp.int32)
+        return jax.jit(self.model.init)(key, text, codes)["params"]
+
+    def loss(self, params, batch, key, step):
+        """1/8 of the text's and 7/8 of the picture's mean cross-entropy, in nats per token."""
+        del key, step
+        return self._loss(params, batch)
+
+    def evaluate(self, params) -> dict[str, float]:
+        """Measures nats per token on the validation set, each picture with its first caption."""
+        totals: dict[str, float] = {}
+        pictures = 0
+        for batch in self._validation():
+            B = len(batch["text"])
+            loss, metrics = self._measure(params, batch)
+            for name, value in ({"loss": loss} | metrics).items():
+                totals[name] = totals.get(name, 0.0) + B * float(value)
+            pictures += B
+        return {name: total / pictures for name, total in totals.items()}
+
+    def sheet(self, params):
+        """Draws four pictures for each of the run's captions."""
+        pictures = self.to_model(params).generate(self._captions, n=4)
+        return contact_sheet(pictures, self._captions)
+
+    def to_model(self, params, **changes) -> Model:
+        """Puts the prior together with its tokenizer and dVAE; `changes` as in `Model`."""
+        tokens = self._tokens
+        parts = {
+            "name": tokens.name,
+            "px": tokens.px,
+            "dvae": tokens.dvae,
+            "dvae_params": tokens.dvae_params,
+            "prior": self.config,
+            "prior_params": params,
+            "tokenizer": self._tokenizer,
+        }
+        return Model(**(parts | changes))
+
+    def _loss(self, params, batch):
+        text, codes = batch["text"], batch["codes"].reshape(len(batch["codes"]), -1)
+        text_logits, image_logits = self.model.apply({"params": params}, text, codes)
+        return prior_loss(text_logits, image_logits, text, codes)
