@@ -1,0 +1,68 @@
+"""Every stage in seconds, on coloured shapes.
+
+    python experiments/debug.py all --workdir runs/debug
+
+Shows that the parts fit together; the pictures are no good.
+"""
+
+from dataclasses import dataclass
+
+from dalle_jax.data.shapes import ShapesSource
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.train.dvae import DVAERun, short_dvae_run
+from dalle_jax.train.experiment import Data, main
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.prior import PriorRun, short_prior_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesOptions:
+    """Coloured shapes."""
+
+    def open(self, px: int) -> Data:
+        """Makes the two splits."""
+        return Data(
+            train=ShapesSource("train", px=px),
+            validation=ShapesSource("validation", px=px),
+            captions=("a large red circle", "a small blue square"),
+            attribution="Coloured shapes drawn by dalle_jax.",
+            license="Apache-2.0",
+        )
+
+
+def dvae() -> DVAERun:
+    """4 x 4 codes of 32."""
+    return short_dvae_run(
+        model=DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=32, residual_gain=0.3),
+        loop=_loop(steps=20),
+        px=16,
+        batch_size=8,
+        warmup_steps=5,
+    )
+
+
+def prior() -> PriorRun:
+    """24 text positions and 16 codes."""
+    sizes = {"width": 32, "depth": 2, "heads": 2, "text_vocabulary": 320, "text_length": 24}
+    return short_prior_run(
+        model=PriorConfig(**sizes, grid=4, codes=32, kernel=3),
+        loop=_loop(steps=20),
+        batch_size=8,
+        warmup_steps=5,
+    )
+
+
+def _loop(steps: int) -> LoopConfig:
+    return LoopConfig(
+        steps=steps,
+        log_every=5,
+        save_every=10,
+        evaluate_every=10,
+        sheet_every=10,
+        average_decay=0.5,
+    )
+
+
+if __name__ == "__main__":
+    main("debug", data=ShapesOptions, dvae=dvae(), prior=prior())

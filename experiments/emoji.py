@@ -1,0 +1,79 @@
+"""Emoji of two designers at 64 px, for one CPU.
+
+    python experiments/emoji.py all --workdir runs/emoji
+
+Needs `pip install dalle_jax[emoji]`; the pictures are drawn on this machine. What each stage costs
+and reaches stands in docs/dvae.md and docs/prior.md.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
+from dalle_jax.generate.folder import SHIPPED
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.train.dvae import DVAERun, short_dvae_run
+from dalle_jax.train.experiment import Data, main
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.prior import PriorRun, short_prior_run
+
+# The first of the list that `dalle-jax generate` draws when it is given no captions.
+CAPTIONS = (SHIPPED / "captions.txt").read_text(encoding="utf-8").splitlines()[:6]
+
+
+LICENSE = (
+    "Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0), "
+    "https://creativecommons.org/licenses/by-sa/4.0/legalcode, since they were learned from "
+    "pictures under those terms"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiOptions:
+    """OpenMoji and Twemoji."""
+
+    data_dir: Path | None = None
+    """Where the drawn emoji are kept; None for a folder in the user's cache."""
+
+    def open(self, px: int) -> Data:
+        """Draws the emoji, if this has not been done yet, and opens their splits."""
+        return Data(
+            train=emoji_source("train", px=px, data_dir=self.data_dir),
+            validation=emoji_source("validation", px=px, data_dir=self.data_dir),
+            captions=CAPTIONS,
+            attribution=ATTRIBUTION,
+            license=LICENSE,
+        )
+
+
+def dvae() -> DVAERun:
+    """16 x 16 codes of 512: f = 4."""
+    return short_dvae_run(
+        model=DVAEConfig(
+            width=64, groups=3, blocks_per_group=1, codes=512, code_width=128, residual_gain=0.3
+        ),
+        loop=LoopConfig(
+            steps=12_000, log_every=100, save_every=1000, evaluate_every=2000, sheet_every=3000
+        ),
+        px=64,
+        crop_px=32,
+        batch_size=8,
+    )
+
+
+def prior() -> PriorRun:
+    """32 text positions and 256 codes: 3.7M parameters."""
+    sizes = {"width": 192, "depth": 6, "heads": 6, "text_vocabulary": 2048, "text_length": 32}
+    return short_prior_run(
+        model=PriorConfig(**sizes, grid=16, codes=512),
+        loop=LoopConfig(steps=3_000, save_every=250, average_every=5, average_decay=0.98),
+        batch_size=8,
+        warmup_steps=100,
+    )
+
+
+if __name__ == "__main__":
+    sys.path.remove(str(Path(__file__).parent))  # or this file would hide the package `emoji`
+    main("emoji", data=EmojiOptions, dvae=dvae(), prior=prior())

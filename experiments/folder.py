@@ -1,0 +1,63 @@
+"""Your own pictures with captions.
+
+    python experiments/folder.py all --data my_pictures/ --workdir runs/mine
+
+docs/data.md says what the folder may hold; `dalle-jax data check my_pictures/` looks it over. The
+defaults are sized for one CPU and some thousands of pictures.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle_jax.data.sources import FolderSource
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.train.dvae import DVAERun, short_dvae_run
+from dalle_jax.train.experiment import Data, main
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.prior import PriorRun, short_prior_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """A folder of pictures with captions."""
+
+    data: Path
+    """Folder with x.jpg beside x.txt, or with captions.jsonl or captions.csv."""
+
+    def open(self, px: int) -> Data:
+        """Splits the folder into training and validation pictures."""
+        validation = FolderSource(self.data, split="validation")
+        few = range(min(6, len(validation)))
+        return Data(
+            train=FolderSource(self.data, split="train"),
+            validation=validation,
+            captions=[validation[i]["captions"][0] for i in few],
+            attribution=f"Pictures and captions of the folder {self.data.name}.",
+        )
+
+
+def dvae() -> DVAERun:
+    """16 x 16 codes of 512 for pictures of 64 px."""
+    return short_dvae_run(
+        model=DVAEConfig(
+            width=32, groups=3, blocks_per_group=2, codes=512, code_width=64, residual_gain=0.3
+        ),
+        loop=LoopConfig(steps=10_000, log_every=100, save_every=1000),
+        px=64,
+        batch_size=8,
+    )
+
+
+def prior() -> PriorRun:
+    """64 text positions and 256 codes."""
+    sizes = {"width": 256, "depth": 8, "heads": 8, "text_vocabulary": 4096, "text_length": 64}
+    return short_prior_run(
+        model=PriorConfig(**sizes, grid=16, codes=512),
+        loop=LoopConfig(steps=10_000, average_every=5, average_decay=0.99),
+        batch_size=16,
+    )
+
+
+if __name__ == "__main__":
+    main("folder", data=FolderOptions, dvae=dvae(), prior=prior())

@@ -1,0 +1,103 @@
+"""The experiment scripts end to end, through their command line, on the debug sizes."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dalle_jax
+
+SCRIPTS = Path(__file__).parent.parent / "experiments"
+
+
+def run(script, *args, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "debug"
+    with pytest.MonkeyPatch.context() as patch:
+        run("debug", "all", "--workdir", folder, monkeypatch=patch)
+    return folder
+
+
+@pytest.mark.slow
+def test_all_stages_leave_a_model_that_draws(workdir):
+    model = dalle_jax.load(workdir / "model")
+    pictures = model.generate(["a large red circle"], n=2, seed=1)
+    assert pictures.shape == (1, 2, 16, 16, 3)
+    card = (workdir / "model" / "README.md").read_text()
+    assert "Coloured shapes" in card
+    assert "- dvae: 20 updates of 8 examples" in card
+    assert "- prior: 20 updates of 8 examples" in card
+    assert "image_nats 3." in card
+    with Image.open(workdir / "sheet.png") as sheet:
+        assert sheet.width > 100
+
+
+@pytest.mark.slow
+def test_each_stage_logs_and_draws_while_it_trains(workdir):
+    for stage in ("dvae", "prior"):
+        lines = metrics(workdir / stage)
+        assert lines[-1]["step"] == 20
+        assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+        assert (workdir / stage / "sheets" / f"{stage}-000020.png").exists()
+    measured = [line for line in lines if "eval/image_nats" in line]
+    assert [line["step"] for line in measured] == [10, 20]
+
+
+@pytest.mark.slow
+def test_the_prior_learns_more_when_the_same_command_asks_for_more_steps(workdir, monkeypatch):
+    run("debug", "prior", "--workdir", workdir, "--steps", 25, monkeypatch=monkeypatch)
+    lines = metrics(workdir / "prior")
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [5, 10, 15, 20, 25]
+
+
+@pytest.mark.slow
+def test_another_model_size_is_refused_by_the_old_workdir(workdir, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("debug", "prior", "--workdir", workdir, "--model.width", 64, monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert "width" in capsys.readouterr().err
+
+
+def test_a_prior_that_does_not_fit_the_dvae_is_refused_before_training(
+    tmp_path, monkeypatch, capsys
+):
+    args = ["all", "--workdir", tmp_path / "run", "--dvae.px", 32]
+    with pytest.raises(SystemExit) as stop:
+        run("debug", *args, monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert "model.grid is 4, but the dVAE makes 8" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("debug", "dvae", "--workdir", tmp_path, "--stpes", 3, monkeypatch=monkeypatch)
+    assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["debug", "emoji", "folder"])
+@pytest.mark.parametrize("command", ["dvae", "prior", "all"])
+def test_help_explains_every_option(script, command, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(script, command, "--help", monkeypatch=monkeypatch)
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    prefix = "--dvae." if command == "all" else "--"
+    option = "model.heads" if command == "prior" else "model.codes"
+    assert f"{prefix}{option}" in text
+    assert "--workdir" in text
