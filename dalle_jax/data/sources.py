@@ -1,7 +1,7 @@
 """What a set of captioned pictures looks like to training, and the simplest one: a folder.
 
-A record is a dict with "id" (str), "image" (bytes or path of a picture file) or "codes" (uint16 [G, G]),
-and "captions" (list of str, at least one, the first being the primary one).
+A record is a dict with "id" (str), "image" (bytes or path of a picture file) or "codes"
+(uint16 [G, G]), and "captions" (list of str, at least one, the first being the primary one).
 """
 
 import collections

@@ -84,7 +84,7 @@ def main(
     show_log_lines()
     try:
         _run(name, options)
-    except (ValueError, CheckpointError, NonFiniteError) as error:
+    except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
         raise SystemExit(_complain(error)) from error
 
 
