@@ -5,12 +5,15 @@ Source: Ramesh et al. 2021, section 2.1 and appendix A, and the authors' release
 normalisation layers, ReLU only, zero "same" padding, a bias in every convolution.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from dalle_jax.image.pixels import unmap_pixels
 
@@ -59,18 +62,16 @@ class DVAEConfig:
 
 
 class Conv(nn.Module):
-    """A convolution with bias; weights from N(0, 1 / (C_in * size**2)), no factor for ReLU."""
+    """A convolution with bias; its weights come from `draw_params`."""
 
     features: int
     size: int
-    std: float | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         """Convolves with zero "same" padding."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        std = self.std if self.std is not None else (shape[2] * self.size**2) ** -0.5
-        kernel = self.param("kernel", nn.initializers.normal(std), shape)
+        kernel = self.param("kernel", nn.initializers.zeros_init(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         if self.size == 1:  # one matrix product: on a CPU its kernel gradient takes a quarter
             y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
@@ -133,7 +134,7 @@ class Decoder(nn.Module):
     def __call__(self, z: Float[Array, "B G G K"]) -> Float[Array, "B R R 6"]:
         """Runs a 1x1 convolution (the codebook), groups of blocks with nearest x2 between."""
         c = self.config
-        x = Conv(c.code_width, 1, std=c.code_std, name="input")(z)
+        x = Conv(c.code_width, 1, name="input")(z)
         for g in range(c.groups):
             width = c.width * 2 ** (c.groups - 1 - g)
             for b in range(c.blocks_per_group):
@@ -154,7 +155,7 @@ class DVAE(nn.Module):
         self.decoder = Decoder(self.config)
 
     def __call__(self, images: Float[Array, "B R R 3"]) -> Float[Array, "B R R 6"]:
-        """Encodes and decodes through the plain softmax; used to draw the first parameters."""
+        """Encodes and decodes through the plain softmax; says which parameters there are."""
         return self.decode(nn.softmax(self.encode(images)))
 
     def encode(self, images: Float[Array, "B R R 3"]) -> Float[Array, "B G G K"]:
@@ -189,6 +190,35 @@ class DVAE(nn.Module):
         if z.ndim == 3:
             z = jax.nn.one_hot(z, self.config.codes)
         return self.decoder(z)
+
+
+def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
+    """Draws the first parameters: kernels from N(0, 1 / (C_in * size**2)), biases 0.
+
+    There is no factor for ReLU. One draw serves all kernels, since XLA takes about a second to
+    compile each draw of its own.
+
+    Args:
+      config: sizes; `code_std` replaces the deviation of the decoder's first kernel.
+      key: for the one draw.
+    Returns:
+      Nested parameters in float32.
+    Source: the released network's initialisation; that training used it is inferred.
+    """
+    side = config.factor
+    init = DVAE(config).init
+    shapes = jax.eval_shape(init, key, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+    flat = flatten_dict(shapes["params"])
+    kernels = {path: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
+    ends = list(itertools.accumulate(math.prod(shape) for shape in kernels.values()))
+    noise = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
+    drawn = {path: jnp.zeros(leaf.shape) for path, leaf in flat.items()}
+    for (path, shape), part in zip(kernels.items(), noise, strict=True):
+        std = math.prod(shape[:-1]) ** -0.5
+        if path[:2] == ("decoder", "input") and config.code_std is not None:
+            std = config.code_std
+        drawn[path] = std * part.reshape(shape)
+    return unflatten_dict(drawn)
 
 
 def reconstruction(stats: Float[Array, "B R R 6"]) -> UInt8[Array, "B R R 3"]:

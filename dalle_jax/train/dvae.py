@@ -16,7 +16,7 @@ import tyro
 from dalle_jax import losses
 from dalle_jax.image.pixels import map_pixels
 from dalle_jax.image.sheet import contact_sheet
-from dalle_jax.models.dvae import DVAE, DVAEConfig, reconstruction
+from dalle_jax.models.dvae import DVAE, DVAEConfig, draw_params, reconstruction
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.train.codebook import kmeans_start
@@ -144,8 +144,7 @@ class DVAEStage:
     def init(self, key):
         """Draws the parameters; see `models.dvae` and `train.codebook`."""
         key_params, key_clusters = jax.random.split(key)
-        side = self.run.model.factor
-        params = jax.jit(self.model.init)(key_params, jnp.zeros((1, side, side, 3)))["params"]
+        params = draw_params(self.run.model, key_params)
         if self.run.kmeans_start:
             params = kmeans_start(key_clusters, params, self.run.model, self._start_images)
         return params

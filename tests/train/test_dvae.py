@@ -56,11 +56,9 @@ def test_training_lowers_the_loss_and_repeats(key):
     s = stage(short())
 
     @jax.jit
-    def update(params, state, step):
+    def update(params, state, batch, step):
         def loss(p):
-            return s.loss(p, {"image": jnp.asarray(images())}, jax.random.fold_in(key, step), step)[
-                0
-            ]
+            return s.loss(p, batch, jax.random.fold_in(key, step), step)[0]
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = s.optimizer.update(grads, state, params, value=value)
@@ -70,7 +68,7 @@ def test_training_lowers_the_loss_and_repeats(key):
         params = s.init(key)
         state, values = s.optimizer.init(params), []
         for step in range(30):
-            params, state, value = update(params, state, step)
+            params, state, value = update(params, state, {"image": images()}, step)
             values.append(float(value))
         return values
 
