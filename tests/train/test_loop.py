@@ -208,11 +208,11 @@ def test_sigterm_saves_and_a_restart_goes_on_as_if_unbroken(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # generous: busy machines start slowly
     while len(read_metrics(tmp_path / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors
     (step,) = Checkpoints(tmp_path / "checkpoints").steps()
     assert f"mlp saved step {step} and stops" in errors
