@@ -167,7 +167,7 @@ def test_a_picture_that_vanished_does_not_stop_training(tmp_path, caplog):
     source = FolderSource(tmp_path)
     (tmp_path / "a.png").unlink()
     assert take(source, 1)[0]["image"].shape == (4, 8, 8, 3)
-    assert "picture record 0 is left out" in caplog.text
+    assert "picture a.png is left out" in caplog.text
 
 
 def test_only_broken_pictures_are_an_error():
