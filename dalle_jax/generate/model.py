@@ -4,7 +4,6 @@ Letters: B batch, R pixel side, G grid side, P text positions, K codes, T all po
 D width. Work is cut into micro-batches, so that memory stays bounded whatever is asked for.
 """
 
-import functools
 import math
 import os
 import zlib
@@ -21,7 +20,7 @@ from dalle_jax.generate import folder as files
 from dalle_jax.generate.autoregressive import sample
 from dalle_jax.generate.folder import ModelError
 from dalle_jax.image import pixels
-from dalle_jax.models.dvae import DVAE, DVAEConfig, reconstruction
+from dalle_jax.models.dvae import DVAE, DVAEConfig, pictures, tokens
 from dalle_jax.models.transformer import Prior, PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 
@@ -370,16 +369,8 @@ def _micro_batches(total: int, bytes_each: int) -> Iterator[tuple[np.ndarray, in
         yield np.minimum(np.arange(start, start + length), total - 1), done
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(config, params, images):
-    mapped = pixels.map_pixels(images.astype(jnp.float32) / 255)
-    logits = DVAE(config).apply({"params": params}, mapped, method="encode")
-    return logits.argmax(axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(config, params, codes):
-    return reconstruction(DVAE(config).apply({"params": params}, codes, method="decode"))
+_encode = jax.jit(tokens, static_argnums=0)
+_decode = jax.jit(pictures, static_argnums=0)
 
 
 def _dvae_shapes(config):

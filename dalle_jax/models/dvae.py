@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from dalle_jax.image.pixels import unmap_pixels
+from dalle_jax.image.pixels import map_pixels, unmap_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +220,32 @@ def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
             std = config.code_std
         drawn[path] = std * part.reshape(shape)
     return unflatten_dict(drawn)
+
+
+def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:
+    """Pictures as the encoder and the likelihood want them: f32 in [0.1, 0.9].
+
+    Source: Ramesh et al. 2021, appendix A.3.
+    """
+    return map_pixels(images.astype(jnp.float32) / 255)
+
+
+def tokens(
+    config: DVAEConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
+) -> Int[Array, "B G G"]:
+    """Codes of pictures, the likeliest one of each cell, without noise.
+
+    Source: Ramesh et al. 2021, section 2.2.
+    """
+    logits = DVAE(config).apply({"params": params}, network_input(images), method="encode")
+    return logits.argmax(axis=-1)
+
+
+def pictures(
+    config: DVAEConfig, params: PyTree, codes: Int[Array | np.ndarray, "B G G"]
+) -> UInt8[Array, "B R R 3"]:
+    """Pictures of codes, to look at; see `reconstruction`."""
+    return reconstruction(DVAE(config).apply({"params": params}, codes, method="decode"))
 
 
 def reconstruction(stats: Float[Array, "B R R 6"]) -> UInt8[Array, "B R R 3"]:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from dalle_jax.image.pixels import map_pixels
-from dalle_jax.models.dvae import DVAE, DVAEConfig
+from dalle_jax.models.dvae import DVAE, DVAEConfig, network_input
 
 ROUNDS = 10  # of k-means; the mean distance falls by less than 1 % in the last ones
 SHARPNESS = 2.0  # nats by which a cell at the mean distance prefers its own cluster's centre
@@ -68,7 +67,7 @@ def _different_cells(params, config, images) -> Float[np.ndarray, "cells D"]:
 
     @jax.jit
     def features(x):
-        return shown.apply(encoder, map_pixels(x.astype(jnp.float32) / 255), method="encode")
+        return shown.apply(encoder, network_input(x), method="encode")
 
     parts = [np.asarray(features(images[i : i + 64])) for i in range(0, len(images), 64)]
     cells = np.concatenate([part.reshape(-1, D) for part in parts])

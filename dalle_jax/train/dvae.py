@@ -14,9 +14,15 @@ import numpy as np
 import tyro
 
 from dalle_jax import losses
-from dalle_jax.image.pixels import map_pixels
 from dalle_jax.image.sheet import contact_sheet
-from dalle_jax.models.dvae import DVAE, DVAEConfig, draw_params, reconstruction
+from dalle_jax.models.dvae import (
+    DVAE,
+    DVAEConfig,
+    draw_params,
+    network_input,
+    pictures,
+    tokens,
+)
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.train.codebook import kmeans_start
@@ -160,7 +166,7 @@ class DVAEStage:
         images = batch["image"]
         if run.crop_px is not None:
             images = _windows(key_windows, images, run.crop_px, run.model.factor)
-        x = map_pixels(images.astype(jnp.float32) / 255)
+        x = network_input(images)
         logits = self._apply(params, x, "encode")
         z = losses.gumbel_softmax(key_codes, logits, self.temperature(step))
         stats = self._apply(params, z, "decode")
@@ -221,9 +227,8 @@ class DVAEStage:
             yield batch["image"]
 
     def _codes_and_pictures(self, params, images):
-        x = map_pixels(images.astype(jnp.float32) / 255)
-        codes = jnp.argmax(self._apply(params, x, "encode"), axis=-1)
-        return codes, reconstruction(self._apply(params, codes, "decode"))
+        codes = tokens(self.run.model, params, images)
+        return codes, pictures(self.run.model, params, codes)
 
     def _apply(self, params, x, method):
         return self.model.apply({"params": params}, x, method=method)
