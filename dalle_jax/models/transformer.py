@@ -13,15 +13,15 @@ The last text position predicts nothing.
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dalle_jax.models.attention import attend
-from dalle_jax.models.masks import attention_mask, layer_kinds
+from dalle_jax.models.attention import blocked, dense
+from dalle_jax.models.masks import Kind, attention_mask, layer_kinds
 
 NORM_EPSILON = 1e-6  # activations start near 0.125 / sqrt(D), whose square is 4e-6 at D = 3968
 
@@ -48,10 +48,17 @@ class PriorConfig:
     """Side of the convolution window of the last layer; odd."""
     mlp_ratio: int = 4
     """Width F of the MLP, in multiples of the width D."""
+    attention: Literal["sparse", "dense"] = "sparse"
+    """Whether layers see rows, columns and a convolution, as in the paper, or all before them."""
 
     def __post_init__(self):
+        allowed = get_args(type(self).__annotations__["attention"])
+        if self.attention not in allowed:
+            raise ValueError(f"attention is {self.attention!r}, but must be one of {list(allowed)}")
         least = {"text_length": 2}  # the start token and one caption slot
         for name, size in vars(self).items():
+            if isinstance(size, str):
+                continue
             if size < least.get(name, 1):
                 raise ValueError(f"{name} is {size}, but must be at least {least.get(name, 1)}")
         if self.width % self.heads:
@@ -63,6 +70,11 @@ class PriorConfig:
     def image_length(self) -> int:
         """Image positions I = G * G."""
         return self.grid**2
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each layer."""
+        return layer_kinds(self.depth) if self.attention == "sparse" else ("dense",) * self.depth
 
     @property
     def length(self) -> int:
@@ -140,11 +152,10 @@ class Prior(nn.Module):
                 f"{config.image_length}; were these codes made by another dVAE?"
             )
         x = jnp.concatenate([self._embed_text(text), self._embed_image(codes)], axis=1)  # B T D
-        masks = self._masks()
-        for layer, kind in enumerate(layer_kinds(config.depth)):
+        for layer, kind in enumerate(config.kinds):
 
-            def look(query, key, value, mask=masks[kind]):
-                return attend(query, key, value, mask=mask), None
+            def look(query, key, value, kind=kind):
+                return blocked(query, key, value, kind=kind, **self._sizes()), None
 
             x, _ = _block(self.layers[layer], x, look)
         P = config.text_length
@@ -175,7 +186,7 @@ class Prior(nn.Module):
 
         def look(query, key, value):
             cache = Cache(key=jnp.pad(key, room), value=jnp.pad(value, room))
-            return attend(query, key, value, mask=mask), cache
+            return dense(query, key, value, mask=mask), cache
 
         x = self._embed_text(text)  # B P D
         caches = []
@@ -207,14 +218,14 @@ class Prior(nn.Module):
         token = jnp.where(position == 0, start, self.embed["code"][previous])  # B D
         x = (token + self._cell(position)[None])[:, None]  # B 1 D
         grown = []
-        for layer, kind in enumerate(layer_kinds(config.depth)):
+        for layer, kind in enumerate(config.kinds):
 
             def look(query, key, value, cache=caches[layer], mask=masks[kind]):
                 cache = Cache(
                     key=jax.lax.dynamic_update_slice_in_dim(cache.key, key, at, axis=1),
                     value=jax.lax.dynamic_update_slice_in_dim(cache.value, value, at, axis=1),
                 )
-                return attend(query, cache.key, cache.value, mask=mask[at][None]), cache
+                return dense(query, cache.key, cache.value, mask=mask[at][None]), cache
 
             x, cache = _block(self.layers[layer], x, look)
             grown.append(cache)
@@ -228,12 +239,12 @@ class Prior(nn.Module):
             )
 
     def _masks(self):
+        sizes = self._sizes()
+        return {kind: jnp.asarray(attention_mask(kind, **sizes)) for kind in set(self.config.kinds)}
+
+    def _sizes(self):
         config = self.config
-        sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
-        return {
-            kind: jnp.asarray(attention_mask(kind, **sizes))
-            for kind in set(layer_kinds(config.depth))
-        }
+        return {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
     def _embed_text(self, text):
         V = self.config.text_vocabulary

@@ -121,6 +121,14 @@ def test_cached_decode_equals_full_forward_when_the_kernel_exceeds_the_grid(grid
     chex.assert_trees_all_close(_decode(config, text, codes), expected, atol=1e-5)
 
 
+def test_cached_decode_equals_full_forward_with_dense_layers():
+    config = dataclasses.replace(TINY, depth=2, attention="dense")
+    text, codes = _batch(config, 2)
+    _, expected = _forward(config, text, codes)
+    assert config.kinds == ("dense", "dense")
+    chex.assert_trees_all_close(_decode(config, text, codes), expected, atol=1e-5)
+
+
 def _influence(config):
     """Whether the logits of one position (first axis) change with the input of another (second).
 
