@@ -31,7 +31,7 @@ LARGEST = 32  # pictures in a micro-batch; on 2 cores 8 to 64 take the same time
 class Model:
     """A dVAE and, if it can draw, the prior and the tokenizer that belong to it.
 
-    Weights are rounded to bfloat16 and kept in float32, so that a model draws the same pictures
+    Weights are rounded as they are stored and kept in float32, so that a model draws the same pictures
     before it is saved and after it is loaded.
     """
 
