@@ -1,6 +1,7 @@
 """Draws image codes from the prior, one after the other, in a single compiled loop.
 
-Letters: B batch, P text positions, I = G * G image positions, G grid side, K codebook.
+Letters: U prompts, W samples of each, B = U * W batch, P text positions, I = G * G image positions,
+G grid side, K codebook.
 """
 
 import math
@@ -18,7 +19,7 @@ from dalle_jax.models.transformer import Prior, PriorConfig
 def sample(
     config: PriorConfig,
     params: dict,
-    text: Int[Array | np.ndarray, "B slots"],
+    text: Int[Array | np.ndarray, "U slots"],
     keys: Key[Array, " B"],
     *,
     temperature: float | int = 1.0,
@@ -28,19 +29,21 @@ def sample(
     prompt_codes: Int[Array | np.ndarray, "B G G"] | None = None,
     keep_rows: int = 0,
 ) -> Int[Array, "B G G"]:
-    """Draws one grid of codes for each caption.
+    """Draws grids of codes, the same number for each caption.
 
-    The code at raster position p is drawn with fold_in(key, p), from this picture's key alone, so
-    a picture does not depend on the batch it is drawn in (up to float32 rounding, which batch
-    sizes may change: it can turn a draw that is as good as a tie). Whether there is a top_k, a
-    top_p and guidance is compiled in, and the batch size; their values are not, so that only a
-    new combination compiles anew.
+    The text of a caption is read once for all of its samples. The code at raster position p is
+    drawn with fold_in(key, p), from this picture's key alone, so a picture does not depend on the
+    batch it is drawn in (up to float32 rounding, which batch sizes may change: it can turn a draw
+    that is as good as a tie). Whether there is a top_k, a top_p and guidance is compiled in, and
+    the number of captions and samples; their values are not, so that only a new combination
+    compiles anew.
 
     Args:
       config: sizes of the prior.
       params: its weights, as `Prior(config).init` lays them out under "params".
       text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
-      keys: one typed key (`jax.random.key`) a picture.
+      keys: one typed key (`jax.random.key`) a picture: all those of the first caption, then all of
+        the next one, and so on.
       temperature: divides the logits, at least 0; 0 takes the likeliest code each time (greedy).
       top_k: draw among the k likeliest codes, in [1, K]. None: among all.
       top_p: then among the fewest that hold this share of the probability, in (0, 1]. None: all.
@@ -61,7 +64,7 @@ def sample(
     """
     _check_options(config, temperature, top_k, top_p, guidance)
     _check_arrays(config, text, keys, prompt_codes, keep_rows)
-    B, G = text.shape[0], config.grid
+    B, G = keys.shape[0], config.grid
     given = jnp.zeros((B, G, G), jnp.int32) if prompt_codes is None else jnp.asarray(prompt_codes)
     return _sample(
         config,
@@ -79,19 +82,21 @@ def sample(
 
 @partial(jax.jit, static_argnames="config")
 def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, given, kept):
-    B, G = text.shape[0], config.grid
+    B, G = keys.shape[0], config.grid
+    samples = B // text.shape[0]
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
     if guided:
         empty = config.text_vocabulary + jnp.arange(config.text_length - 1, dtype=text.dtype)
         text = jnp.concatenate([text, jnp.broadcast_to(empty, text.shape)])
     prior = Prior(config).bind({"params": params})
-    caches = prior.prefill(text)
+    caches = prior.prefill(text, samples=samples)
+    decode = prior.decoder()
 
     def step(carry, inputs):
         caches, previous = carry
         position, given = inputs
         previous = jnp.tile(previous, 2) if guided else previous
-        logits, caches = prior.decode(caches, previous, position)  # B K, or twice B
+        logits, caches = decode(caches, previous, position)  # B K, or twice B
         if guided:
             with_caption, without = jnp.split(logits, 2)
             logits = without + guidance * (with_caption - without)
@@ -137,13 +142,13 @@ def _check_options(config, temperature, top_k, top_p, guidance):
 
 
 def _check_arrays(config, text, keys, prompt_codes, keep_rows):
-    B, G = text.shape[0], config.grid
+    U, B, G = text.shape[0], keys.size, config.grid
     if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(f"keys have dtype {keys.dtype}, but must come from jax.random.key")
-    if keys.shape != (B,):
+    if keys.ndim != 1 or not U or B % U:
         raise ValueError(
-            f"got {B} captions and keys of shape {keys.shape}; give one key a picture, "
-            "for example jax.random.split(key, number)"
+            f"got {U} captions and keys of shape {keys.shape}; give one key a picture, as many for "
+            "each caption, for example jax.random.split(key, number)"
         )
     if not 0 <= keep_rows <= G:
         raise ValueError(f"keep_rows is {keep_rows}, but must lie in 0..{G}, the rows of the grid")
@@ -155,8 +160,8 @@ def _check_arrays(config, text, keys, prompt_codes, keep_rows):
             )
     elif prompt_codes.shape != (B, G, G):
         raise ValueError(
-            f"prompt_codes have shape {tuple(prompt_codes.shape)}, but {B} captions on grid {G} "
-            f"need {(B, G, G)}, one picture a caption"
+            f"prompt_codes have shape {tuple(prompt_codes.shape)}, but {B} pictures on grid {G} "
+            f"need {(B, G, G)}, one prompt a picture"
         )
     elif B and not 0 <= prompt_codes.min() <= prompt_codes.max() < config.codes:
         raise ValueError(

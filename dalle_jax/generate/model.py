@@ -20,6 +20,7 @@ from dalle_jax.generate import folder as files
 from dalle_jax.generate.autoregressive import sample
 from dalle_jax.generate.folder import ModelError
 from dalle_jax.image import pixels
+from dalle_jax.models.cache import layout
 from dalle_jax.models.dvae import DVAE, DVAEConfig, pictures, tokens
 from dalle_jax.models.transformer import Prior, PriorConfig
 from dalle_jax.text.bpe import Tokenizer
@@ -31,8 +32,8 @@ LARGEST = 32  # pictures in a micro-batch; on 2 cores 8 to 64 take the same time
 class Model:
     """A dVAE and, if it can draw, the prior and the tokenizer that belong to it.
 
-    Weights are rounded as they are stored and kept in float32, so that a model draws the same pictures
-    before it is saved and after it is loaded.
+    Weights are rounded as they are stored and kept in float32, so that a model draws the same
+    pictures before it is saved and after it is loaded.
     """
 
     def __init__(
@@ -183,26 +184,30 @@ class Model:
         kept = self._kept_codes(image_prompt, keep_rows)
 
         slots = self.prior.text_length - 1
-        text = self.tokenizer.encode(prompts, length=slots, overlong="error").repeat(n, axis=0)
+        text = self.tokenizer.encode(prompts, length=slots, overlong="error")
         keys = _keys(prompts, n, seed)
-        images = np.empty((len(text), self.px, self.px, 3), np.uint8)
-        for batch, done in _micro_batches(len(text), self._bytes_to_sample(guidance != 1)):
+        images = np.empty((len(prompts), n, self.px, self.px, 3), np.uint8)
+        drawn = 0
+        for rows, columns, new in _rectangles(len(prompts), n, self._bytes_to_sample(guidance)):
+            pictures = len(rows) * len(columns)
             codes = sample(
                 self.prior,
                 self.prior_params,
-                text[batch],
-                keys[batch],
+                text[rows],
+                keys[rows[:, None], columns].ravel(),
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 guidance=guidance,
-                prompt_codes=None if kept is None else kept[None].repeat(len(batch), axis=0),
+                prompt_codes=None if kept is None else kept[None].repeat(pictures, axis=0),
                 keep_rows=keep_rows,
             )
-            images[batch] = self.decode(np.asarray(codes))
+            shape = (len(rows), len(columns), *images.shape[2:])
+            images[rows[:, None], columns] = self.decode(np.asarray(codes)).reshape(shape)
+            drawn += new
             if progress is not None:
-                progress(done, len(text))
-        return images.reshape(len(prompts), n, *images.shape[1:])
+                progress(drawn, len(prompts) * n)
+        return images
 
     def encode(self, images: ArrayLike | Sequence[ArrayLike]) -> Int32[np.ndarray, "B G G"]:
         """Turns pictures into codes, the likeliest one of each cell.
@@ -276,10 +281,13 @@ class Model:
             return image
         return pixels.crop_center(image, self.px)
 
-    def _bytes_to_sample(self, guided):
+    def _bytes_to_sample(self, guidance):
         c = self.prior
-        cache = 2 * 4 * c.depth * c.length * c.width  # keys and values of all layers in float32
-        return cache * (2 if guided else 1)
+        plans = (layout(kind, grid=c.grid, kernel=c.kernel) for kind in c.kinds)
+        slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
+        text = c.depth * c.text_length  # as if each picture had a caption of its own
+        branches = 1 if guidance == 1 else 2
+        return int(2 * 4 * c.width * (slots + text) * branches)  # keys and values in float32
 
     def _bytes_to_convolve(self):
         return 4 * 4 * self.px**2 * self.dvae.width  # about four feature maps live at a time
@@ -344,29 +352,41 @@ def _check_request(prompts, *, n, seed):
         raise ValueError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
 
 
-def _keys(prompts: Sequence[str], n: int, seed: int) -> Key[Array, " pictures"]:
-    """One key a picture, from seed, lower-cased caption and number alone."""
+def _keys(prompts: Sequence[str], n: int, seed: int) -> Key[Array, "prompts n"]:
+    """One key a picture, [prompts, n], from seed, lower-cased caption and number alone."""
     hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
     root = jax.random.key(seed)
     of_caption = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.asarray(hashes, jnp.uint32))
     number = jnp.arange(n)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_caption, number).ravel()
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_caption, number)
 
 
-def _micro_batches(total: int, bytes_each: int) -> Iterator[tuple[np.ndarray, int]]:
+def _rectangles(
+    prompts: int, n: int, bytes_each: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Cuts prompts x n pictures into rectangles, since samples of a prompt share its text."""
+    for columns, new_columns in _micro_batches(n, bytes_each):
+        for rows, new_rows in _micro_batches(prompts, bytes_each, width=len(columns)):
+            yield rows, columns, new_rows * new_columns
+
+
+def _micro_batches(
+    total: int, bytes_each: int, *, width: int = 1
+) -> Iterator[tuple[np.ndarray, int]]:
     """Cuts `total` things into index arrays of one length, the last filled up with its last index.
 
     Lengths are 2**k or 3 * 2**k, so that all the requests of a session compile a few shapes only.
+    Each comes with the number of things in it that are new. A thing stands for `width` pictures.
     """
     if not total:
         return
-    largest = max(1, min(LARGEST, MEMORY // bytes_each))
+    largest = max(1, min(LARGEST, MEMORY // bytes_each) // width)
     lengths = [s for k in range(largest.bit_length()) for s in (2**k, 3 * 2**k) if s <= largest]
     even = math.ceil(total / math.ceil(total / max(lengths)))
     length = min(s for s in lengths if s >= even)
     for start in range(0, total, length):
-        done = min(start + length, total)
-        yield np.minimum(np.arange(start, start + length), total - 1), done
+        indices = np.arange(start, start + length)
+        yield np.minimum(indices, total - 1), int((indices < total).sum())
 
 
 _encode = jax.jit(tokens, static_argnums=0)

@@ -11,17 +11,21 @@ The last text position predicts nothing.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dalle_jax.models.attention import blocked, dense
-from dalle_jax.models.masks import Kind, attention_mask, layer_kinds
+from dalle_jax.models.cache import Cache, attend, create, layout
+from dalle_jax.models.masks import Kind, layer_kinds
 
 NORM_EPSILON = 1e-6  # activations start near 0.125 / sqrt(D), whose square is 4e-6 at D = 3968
 
@@ -90,13 +94,6 @@ PUBLISHED = {
 """Table 1 of Ramesh et al. 2021; the sizes count layers alone, without embeddings and heads."""
 
 
-class Cache(NamedTuple):
-    """Keys and values of one layer, for the positions read so far; zeros for the rest."""
-
-    key: Float[Array, "B T N H"]
-    value: Float[Array, "B T N H"]
-
-
 class Prior(nn.Module):
     """p(text, codes) as a product over positions, text first, then the codes in raster order.
 
@@ -109,22 +106,21 @@ class Prior(nn.Module):
     of the image sits at (0, 0); a slot embedding is added to real tokens only, since each slot has
     a pad vector of its own.
 
-    All parameters of the layers are stacked on a first axis of size L.
+    All parameters of the layers are stacked on a first axis of size L, whatever the options below.
     """
 
     config: PriorConfig
+    dtype: DTypeLike = jnp.float32
+    """Of matrix products and attention; the residual stream, norms and logits are float32."""
+    scan: bool = False
+    """Compile a period of four layers once and loop over it: for deep models."""
+    remat: bool = False
+    """Keep only what enters each layer for the backward pass and compute the rest again."""
 
     def setup(self):
-        """Declares the parameters: weight matrices are named kernel, their biases bias.
-
-        Layers are cut out of the stack here: a loop over positions around a bound prior then holds
-        them as constants, where cutting at every step would copy all weights once more.
-        """
+        """Declares the parameters: weight matrices are named kernel, their biases bias."""
         self.embed = self.param("embed", _init_embeddings, self.config)
-        stacked = self.param("layers", _init_layers, self.config)
-        self.layers = [
-            jax.tree.map(lambda weights, i=i: weights[i], stacked) for i in range(self.config.depth)
-        ]
+        self.layers = self.param("layers", _init_layers, self.config)
         self.head = self.param("head", _init_head, self.config)
 
     def __call__(
@@ -152,26 +148,22 @@ class Prior(nn.Module):
                 f"{config.image_length}; were these codes made by another dVAE?"
             )
         x = jnp.concatenate([self._embed_text(text), self._embed_image(codes)], axis=1)  # B T D
-        for layer, kind in enumerate(config.kinds):
-
-            def look(query, key, value, kind=kind):
-                return blocked(query, key, value, kind=kind, **self._sizes()), None
-
-            x, _ = _block(self.layers[layer], x, look)
+        x = self._through_layers(x)
         P = config.text_length
         return (
             self._logits(x[:, : P - 1], "text"),
             self._logits(x[:, P:], "image"),
         )
 
-    def prefill(self, text: Int[Array, "B slots"]) -> tuple[Cache, ...]:
-        """Reads a caption in one pass.
+    def prefill(self, text: Int[Array, "U slots"], *, samples: int = 1) -> tuple[Cache, ...]:
+        """Reads captions in one pass.
 
         Args:
-          text: as for the forward pass.
+          text: as for the forward pass, one row for each prompt.
+          samples: pictures W that will be drawn for each prompt.
 
         Returns:
-          One cache a layer, holding the P text positions and room for the image.
+          One cache a layer, holding the P text positions of each prompt and room for the image.
 
         Raises:
           ValueError: if text does not have the length of the config.
@@ -180,56 +172,96 @@ class Prior(nn.Module):
         """
         config = self.config
         self._check(text)
-        P = config.text_length
-        mask = jnp.tri(P, dtype=bool)  # every kind is causal within the text
-        room = ((0, 0), (0, config.image_length), (0, 0), (0, 0))
-
-        def look(query, key, value):
-            cache = Cache(key=jnp.pad(key, room), value=jnp.pad(value, room))
-            return dense(query, key, value, mask=mask), cache
-
-        x = self._embed_text(text)  # B P D
+        sizes = {"grid": config.grid, "kernel": config.kernel, "samples": samples}
+        mask = np.tri(config.text_length, dtype=bool)  # every kind is causal within the text
+        x = self._embed_text(text)  # U P D
         caches = []
-        for layer in range(config.depth):
-            x, cache = _block(self.layers[layer], x, look)
+        for weights, kind in zip(self._unstacked(), config.kinds, strict=True):
+
+            def look(query, key, value, kind=kind):
+                cache = create(key, value, kind=kind, **sizes)
+                return dense(query, key, value, mask=mask), cache
+
+            x, cache = self._layer(weights, x, look)
             caches.append(cache)
         return tuple(caches)
 
-    def decode(
-        self, caches: tuple[Cache, ...], previous: Int[Array, " B"], position: Int[Array, ""]
-    ) -> tuple[Float[Array, "B K"], tuple[Cache, ...]]:
-        """Logits of the next code, one position at a time.
+    def decoder(self) -> Callable:
+        """Gives the step that draws a picture: logits of the next code, one position at a time.
 
-        Args:
-          caches: what `prefill`, or this method at position - 1, returned.
-          previous: code at position - 1, in [0, K); ignored at position 0.
-          position: raster position p in [0, I) whose code is wanted.
+        Layers are cut out of their stack here, once: a loop around the step then holds them as
+        constants, where cutting at every position would copy all weights each time.
 
         Returns:
-          Unnormalised float32 log-probabilities, equal to the forward pass, and the caches with
-          this position added.
+          A function of
+            caches: what `prefill`, or this function at position - 1, returned;
+            previous: code at position - 1 of each of the B pictures, in [0, K), the samples of a
+              prompt next to each other; ignored at position 0;
+            position: raster position p in [0, I) whose code is wanted;
+          to float32 logits [B, K], equal to the forward pass, and the caches with this position.
 
         Source: ours.
         """
         config = self.config
-        at = config.text_length + position
-        masks = self._masks()
-        start = jnp.broadcast_to(self.embed["start_of_image"], (previous.shape[0], config.width))
-        token = jnp.where(position == 0, start, self.embed["code"][previous])  # B D
-        x = (token + self._cell(position)[None])[:, None]  # B 1 D
-        grown = []
-        for layer, kind in enumerate(config.kinds):
+        layers = self._unstacked()
+        plans = [layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds]
+        start = self.embed["start_of_image"][None]
 
-            def look(query, key, value, cache=caches[layer], mask=masks[kind]):
-                cache = Cache(
-                    key=jax.lax.dynamic_update_slice_in_dim(cache.key, key, at, axis=1),
-                    value=jax.lax.dynamic_update_slice_in_dim(cache.value, value, at, axis=1),
-                )
-                return dense(query, cache.key, cache.value, mask=mask[at][None]), cache
+        def step(caches, previous, position):
+            token = jnp.where(position == 0, start, self.embed["code"][previous])
+            x = (token + self._cell(position)[None])[:, None]  # B 1 D
+            grown = []
+            for weights, plan, cache in zip(layers, plans, caches, strict=True):
+                look = partial(attend, cache, plan, position=position)
+                x, cache = self._layer(weights, x, look)
+                grown.append(cache)
+            return self._logits(x, "image")[:, 0], tuple(grown)
 
-            x, cache = _block(self.layers[layer], x, look)
-            grown.append(cache)
-        return self._logits(x, "image")[:, 0], tuple(grown)
+        return step
+
+    def _through_layers(self, x):
+        config = self.config
+        sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
+
+        def layer(x, weights, kind):
+            def look(query, key, value):
+                return blocked(query, key, value, kind=kind, **sizes), None
+
+            return self._layer(weights, x, look)[0]
+
+        if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
+            layer = jax.checkpoint(layer, static_argnums=2, prevent_cse=not self.scan)
+        period = 4 if config.attention == "sparse" else 1
+        scanned = (config.depth - 1) // period * period if self.scan else 0
+        if scanned:
+
+            def periods(weights):
+                return weights[:scanned].reshape(-1, period, *weights.shape[1:])
+
+            def run(x, weights):
+                for i in range(period):
+                    x = layer(x, _cut(weights, i), config.kinds[i])
+                return x, None
+
+            x, _ = jax.lax.scan(run, x, jax.tree.map(periods, self.layers))
+        for i in range(scanned, config.depth):
+            x = layer(x, _cut(self.layers, i), config.kinds[i])
+        return x
+
+    def _unstacked(self):
+        return [_cut(self.layers, i) for i in range(self.config.depth)]
+
+    def _layer(self, weights, x, look):
+        """One layer; `look` maps query, key, value to what was seen and a cache, or None."""
+        dtype = self.dtype
+        y = _layer_norm(weights["attention_norm"], x).astype(dtype)
+        qkv = _linear(weights["qkv"], y)  # B T 3 N H
+        seen, cache = look(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # B T N H
+        x = x + _linear(weights["attention_out"], seen)
+        y = _layer_norm(weights["mlp_norm"], x).astype(dtype)
+        y = _linear(weights["mlp_in"], y)  # B T F
+        y = y * jax.nn.sigmoid(1.702 * y)
+        return x + _linear(weights["mlp_out"], y), cache
 
     def _check(self, text):
         if text.shape[1] != self.config.text_length - 1:
@@ -237,14 +269,6 @@ class Prior(nn.Module):
                 f"got {text.shape[1]} caption slots, but text_length {self.config.text_length} "
                 f"needs {self.config.text_length - 1}, since the first position is the start token"
             )
-
-    def _masks(self):
-        sizes = self._sizes()
-        return {kind: jnp.asarray(attention_mask(kind, **sizes)) for kind in set(self.config.kinds)}
-
-    def _sizes(self):
-        config = self.config
-        return {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
     def _embed_text(self, text):
         V = self.config.text_vocabulary
@@ -265,22 +289,12 @@ class Prior(nn.Module):
         return self.embed["row"][position // G] + self.embed["column"][position % G]
 
     def _logits(self, x, of):
-        x = _layer_norm(self.head["norm"], x).astype(jnp.float32)
+        x = _layer_norm(self.head["norm"], x)
         return jnp.einsum("BTD,DV->BTV", x, self.head[of]["kernel"])
 
 
-def _block(
-    weights: Mapping, x: Float[Array, "B T D"], look: Callable[[Array, Array, Array], tuple]
-) -> tuple[Float[Array, "B T D"], Any]:
-    """One layer; `look` maps query, key, value to what was seen and a cache, if any, to hand on."""
-    y = _layer_norm(weights["attention_norm"], x)
-    qkv = _linear(weights["qkv"], y)  # B T 3 N H
-    seen, cache = look(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # B T N H
-    x = x + _linear(weights["attention_out"], seen)
-    y = _layer_norm(weights["mlp_norm"], x)
-    y = _linear(weights["mlp_in"], y)  # B T F
-    y = y * jax.nn.sigmoid(1.702 * y)
-    return x + _linear(weights["mlp_out"], y), cache
+def _cut(layers, i):
+    return jax.tree.map(lambda weights: weights[i], layers)
 
 
 def _linear(weights, x):
@@ -288,16 +302,15 @@ def _linear(weights, x):
     B, T, *_ = x.shape
     kernel, bias = weights["kernel"], weights["bias"]
     # one plain matrix product: XLA copies a kernel that is contracted along two axes
-    y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size)
-    return (y + bias.reshape(1, 1, -1)).reshape(B, T, *bias.shape)
+    y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size).astype(x.dtype)
+    return (y + bias.reshape(1, 1, -1).astype(x.dtype)).reshape(B, T, *bias.shape)
 
 
 def _layer_norm(weights, x):
-    dtype, x = x.dtype, x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPSILON)
     scale, bias = (jnp.expand_dims(weights[name], (0, 1)) for name in ("scale", "bias"))
-    return (x * scale + bias).astype(dtype)
+    return x * scale + bias
 
 
 def _init_embeddings(key, config):

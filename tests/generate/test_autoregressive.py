@@ -93,11 +93,18 @@ def test_same_key_draws_the_same_picture_in_any_batch_and_row():
     assert (draw(CAPTIONS, _keys(5, seed=1)) != batch).any()
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_samples_that_share_a_caption_equal_those_drawn_with_a_caption_each(guidance):
+    keys = _keys(15)
+    shared = draw(CAPTIONS, keys, guidance=guidance)
+    np.testing.assert_array_equal(shared, draw(CAPTIONS.repeat(3, 0), keys, guidance=guidance))
+    assert len(np.unique(shared[:3].reshape(3, -1), axis=0)) == 3
+
+
 def test_the_first_code_is_drawn_with_the_probability_of_the_prior():
     number = 4000
-    text = np.repeat(CAPTIONS[:1], number, 0)
     logits = _full_forward(CAPTIONS[:1], np.zeros((1, 9), int))[0, 0]
-    first = draw(text, _keys(number), temperature=0.5)[:, 0, 0]
+    first = draw(CAPTIONS[:1], _keys(number), temperature=0.5)[:, 0, 0]
     got = np.bincount(first, minlength=7) / number
     expected = np.asarray(jax.nn.softmax(logits / 0.5))
     assert np.abs(got - expected).max() < 4 * math.sqrt(0.25 / number)  # four standard errors
@@ -105,12 +112,11 @@ def test_the_first_code_is_drawn_with_the_probability_of_the_prior():
 
 def test_filters_apply_after_the_temperature():
     number = 200
-    text = np.repeat(CAPTIONS[:1], number, 0)
     logits = np.asarray(_full_forward(CAPTIONS[:1], np.zeros((1, 9), int))[0, 0])
     likeliest = np.argsort(-logits)
 
     def drawn(**options):
-        return set(np.asarray(draw(text, _keys(number), **options)[:, 0, 0]).tolist())
+        return set(np.asarray(draw(CAPTIONS[:1], _keys(number), **options)[:, 0, 0]).tolist())
 
     assert drawn(top_k=2, temperature=5) == set(likeliest[:2].tolist())
     assert drawn(top_k=7, temperature=50) == set(range(7))
@@ -170,7 +176,7 @@ def test_codes_are_int32_within_the_codebook():
         ({"keep_rows": -1}, r"keep_rows is -1, but must lie in 0\.\.3"),
         (
             {"prompt_codes": np.zeros((5, 2, 2), int), "keep_rows": 1},
-            r"prompt_codes have shape \(5, 2, 2\), but 5 captions on grid 3 need \(5, 3, 3\)",
+            r"prompt_codes have shape \(5, 2, 2\), but 5 pictures on grid 3 need \(5, 3, 3\)",
         ),
         (
             {"prompt_codes": np.full((5, 3, 3), 7), "keep_rows": 1},
@@ -190,7 +196,9 @@ def test_wrong_caption_length_says_what_the_config_needs():
 
 def test_keys_must_be_typed_and_one_a_picture():
     unchecked = getattr(sample, "__wrapped__", sample)  # the shape checker would refuse them first
-    with pytest.raises(ValueError, match=r"got 5 captions and keys of shape \(4,\); give one key"):
+    with pytest.raises(
+        ValueError, match=r"got 5 captions and keys of shape \(4,\); give one key a"
+    ):
         unchecked(TINY, PARAMETERS, CAPTIONS, _keys(4))
     with pytest.raises(ValueError, match=r"keys have dtype uint32, but must come from jax.random"):
         unchecked(TINY, PARAMETERS, CAPTIONS, jax.random.key_data(_keys(5)))
