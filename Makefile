@@ -33,7 +33,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 demo: install
-	@$(BIN)/dalle-jax generate -n 4 --out demo.png
+	@$(BIN)/dalle-jax generate -n 4 --guidance 2 --temperature 0.9 --out demo.png
 
 test: install
 	$(BIN)/ruff check .

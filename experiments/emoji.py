@@ -68,7 +68,7 @@ def prior() -> PriorRun:
     sizes = {"width": 192, "depth": 6, "heads": 6, "text_vocabulary": 2048, "text_length": 32}
     return short_prior_run(
         model=PriorConfig(**sizes, grid=16, codes=512),
-        loop=LoopConfig(steps=3_000, save_every=250, average_every=5, average_decay=0.98),
+        loop=LoopConfig(steps=7_500, save_every=250, average_every=5, average_decay=0.98),
         batch_size=8,
         warmup_steps=100,
     )
