@@ -1,0 +1,241 @@
+"""The benchmark scripts give well-formed lines and count work rightly; nothing here is timed."""
+
+import dataclasses
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import tiny
+
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.train.loop import LoopConfig
+
+SCRIPTS = Path(__file__).parent.parent / "experiments" / "benchmarks"
+PRIOR = PriorConfig(
+    width=8, depth=2, heads=2, text_vocabulary=20, text_length=4, grid=2, codes=6, kernel=3
+)
+DVAE = dataclasses.replace(tiny.DVAE_CONFIG, groups=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts_on_path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        yield
+
+
+def script(name):
+    """Loads a script by its file, since names like data are those of rooms under tests, too."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(monkeypatch):
+    measure = script("measure")
+    peaks = {"gemm_gflops": 100.0, "read_gbs": 30.0}
+    monkeypatch.setattr(measure, "machine", lambda: peaks)
+    return measure.Report("some bench", as_json=True)
+
+
+def lines(capsys):
+    """The JSON lines printed so far, checked for their form, as {metric: value}."""
+    measured = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line in measured:
+        assert list(line) == ["bench", "case", "metric", "value", "unit", "target", "machine"]
+        assert set(line["machine"]) == {"gemm_gflops", "read_gbs"}
+        assert line["value"] > 0
+        assert line["target"] is None or line["target"] > 0
+    return {line["metric"]: line["value"] for line in measured}
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "data", "decode", "startup", "tokenise", "train_step"]
+)
+def test_help_explains_every_option(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--json", "--quick", "--only"))
+    assert ("--peer" in text) == (name in ("decode", "tokenise", "train_step"))
+
+
+def test_one_line_holds_a_measurement_and_the_machine(report, capsys):
+    report.add("row T=1280", "speedup", 3.60004, "x", 3.5)
+    assert json.loads(capsys.readouterr().out) == {
+        "bench": "some bench",
+        "case": "row T=1280",
+        "metric": "speedup",
+        "value": 3.6,
+        "unit": "x",
+        "target": 3.5,
+        "machine": {"gemm_gflops": 100.0, "read_gbs": 30.0},
+    }
+
+
+def test_the_machine_has_a_peak_and_a_bandwidth():
+    measured = script("measure").machine(size=16, megabytes=1)
+    assert set(measured) == {"gemm_gflops", "read_gbs"}
+    assert min(measured.values()) > 0
+
+
+def test_attention_compares_time_and_memory_with_dense(report, capsys):
+    sizes = {"text": 3, "grid": 2, "heads": 1, "size": 2}
+    script("attention").against_dense(report, "row", **sizes, seconds=0)
+    measured = lines(capsys)
+    assert measured["speedup"] == pytest.approx(
+        measured["dense, forward + backward"] / measured["blocked, forward + backward"], rel=1e-3
+    )
+    script("attention").by_grid(report, "row", **sizes, seconds=0)
+    assert set(lines(capsys)) == {"forward + backward", "a code", "temporary memory"}
+
+
+class Falling:
+    """The least that an update can be timed with."""
+
+    name = "falling"
+    run = SimpleNamespace(loop=LoopConfig(steps=1))
+    optimizer = optax.with_extra_args_support(optax.sgd(0.1))
+
+    def init(self, key):
+        return {"kernel": jax.random.normal(key, (2,))}
+
+    def loss(self, params, batch, key, step):
+        return jnp.sum(params["kernel"] * batch), {}
+
+    def evaluate(self, params):
+        return {}
+
+    def sheet(self, params):
+        return None
+
+
+def test_an_update_is_timed_again_and_again_though_it_consumes_its_state():
+    assert script("train_step").step_time(Falling(), jnp.ones(2), seconds=0) > 0
+
+
+def test_an_update_of_the_prior_gives_its_rate_and_share(report, capsys, monkeypatch):
+    train_step = script("train_step")
+    monkeypatch.setattr(train_step, "step_time", lambda stage, batch, *, seconds: 0.5)
+    assert train_step.prior(report, "tiny", PRIOR, 2) == 4
+    measured = lines(capsys)
+    assert (measured["update"], measured["rate"]) == (500, 4)
+    assert measured["linear share of peak"] < measured["share of peak"]
+
+
+def test_an_update_of_the_dvae_gives_its_rate_and_share(report, capsys, monkeypatch):
+    train_step = script("train_step")
+    monkeypatch.setattr(train_step, "step_time", lambda stage, batch, *, seconds: 0.5)
+    assert train_step.dvae(report, "tiny", DVAE, 8, 2) == 4
+    assert set(lines(capsys)) == {"update", "rate", "share of peak"}
+
+
+def test_stages_take_the_batches_that_they_are_timed_with(key):
+    train_step = script("train_step")
+    for stage, batch in (
+        (train_step.prior_stage(PRIOR, 2), train_step.prior_batch(PRIOR, 2)),
+        (train_step.dvae_stage(DVAE, 8, 2), train_step.dvae_batch(8, 2)),
+    ):
+        params = jax.eval_shape(stage.init, key)
+        loss, _ = jax.eval_shape(stage.loss, params, batch, key, jnp.int32(0))
+        assert loss.shape == ()
+
+
+def test_tokenising_is_measured(report, capsys):
+    script("tokenise").encode(report, "tiny", DVAE, 8, 2, seconds=0)
+    assert set(lines(capsys)) == {"a batch", "rate", "share of peak"}
+
+
+def test_decoding_is_measured_against_both_bandwidths(report, capsys):
+    script("decode").decode(
+        report, "tiny", dataclasses.replace(PRIOR, depth=1), 4, captions=2, own=60.0
+    )
+    measured = lines(capsys)
+    assert measured["share of bound"] == pytest.approx(
+        2 * measured["share of bound without jax"], rel=1e-3
+    )
+
+
+def test_batches_of_codes_and_of_pictures_are_measured(tmp_path):
+    data = script("data")
+    config = dataclasses.replace(PRIOR, text_length=32)
+    assert data.code_time(tmp_path, config, 2, count=2) > 0
+    assert data.picture_time(16, 2, count=2) > 0
+
+
+def test_a_start_is_measured_as_a_process(report, capsys):
+    script("startup").starting(report, "nothing", [sys.executable, "-S", "-c", ""], 1.5, repeats=1)
+    assert set(lines(capsys)) == {"seconds"}
+
+
+def test_a_quick_run_leaves_out_slow_cases_and_only_keeps_a_beginning():
+    options = script("measure").Options(quick=True, only="wide")
+    quick = ("small sparse", "wide sparse")
+    assert options.wanted("wide sparse", quick)
+    assert not options.wanted("wide dense", quick)
+    assert not options.wanted("small sparse", quick)
+
+
+def test_a_peers_rates_come_by_item(tmp_path):
+    harness = tmp_path / "bench_peers.py"
+    harness.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'what': sys.argv[2] + '/b1', 'unit': 'samples/s', 'value': 9.25}))\n"
+        "print(json.dumps({'what': sys.argv[2] + '/b1', 'unit': 'MB peak RSS', 'value': 1530}))\n"
+    )
+    peer = (Path(sys.executable), tmp_path)
+    assert script("measure").peer_rates(peer, "train/x", "samples/s") == {"train/x/b1": 9.25}
+    with pytest.raises(RuntimeError, match="no images/s of train/x"):
+        script("measure").peer_rates(peer, "train/x", "images/s")
+
+
+def test_a_prior_multiplies_as_often_as_written_out():
+    # 4 text and 4 image positions, width 8, two layers of 12 * 8 * 8 weights
+    layers = 2 * (12 * 64) * 8
+    heads = 3 * 8 * 20 + 4 * 8 * 6
+    # text: each query meets the keys up to its own; an image query the 4 of the text; in a row
+    # layer the block of both rows meets them and the row above, in the conv layer likewise
+    text = 1 + 2 + 3 + 4
+    image = 4 * (4 + (1 + 2) * 2)
+    work = script("counting").prior_forward(PRIOR)
+    assert work.linear == layers + heads
+    assert work.attention == 2 * (2 * 8 * (text + image))
+    assert work.total == work.linear + work.attention
+
+
+def test_a_dense_layer_computes_five_eighths_of_its_logits():
+    config = dataclasses.replace(PRIOR, attention="dense")  # 8 positions in runs of 2
+    logits = 2 * (2 + 4 + 6 + 8)
+    assert script("counting").attention_forward(config, "dense") == 2 * 8 * logits
+
+
+def test_a_decoding_step_reads_as_many_bytes_as_written_out():
+    # weights: two layers and the image head; caches of a row layer (ring of 3) and a conv layer
+    # (ring of 4, all of the image) beside 4 text positions
+    weights = 2 * (12 * 64) + 8 * 6
+    read, flop = script("counting").decode_step(PRIOR, 6, captions=2)
+    assert read == 4 * (weights + 2 * 8 * (2 * 2 * 4 + 6 * (3 + 4)))
+    assert flop == 2 * 6 * (weights + 2 * 8 * (2 * 4 + 3 + 4))
+
+
+def test_a_dvae_convolves_as_often_as_written_out():
+    config = DVAEConfig(width=4, groups=2, blocks_per_group=1, codes=5, code_width=3)
+    counting = script("counting")
+    encoder = 64 * 49 * 3 * 4 + 64 * (9 * (4 + 1 + 1) + 4)
+    encoder += 16 * (9 * (4 * 2 + 2 * 2 + 2 * 2) + 2 * 8 + 4 * 8) + 16 * 8 * 5
+    assert counting.encoder_forward(config, 8) == encoder
+    decoder = 16 * 5 * 3 + 16 * (3 * 2 + 9 * (2 * 2 + 2 * 2 + 2 * 8) + 3 * 8)
+    decoder += 64 * (8 * 1 + 9 * (1 + 1 + 4) + 8 * 4) + 64 * 4 * 6
+    assert counting.decoder_forward(config, 8) == decoder
