@@ -189,8 +189,10 @@ class Prior(nn.Module):
     def decoder(self) -> Callable:
         """Gives the step that draws a picture: logits of the next code, one position at a time.
 
-        Layers are cut out of their stack here, once: a loop around the step then holds them as
-        constants, where cutting at every position would copy all weights each time.
+        Layers are cut out of their stack here, once, with their kernels turned: a loop around the
+        step then holds them as constants, where cutting at every position would copy all weights
+        each time, and the product kernel x is up to twice as fast for 4 to 32 vectors x on a CPU
+        as x kernel.
 
         Returns:
           A function of
@@ -203,7 +205,10 @@ class Prior(nn.Module):
         Source: ours.
         """
         config = self.config
-        layers = self._unstacked()
+        layers = [
+            {name: _turned(part) for name, part in layer.items()} for layer in self._unstacked()
+        ]
+        head = _turned({"kernel": self.head["image"]["kernel"], "bias": jnp.zeros(config.codes)})
         plans = [layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds]
         start = self.embed["start_of_image"][None]
 
@@ -213,9 +218,10 @@ class Prior(nn.Module):
             grown = []
             for weights, plan, cache in zip(layers, plans, caches, strict=True):
                 look = partial(attend, cache, plan, position=position)
-                x, cache = self._layer(weights, x, look)
+                x, cache = self._layer(weights, x, look, linear=_turned_linear)
                 grown.append(cache)
-            return self._logits(x, "image")[:, 0], tuple(grown)
+            x = _layer_norm(self.head["norm"], x)
+            return _turned_linear(head, x)[:, 0], tuple(grown)
 
         return step
 
@@ -251,17 +257,17 @@ class Prior(nn.Module):
     def _unstacked(self):
         return [_cut(self.layers, i) for i in range(self.config.depth)]
 
-    def _layer(self, weights, x, look):
+    def _layer(self, weights, x, look, linear=None):
         """One layer; `look` maps query, key, value to what was seen and a cache, or None."""
-        dtype = self.dtype
+        dtype, linear = self.dtype, linear or _linear
         y = _layer_norm(weights["attention_norm"], x).astype(dtype)
-        qkv = _linear(weights["qkv"], y)  # B T 3 N H
+        qkv = linear(weights["qkv"], y)  # B T 3 N H
         seen, cache = look(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # B T N H
-        x = x + _linear(weights["attention_out"], seen)
+        x = x + linear(weights["attention_out"], seen)
         y = _layer_norm(weights["mlp_norm"], x).astype(dtype)
-        y = _linear(weights["mlp_in"], y)  # B T F
+        y = linear(weights["mlp_in"], y)  # B T F
         y = y * jax.nn.sigmoid(1.702 * y)
-        return x + _linear(weights["mlp_out"], y), cache
+        return x + linear(weights["mlp_out"], y), cache
 
     def _check(self, text):
         if text.shape[1] != self.config.text_length - 1:
@@ -304,6 +310,21 @@ def _linear(weights, x):
     # one plain matrix product: XLA copies a kernel that is contracted along two axes
     y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size).astype(x.dtype)
     return (y + bias.reshape(1, 1, -1).astype(x.dtype)).reshape(B, T, *bias.shape)
+
+
+def _turned(weights):
+    if "kernel" not in weights:
+        return weights
+    kernel, bias = weights["kernel"], weights["bias"]
+    return {"kernel": kernel.reshape(-1, bias.size).T, "bias": bias}
+
+
+def _turned_linear(weights, x):
+    """As `_linear`, for weights from `_turned` and one position."""
+    B, T, *_ = x.shape
+    kernel, bias = weights["kernel"].astype(x.dtype), weights["bias"].astype(x.dtype)
+    y = (kernel @ x.reshape(B * T, -1).T).T + bias.reshape(1, -1)
+    return y.reshape(B, T, *bias.shape)
 
 
 def _layer_norm(weights, x):

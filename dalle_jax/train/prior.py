@@ -5,7 +5,7 @@ Source: Ramesh et al. 2021, section 2.2 and appendix B; the short recipe is ours
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,12 @@ class PriorRun:
     """Chance that a merge of the tokenizer is skipped while training."""
     caption_dropout: float = 0.0
     """Chance that a picture is shown without its caption while training, for guidance."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of matrix products and attention; weights, residual stream and logits are float32."""
+    scan_layers: bool = True
+    """Compile a period of four layers once and loop over it: for deep models."""
+    remat: bool = True
+    """Compute what is inside each layer again for the backward pass, to save memory."""
     encode_once: bool = False
     """Encode every picture once, centre-cropped, ahead of training; else a new crop at each use."""
 
@@ -66,6 +72,9 @@ def short_prior_run(**changes) -> PriorRun:
         "warmup_steps": 200,
         "plateau_steps": None,
         "caption_dropout": 0.1,
+        "precision": "float32",  # a CPU multiplies bfloat16 more slowly
+        "scan_layers": False,
+        "remat": False,
         "encode_once": True,
     }
     return PriorRun(**(recipe | changes))
@@ -96,7 +105,12 @@ class PriorStage:
     ):
         self.run = run
         self.config = run.model
-        self.model = Prior(self.config)
+        self.model = Prior(
+            self.config,
+            dtype=jnp.dtype(run.precision),
+            scan=run.scan_layers,
+            remat=run.remat,
+        )
         self._tokens, self._tokenizer = tokens, tokenizer
         self._validation, self._captions = validation, captions
         after = None
