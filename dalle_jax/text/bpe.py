@@ -12,10 +12,11 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import itertools
 import logging
+import random
 import re
 import string
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -29,11 +30,8 @@ _log = logging.getLogger(__name__)
 _SPACE = "\u2581"  # SentencePiece writes a space so, and would read this sign back as a space
 _LETTERS = string.ascii_lowercase
 _RUN = re.compile("[a-z]+|[^a-z]", re.DOTALL)
+_MERGED = re.compile("[a-z]{2,}$")
 _SMALLEST = 1 + 256 + len(_SPACE) + len(_LETTERS)  # <unk>, bytes, the space, the letters
-
-# SentencePiece has one seed for the whole process, so seeding and drawing must not be parted.
-_seed_lock = threading.Lock()
-_SEEDS = 2**32 - 1  # it takes 2**32 - 1 itself to mean "keep the old seed"
 
 
 class TextError(ValueError):
@@ -55,6 +53,9 @@ class Tokenizer:
             ) from error
         self._data = data
         self.vocabulary: int = len(self._pieces)
+        pieces = map(self._pieces.id_to_piece, range(self.vocabulary))
+        # SentencePiece numbers merges in the order in which it learned them
+        self._merges = {piece: rank for rank, piece in enumerate(pieces) if _MERGED.match(piece)}
         self.fingerprint: str = hashlib.sha256(data).hexdigest()
         self.truncated: int = 0
 
@@ -150,7 +151,7 @@ class Tokenizer:
           overlong: cut a caption of more tokens (counted in `truncated` and the log), or raise.
           dropout: chance in [0, 1] that a merge is skipped; 0.1 in the paper's training.
           seeds: one non-negative number per caption, needed with dropout: the same caption and
-            seed give the same tokens in any order and in any thread.
+            seed give the same tokens in any order, thread and process.
         Returns:
           ids below V + length.
         Raises:
@@ -182,9 +183,28 @@ class Tokenizer:
         return self._pieces.decode([int(i) for i in ids if i < self.vocabulary])
 
     def _draw(self, caption: str, dropout: float, seed: int) -> list[int]:
-        with _seed_lock:
-            sentencepiece.set_random_generator_seed(int(seed) % _SEEDS)
-            return self._pieces.encode(caption, enable_sampling=True, alpha=dropout, nbest_size=-1)
+        """Algorithm 1 of Provilkov et al. 2019: every merge may be left out at every step.
+
+        SentencePiece 0.2.3 has it too, but draws differently in each process for the same seed.
+        """
+        draw = random.Random(int(seed)).random
+        tokens: list[int] = []
+        for run in _RUN.findall(caption):
+            parts = list(run)
+            while len(parts) > 1:
+                pairs = (self._merges.get(a + b) for a, b in itertools.pairwise(parts))
+                possible = [
+                    (rank, at)
+                    for at, rank in enumerate(pairs)
+                    if rank is not None and draw() >= dropout
+                ]
+                if not possible:
+                    break
+                _, at = min(possible)
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            for part in parts:
+                tokens += self._pieces.encode(part)
+        return tokens
 
     def _overlong(self, caption: str, tokens: int, length: int, overlong: str) -> None:
         said = f"the caption {caption[:40]!r} has {tokens} tokens, but only {length} fit"

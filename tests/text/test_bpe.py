@@ -77,6 +77,18 @@ def test_small_corpus_shrinks_the_vocabulary():
     assert Tokenizer.train(["cat"], vocabulary=4096).vocabulary < 300
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_dropout_of_almost_nothing_equals_sentencepiece(caption):
+    drawn = TOKENIZER.encode([caption], length=512, dropout=1e-12, seeds=[3])
+    np.testing.assert_array_equal(drawn, TOKENIZER.encode([caption], length=512))
+
+
+def test_dropout_draws_the_same_in_every_process():
+    drawn = pieces("a crying cat", dropout=0.5, seeds=[1])
+    assert drawn == ["a", "▁", "c", "ry", "in", "g", "▁", "cat"]
+
+
 def test_dropout_repeats_for_a_seed_in_any_thread():
     seeds = list(range(300))
     expected = {s: TOKENIZER.encode([PHRASE], length=64, dropout=0.3, seeds=[s]) for s in seeds}
