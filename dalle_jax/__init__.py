@@ -4,7 +4,13 @@ __all__ = ["Model", "load"]
 
 
 def load(name_or_folder):
-    """Opens a shipped model by name, or a model folder by path; see `Model.load`."""
+    """Opens a shipped model by name, or a model folder by path; see `Model.load`.
+
+    Programs are compiled once and kept for other processes, see `compiled`.
+    """
+    from dalle_jax.compiled import keep_programs
+
+    keep_programs()
     from dalle_jax.generate.model import Model  # jax takes a second: only who draws waits for it
 
     return Model.load(name_or_folder)

@@ -1,17 +1,15 @@
 """The command `dalle-jax`: one function per subcommand, whose docstring is its help."""
 
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
+
+from dalle_jax.terminal import bar, complaints, show_log_lines
 
 # What takes a second to import (jax, the data readers) waits for the command that needs it.
 
@@ -63,7 +61,7 @@ def generate(
         captions = tuple(_LISTED.read_text(encoding="utf-8").splitlines()[:_DEMO])
     start = time.monotonic()
     drawing = dalle_jax.load(model)
-    with _bar("Drawing") as progress:
+    with bar("Drawing") as progress:
         images = drawing.generate(
             captions,
             n=n,
@@ -96,7 +94,7 @@ def check(folder: Positional[Path], *, px: int = 64) -> None:
     """
     from dalle_jax.data.check import check as look_through
 
-    with _bar("Looking") as progress:
+    with bar("Looking") as progress:
         report = look_through(folder, px=px, progress=progress)
     print(report)
 
@@ -104,38 +102,6 @@ def check(folder: Positional[Path], *, px: int = 64) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command; what the user can mend is said in one sentence, with exit status 2."""
     description = "Draw pictures from captions, and train models that do."
-    try:
+    show_log_lines()
+    with complaints("dalle-jax"):
         _app.cli(prog="dalle-jax", description=description, args=args, sort_subcommands=False)
-    except OSError as error:
-        _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ValueError as error:
-        _complain(str(error))
-
-
-def _complain(sentence: str) -> NoReturn:
-    print(f"dalle-jax: {sentence}", file=sys.stderr)
-    raise SystemExit(2) from None
-
-
-@contextmanager
-def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} pictures/s"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=None, rate=0.0)
-        start = time.monotonic()
-
-        def update(done, total):
-            rate = done / (time.monotonic() - start)
-            bar.update(task, completed=done, total=total, rate=rate)
-
-        yield update

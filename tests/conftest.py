@@ -1,7 +1,8 @@
 import logging
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, so that no test needs a device
+# Before jax is imported: no test needs a device, nor touches compiled programs that a user keeps.
+os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 import jax
 import pytest

@@ -7,6 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "dalle_jax"
 
 # Each room, and the rooms above it in this table that it may import.
 ROOMS = {
+    "compiled": set(),
+    "terminal": set(),
     "image": set(),
     "text": set(),
     "precision": set(),
@@ -18,10 +20,11 @@ ROOMS = {
     "weights": {"text", "models"},
     "generate": {"image", "text", "precision", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
-    | {"generate"},  # sheets are drawn, and models written, by what users call
+    | {"generate"}  # sheets are drawn, and models written, by what users call
+    | {"compiled", "terminal"},
     "evaluate": {"image", "text", "precision", "models", "data", "generate"},
     "serve": {"image", "generate"},
-    "__init__": {"generate"},
+    "__init__": {"compiled", "generate"},
 }
 ROOMS["cli"] = set(ROOMS)
 

@@ -8,13 +8,14 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int, Int32, Key, UInt8
+from jaxtyping import Array, Int, Int32, Key, UInt8, UInt32
 
 from dalle_jax.generate import folder as files
 from dalle_jax.generate.autoregressive import sample
@@ -185,7 +186,8 @@ class Model:
 
         slots = self.prior.text_length - 1
         text = self.tokenizer.encode(prompts, length=slots, overlong="error")
-        keys = _keys(prompts, n, seed)
+        hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
+        hashes = np.asarray(hashes, np.uint32)
         images = np.empty((len(prompts), n, self.px, self.px, 3), np.uint8)
         drawn = 0
         for rows, columns, new in _rectangles(len(prompts), n, self._bytes_to_sample(guidance)):
@@ -194,7 +196,7 @@ class Model:
                 self.prior,
                 self.prior_params,
                 text[rows],
-                keys[rows[:, None], columns].ravel(),
+                _keys(np.uint32(seed), hashes[rows], columns.astype(np.uint32)),
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -352,13 +354,14 @@ def _check_request(prompts, *, n, seed):
         raise ValueError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
 
 
-def _keys(prompts: Sequence[str], n: int, seed: int) -> Key[Array, "prompts n"]:
-    """One key a picture, [prompts, n], from seed, lower-cased caption and number alone."""
-    hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
-    root = jax.random.key(seed)
-    of_caption = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.asarray(hashes, jnp.uint32))
-    number = jnp.arange(n)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_caption, number)
+@jax.jit
+def _keys(
+    seed: UInt32[Array, ""], hashes: UInt32[Array, " U"], numbers: UInt32[Array, " W"]
+) -> Key[Array, " pictures"]:
+    """One key a picture, from seed, hash of its caption and number alone, caption by caption."""
+    of_caption = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes)
+    of_picture = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return of_picture(of_caption, numbers).ravel()
 
 
 def _rectangles(
@@ -395,15 +398,14 @@ _decode = jax.jit(pictures, static_argnums=0)
 
 def _dvae_shapes(config):
     picture = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
-    return _shapes(DVAE(config), picture)
+    return _shapes(DVAE(config).init, picture)
 
 
 def _prior_shapes(config):
-    text = jax.ShapeDtypeStruct((1, config.text_length - 1), jnp.int32)
-    codes = jax.ShapeDtypeStruct((1, config.image_length), jnp.int32)
-    return _shapes(Prior(config), text, codes)
+    # its setup declares all parameters, so that the forward pass, 0.2 s to trace, is not needed
+    return _shapes(partial(Prior(config).init, method=lambda prior: prior.head))
 
 
-def _shapes(module, *inputs):
-    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    return files.flat(variables["params"])
+def _shapes(init, *inputs):
+    key = jax.eval_shape(jax.random.key, 0)
+    return files.flat(jax.eval_shape(init, key, *inputs)["params"])

@@ -115,14 +115,15 @@ class DVAEStage:
 
     Args:
       run: the settings.
-      start_images: uint8 [B, R, R, 3] training pictures for the k-means start.
+      start_images: uint8 [B, R, R, 3] training pictures for the k-means start; None for none of
+        it, if the first parameters are to be replaced anyhow.
       validation: a function giving one pass over the validation pictures, in batches with
         uint8 "image" [B, R, R, 3].
     """
 
     name = "dvae"
 
-    def __init__(self, run: DVAERun, *, start_images: np.ndarray, validation):
+    def __init__(self, run: DVAERun, *, start_images: np.ndarray | None, validation):
         self.run = run
         self.model = DVAE(run.model)
         self._start_images = start_images
@@ -151,7 +152,7 @@ class DVAEStage:
         """Draws the parameters; see `models.dvae` and `train.codebook`."""
         key_params, key_clusters = jax.random.split(key)
         params = draw_params(self.run.model, key_params)
-        if self.run.kmeans_start:
+        if self.run.kmeans_start and self._start_images is not None:
             params = kmeans_start(key_clusters, params, self.run.model, self._start_images)
         return params
 

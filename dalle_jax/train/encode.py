@@ -3,6 +3,7 @@
 Source: Ramesh et al. 2021, section 2.2: the codes are the argmax of the encoder's logits.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from dalle_jax.data import shards
 from dalle_jax.data.batches import once
 from dalle_jax.data.sources import DataSource
 from dalle_jax.generate.model import Model
+from dalle_jax.terminal import bar
 from dalle_jax.train.loop import DataIterator
+
+log = logging.getLogger(__name__)
 
 
 class EncodedBatches:
@@ -54,12 +58,15 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
     """
     fingerprint = model.fingerprints["dvae"]
     if not (folder / "manifest.json").exists():
+        log.info("encoding %d pictures into %s; this is done once", len(source), folder)
         shards.write_codes(folder, _records(source, model), meta={"dvae": fingerprint})
     return shards.CodeSource(folder, dvae_fingerprint=fingerprint)
 
 
 def _records(source: DataSource, model: Model) -> Iterator[dict]:
-    for batch in once(source, batch_size=64, px=model.px):
-        for index, codes in zip(batch["index"], model.encode(batch["image"]), strict=True):
-            record = source[int(index)]
-            yield {"id": record["id"], "captions": record["captions"], "codes": codes}
+    with bar("Encoding") as progress:
+        for batch in once(source, batch_size=64, px=model.px):
+            for index, codes in zip(batch["index"], model.encode(batch["image"]), strict=True):
+                record = source[int(index)]
+                yield {"id": record["id"], "captions": record["captions"], "codes": codes}
+            progress(int(index) + 1, len(source))

@@ -6,7 +6,6 @@ A workdir holds one folder for each stage (checkpoints, metrics.jsonl, sheets) a
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,17 @@ from typing import Annotated, Any, Protocol, Union, runtime_checkable
 import jax
 import tyro
 
+from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches, once
 from dalle_jax.data.sources import DataSource
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
+from dalle_jax.terminal import bar, complaints, show_log_lines
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train.checkpoint import CheckpointError
+from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.dvae import DVAERun, DVAEStage
 from dalle_jax.train.encode import EncodedBatches, encoded
-from dalle_jax.train.log import read_metrics, show_log_lines
+from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
 from dalle_jax.train.window import NonFiniteError
@@ -82,15 +83,16 @@ def main(
     )
     options = tyro.cli(Union[commands], prog=f"{name}.py", args=args)  # noqa: UP007
     show_log_lines()
-    try:
+    keep_programs()
+    with complaints(f"{name}.py", CheckpointError, NonFiniteError):
         _run(name, options)
-    except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
-        raise SystemExit(_complain(error)) from error
 
 
 def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
     """Trains the dVAE, or goes on with it, and writes the folder `model` below workdir."""
-    start = next(iter(once(data.train, batch_size=START_PICTURES, px=run.px)))["image"]
+    start = None
+    if not Checkpoints(workdir / "checkpoints").steps():  # else a checkpoint replaces the start
+        start = next(iter(once(data.train, batch_size=START_PICTURES, px=run.px)))["image"]
     stage = DVAEStage(
         run,
         start_images=start,
@@ -161,7 +163,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         settings=settings,
         must_agree=["run", "fingerprints"],
     )
-    stages = [line for line in tokens.card.splitlines() if line.startswith("- ")]
+    stages = [line for line in tokens.card.splitlines() if line.startswith("- dvae:")]
     card = _card(tokens.name, data, [*stages, _summary("prior", run, workdir)])
     return stage.to_model(jax.device_get(state.average), card=card, license=data.license)
 
@@ -217,8 +219,10 @@ def _check_fit(prior: PriorRun, *, px: int, dvae) -> None:
 
 
 def _captions(source: DataSource):
-    for i in range(len(source)):
-        yield from source[i]["captions"]
+    with bar("Reading captions") as progress:
+        for i in range(len(source)):
+            yield from source[i]["captions"]
+            progress(i + 1, len(source))
 
 
 def _settings(run: Any) -> dict:
@@ -248,8 +252,3 @@ def _summary(stage: str, run: Any, workdir: Path) -> str:
         f"- {stage}: {run.loop.steps:,} updates of {run.batch_size} examples ({sizes}); "
         f"on validation pictures: {', '.join(measured) or 'not measured'}"
     )
-
-
-def _complain(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2

@@ -1,43 +1,17 @@
-"""What a run says: metrics.jsonl, a progress bar or plain lines, and log lines beside them.
+"""What a run says: metrics.jsonl, and a progress bar or plain lines.
 
 Source: ours.
 """
 
 import json
-import logging
 import math
 import os
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# One console for the bar and the log, so that a log line moves the bar down and not through it.
-_console = Console(stderr=True)
-
-
-class _ConsoleHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        _print(self.format(record))
-
-
-def _print(line: str) -> None:
-    now = time.strftime("%H:%M:%S")
-    _console.print(f"{now} {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-def show_log_lines() -> None:
-    """Sends log lines of dalle_jax to the terminal; for programs, to be called once at the start.
-
-    Does nothing if the logger "dalle_jax" has a handler already. Its lines no longer reach the
-    root logger: importing Orbax gives that one a handler, which would print them again.
-    """
-    logger = logging.getLogger("dalle_jax")
-    if not logger.handlers:
-        logger.addHandler(_ConsoleHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+from dalle_jax.terminal import console, say
 
 
 class MetricsLog:
@@ -105,8 +79,8 @@ class ProgressLog:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=_console,
-            disable=not _console.is_terminal,
+            console=console,
+            disable=not console.is_terminal,
             refresh_per_second=2,
         )
         self._task = self._bar.add_task(stage, total=steps, completed=step, note="")
@@ -127,7 +101,7 @@ class ProgressLog:
         note = f"loss {metrics['loss']:.4g}"
         if rate := metrics.get("steps_per_s"):
             note += f"  {rate:.3g} steps/s  {metrics['examples_per_s']:.3g} examples/s"
-        if _console.is_terminal:
+        if console.is_terminal:
             self._bar.update(self._task, completed=step, note=note)
             return
         if rate:
@@ -136,7 +110,7 @@ class ProgressLog:
 
     def say(self, step: int, text: str) -> None:
         """Writes a line that stays, such as a measurement."""
-        _print(f"{self._stage} {step}/{self._steps}  {text}")
+        say(f"{self._stage} {step}/{self._steps}  {text}")
 
 
 def clock(seconds: float) -> str:

@@ -3,8 +3,9 @@ import logging
 
 import pytest
 
-from dalle_jax.train import log as log_lib
-from dalle_jax.train.log import MetricsLog, ProgressLog, clock, read_metrics, show_log_lines
+from dalle_jax import terminal
+from dalle_jax.terminal import show_log_lines
+from dalle_jax.train.log import MetricsLog, ProgressLog, clock, read_metrics
 
 
 def test_metrics_are_one_object_a_line(tmp_path):
@@ -35,7 +36,7 @@ def test_plain_line_tells_loss_rate_and_time_left(capsys):
 
 
 def test_terminal_shows_a_bar_and_log_lines_beside_it(capsys, monkeypatch):
-    monkeypatch.setattr(log_lib._console, "_force_terminal", True)
+    monkeypatch.setattr(terminal.console, "_force_terminal", True)
     show_log_lines()
     with ProgressLog("dvae", step=0, steps=600) as progress:
         progress.report(100, {"loss": 1.5})
@@ -43,15 +44,6 @@ def test_terminal_shows_a_bar_and_log_lines_beside_it(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "100/600" in shown and "loss 1.5" in shown
     assert f" a [bold] line of any length {'x' * 100}" in shown.replace("\n", "")
-
-
-def test_log_lines_go_to_the_terminal_once(capsys):
-    show_log_lines()
-    show_log_lines()
-    logging.getLogger("dalle_jax.data").info("3 files skipped")
-    logging.getLogger("dalle_jax.data").debug("not shown")
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and shown.endswith(" 3 files skipped\n")
 
 
 def test_clock_reads_as_minutes_or_hours():

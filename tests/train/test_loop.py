@@ -194,7 +194,7 @@ ENDLESS = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_loop import run
-from dalle_jax.train.log import show_log_lines
+from dalle_jax.terminal import show_log_lines
 show_log_lines()
 run({workdir!r}, 10**6, save_every=10**6, log_every=1, evaluate_every=None, sheet_every=None)
 """

@@ -1,0 +1,203 @@
+import logging
+import os
+import subprocess
+import sys
+import time
+import zlib
+
+import jax
+import pytest
+import tiny
+
+from dalle_jax import compiled
+
+DRAW = """
+import sys, zlib
+import dalle_jax
+model = dalle_jax.load(sys.argv[1])
+import jax
+missed = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: missed.append(event) if event.endswith("cache_misses") else None
+)
+pictures = model.generate(["red apple", "blue heart"], n=3)
+print(len(missed), zlib.crc32(pictures.tobytes()))
+"""
+
+
+@pytest.fixture(scope="module")
+def draw(tmp_path_factory):
+    """Draws in a process of its own; gives how many programs it compiled, and a sum of pictures."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.model().save(folder)
+
+    def draw(cache, *, hash_seed=0):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", DRAW, str(folder)],
+            env=os.environ
+            | {"DALLE_JAX_CACHE": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+            | {"PYTHONHASHSEED": str(hash_seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr == ""
+        return [int(word) for word in done.stdout.split()]
+
+    return draw
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """JAX's settings as a user's process has them, put back afterwards."""
+    names = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setattr(compiled, "_mention_compiling", lambda: None)
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield jax.config
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def keep():
+    compiled.keep_programs.__wrapped__()  # once for each test, not once for each process
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing_but_what_is_damaged(draw, tmp_path):
+    missed, pictures = draw(tmp_path)
+    programs = sorted(tmp_path.rglob("*-cache"), key=lambda path: path.stat().st_size)
+    assert missed == len(programs) > 2
+    # Another order of sets and hashes must not make another program.
+    assert draw(tmp_path, hash_seed=1) == [0, pictures]
+    cut, empty = programs[:2]
+    os.truncate(cut, 100)
+    os.utime(cut, (0, 0))  # passes for one that has been looked at
+    os.truncate(empty, 0)
+    assert draw(tmp_path) == [2, pictures]
+    assert empty.stat().st_size
+
+
+def test_without_a_folder_to_write_to_the_cache_stays_off(settings, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DALLE_JAX_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.INFO, "dalle_jax"):
+        keep()
+    assert settings.jax_compilation_cache_dir is None
+    assert "compiled programs cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "below"),
+    [
+        ({"DALLE_JAX_CACHE": "mine", "XDG_CACHE_HOME": "theirs"}, "mine"),
+        ({"XDG_CACHE_HOME": "theirs"}, "theirs/dalle_jax"),
+        ({"XDG_CACHE_HOME": ""}, ".cache/dalle_jax"),
+    ],
+)
+def test_programs_lie_below_the_cache_folder_of_the_user(
+    settings, tmp_path, monkeypatch, given, below
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DALLE_JAX_CACHE", raising=False)
+    for name, folder in given.items():
+        monkeypatch.setenv(name, folder and str(tmp_path / folder))
+    keep()
+    assert settings.jax_compilation_cache_dir.startswith(str(tmp_path / below / "compiled"))
+    assert settings.jax_persistent_cache_min_compile_time_secs == 0
+
+
+def test_an_empty_name_turns_the_cache_off(settings, monkeypatch):
+    monkeypatch.setenv("DALLE_JAX_CACHE", "")
+    keep()
+    assert settings.jax_compilation_cache_dir is None
+
+
+def test_settings_that_the_user_gave_to_jax_stay(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("DALLE_JAX_CACHE", str(tmp_path / "unused"))
+    jax.config.update("jax_compilation_cache_dir", "theirs")
+    keep()
+    assert settings.jax_compilation_cache_dir == "theirs"
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    keep()
+    assert settings.jax_compilation_cache_dir is None
+    assert not (tmp_path / "unused").exists()
+
+
+def test_the_longest_unused_programs_go_when_they_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "LIMIT", 250)
+    now = time.time()
+    for i in range(5):
+        path = tmp_path / f"program{i}-cache"
+        path.write_bytes(b"\xfd" * 100)
+        os.utime(path, (now - (i + 2) % 5, now - i))
+    compiled._tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*-cache")) == [
+        "program3-cache",
+        "program4-cache",
+    ]
+
+
+def test_only_new_programs_are_looked_through(tmp_path, monkeypatch):
+    whole = tmp_path / "a-cache"
+    whole.write_bytes(zlib.compress(b"program"))
+    compiled._tidy(tmp_path)
+    seen = []
+    monkeypatch.setattr(compiled, "_is_whole", lambda path: seen.append(path.name))
+    os.utime(whole, (0, 0))
+    (tmp_path / "b-cache").write_bytes(b"x")
+    compiled._tidy(tmp_path)
+    assert seen == ["b-cache"]
+    assert list(tmp_path.glob("*-cache")) == [whole]
+
+
+def test_long_compiling_is_mentioned_once(monkeypatch, caplog):
+    timers = []
+
+    class Timer:
+        def __init__(self, seconds, say):
+            self.say, self.cancelled = say, False
+            timers.append(self)
+
+        def start(self):
+            pass
+
+        def cancel(self):
+            self.cancelled = True
+
+    heard = []
+    monkeypatch.setattr(compiled.threading, "Timer", Timer)
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", heard.append)
+    compiled._mention_compiling()
+    [listen] = heard
+    listen(compiled._LOWERED, 0.1, fun_name="small")
+    listen(compiled._COMPILED, 0.1, fun_name="small")
+    listen(compiled._LOWERED, 0.1, fun_name="large")
+    assert [timer.cancelled for timer in timers] == [True, False]
+    with caplog.at_level(logging.INFO, "dalle_jax"):
+        timers[1].say()
+    listen(compiled._COMPILED, 9.0, fun_name="large")
+    listen(compiled._LOWERED, 0.1, fun_name="another")
+    assert len(timers) == 2
+    assert [record.message for record in caplog.records] == ["compiling"]
+
+
+def test_jax_still_tells_when_it_compiles():
+    heard = []
+
+    def listen(event, seconds, **_):
+        heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1)(1.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    events = [event for event in heard if event in (compiled._LOWERED, compiled._COMPILED)]
+    assert events[-2:] == [compiled._LOWERED, compiled._COMPILED]
