@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from dalle_jax.image.pixels import map_pixels, unmap_pixels
+from dalle_jax.models.convolution import convolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,25 @@ class Conv(nn.Module):
         if self.size == 1:  # one matrix product: on a CPU its kernel gradient takes a quarter
             y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
             return y.reshape(*x.shape[:-1], self.features) + bias[None, None, None]
-        y = jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return y + bias[None, None, None]
+        return convolve(x, kernel) + bias[None, None, None]
+
+
+class Codebook(nn.Module):
+    """The decoder's first convolution: a 1x1 kernel that holds one row for each code."""
+
+    codes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "B G G K"] | Int[Array, "B G G"]) -> Float[Array, "B G G D"]:
+        """Looks codes up, or mixes the rows by weights over the codes."""
+        shape = (1, 1, self.codes, self.features)
+        rows = self.param("kernel", nn.initializers.zeros_init(), shape)[0, 0]
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        if z.ndim == 3:
+            return rows[z] + bias[None, None, None]
+        mixed = z.reshape(-1, self.codes) @ rows
+        return mixed.reshape(*z.shape[:-1], self.features) + bias[None, None, None]
 
 
 class Block(nn.Module):
@@ -89,9 +105,11 @@ class Block(nn.Module):
     features: int
     sizes: tuple[int, int, int, int]
     gain: float
+    enlarge: bool = False
+    """Whether the picture doubles its side (nearest) before the block, whose first size is 1."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
         """Adds the residual branch to x, or to its 1x1 projection where the width changes."""
         hidden = self.features // 4
         y = x
@@ -99,9 +117,16 @@ class Block(nn.Module):
             zip(self.sizes, (hidden, hidden, hidden, self.features), strict=True), 1
         ):
             y = Conv(features, size, name=f"conv_{i}")(nn.relu(y))
+            # Whatever works on one pixel gives the same before as after it is copied four times.
+            y = _enlarged(y) if self.enlarge and i == 1 else y
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, name="id_path")(x)
+        x = _enlarged(x) if self.enlarge else x
         return x + self.gain * y
+
+
+def _enlarged(x):
+    return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class Encoder(nn.Module):
@@ -127,21 +152,20 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes (one-hot or soft) to the two parameters of each pixel's logit-Laplace density."""
+    """Codes (hard or soft) to the two parameters of each pixel's logit-Laplace density."""
 
     config: DVAEConfig
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B G G K"]) -> Float[Array, "B R R 6"]:
-        """Runs a 1x1 convolution (the codebook), groups of blocks with nearest x2 between."""
+    def __call__(self, z: Float[Array, "B G G K"] | Int[Array, "B G G"]) -> Float[Array, "B R R 6"]:
+        """Runs the codebook, groups of blocks with nearest x2 between."""
         c = self.config
-        x = Conv(c.code_width, 1, name="input")(z)
+        x = Codebook(c.codes, c.code_width, name="input")(z)
         for g in range(c.groups):
             width = c.width * 2 ** (c.groups - 1 - g)
             for b in range(c.blocks_per_group):
-                x = Block(width, (1, 3, 3, 3), c.gain, name=f"group_{g + 1}_block_{b + 1}")(x)
-            if g < c.groups - 1:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                name = f"group_{g + 1}_block_{b + 1}"
+                x = Block(width, (1, 3, 3, 3), c.gain, enlarge=g > 0 and b == 0, name=name)(x)
         return Conv(6, 1, name="output")(nn.relu(x))
 
 
@@ -188,8 +212,6 @@ class DVAE(nn.Module):
           mu (three channels), then ln b (three channels), of the logit-Laplace density.
         Source: Ramesh et al. 2021, appendix A.1 and A.3.
         """
-        if z.ndim == 3:
-            z = jax.nn.one_hot(z, self.config.codes)
         return self.decoder(z)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,12 @@ def test_loss_is_mean_nll_and_kl_over_the_values_of_a_cell(key):
     # 4 x 4 pixels of 3 channels under each cell; at f = 8 this is the paper's 192
     expected = metrics["nll"] + 6.6 / 48 * metrics["kl"]
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_stage_that_goes_on_needs_no_pictures_to_start_from(key):
+    resumed = DVAEStage(short(), start_images=None, validation=lambda: iter(()))
+    plain = stage(short(kmeans_start=False))
+    chex.assert_trees_all_equal(resumed.init(key), plain.init(key))
 
 
 def test_short_recipe_scales_with_the_run():

@@ -1,0 +1,69 @@
+"""Convolutions that a CPU trains as fast as it multiplies matrices.
+
+XLA's convolution is used for the result and for the input's gradient: on CPU it comes near its
+matrix product. The gradient of the kernel does not, so there it is made of matrix products.
+
+Letters: B batch, H and W sides of the picture, C channels in, D channels out, S side of the kernel.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "S S C D"]
+) -> Float[Array, "B H W D"]:
+    """Convolves with zero "same" padding; the side of the kernel is odd."""
+    return _xla(x, kernel)
+
+
+def _xla(x, kernel):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+
+
+def _forward(x, kernel):
+    return convolve(x, kernel), (x, kernel)
+
+
+def _backward(saved, dy):
+    x, kernel = saved
+    (dx,) = jax.linear_transpose(lambda x: _xla(x, kernel), x)(dy)
+
+    def of_xla(x, dy):
+        return jax.linear_transpose(lambda kernel: _xla(x, kernel), kernel)(dy)[0]
+
+    def of_products(x, dy):
+        return kernel_gradient(x, dy, side=len(kernel))
+
+    return dx, jax.lax.platform_dependent(x, dy, cpu=of_products, default=of_xla)
+
+
+convolve.defvjp(_forward, _backward)
+
+
+def kernel_gradient(
+    x: Float[Array, "B H W C"], dy: Float[Array, "B H W D"], *, side: int
+) -> Float[Array, "S S C D"]:
+    """The gradient of the kernel of `convolve`, as one matrix product for each of its rows.
+
+    Element (i, j) pairs each output with the input i rows and j columns away, so one of the two
+    has to be shifted: the one with fewer channels, since every shift is a copy. The shifts by
+    columns stand beside each other as more channels, which makes the products wide enough.
+
+    Args:
+      x: input of the convolution.
+      dy: gradient of its output.
+      side: S, odd.
+    """
+    if x.shape[-1] > dy.shape[-1]:  # the same sum, seen from the input: all shifts turn round
+        return kernel_gradient(dy, x, side=side)[::-1, ::-1].swapaxes(2, 3)
+    _, H, W, C = x.shape
+    reach = side // 2
+    x = jnp.pad(x, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
+    x = jnp.concatenate([x[:, :, j : j + W] for j in range(side)], axis=-1)
+    dy = dy.reshape(-1, dy.shape[-1])
+    rows = [x[:, i : i + H].reshape(len(dy), -1).T @ dy for i in range(side)]
+    return jnp.stack(rows).reshape(side, side, C, dy.shape[-1])

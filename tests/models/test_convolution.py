@@ -1,0 +1,56 @@
+"""The convolution against XLA's, whose gradients come from automatic differentiation."""
+
+import chex
+import jax
+import pytest
+
+from dalle_jax.models.convolution import convolve, kernel_gradient
+
+
+def plain(x, kernel):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+
+
+def drawn(key, side, channels, features, shape=(2, 6, 5)):
+    key_x, key_kernel, key_dy = jax.random.split(key, 3)
+    return (
+        jax.random.normal(key_x, (*shape, channels)),
+        jax.random.normal(key_kernel, (side, side, channels, features)),
+        jax.random.normal(key_dy, (*shape, features)),
+    )
+
+
+@pytest.mark.parametrize("side", [1, 3, 7])
+@pytest.mark.parametrize(("channels", "features"), [(3, 8), (8, 3), (4, 4)])
+def test_output_and_gradients_equal_the_plain_convolutions(key, side, channels, features):
+    x, kernel, dy = drawn(key, side, channels, features)
+    y, gradients = jax.vjp(convolve, x, kernel)
+    expected, expected_gradients = jax.vjp(plain, x, kernel)
+    chex.assert_trees_all_equal(y, expected)
+    chex.assert_trees_all_close(gradients(dy), expected_gradients(dy), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("channels", "features"), [(3, 8), (8, 3)])
+def test_kernel_gradient_as_products_equals_xlas_on_every_backend(key, channels, features):
+    x, kernel, dy = drawn(key, 3, channels, features)
+    expected = jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](dy)[0]
+    chex.assert_trees_all_close(kernel_gradient(x, dy, side=3), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_a_picture_smaller_than_the_kernel_has_the_same_gradient(key):
+    x, kernel, dy = drawn(key, 7, 3, 4, shape=(2, 2, 1))
+    expected = jax.vjp(plain, x, kernel)[1](dy)
+    chex.assert_trees_all_close(jax.vjp(convolve, x, kernel)[1](dy), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_only_a_cpu_makes_the_kernel_gradient_of_matrix_products(key):
+    x, kernel, dy = drawn(key, 3, 4, 8)
+    gradient = jax.jit(lambda x, kernel, dy: jax.vjp(convolve, x, kernel)[1](dy)[1])
+    lowered = {
+        platform: gradient.trace(x, kernel, dy).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda")
+    }
+    assert "stablehlo.convolution" not in lowered["cpu"]
+    assert lowered["cuda"].count("stablehlo.convolution") == 1
+    assert "stablehlo.dot_general" not in lowered["cuda"]
