@@ -1,7 +1,8 @@
-"""Convolutions that a CPU trains as fast as it multiplies matrices.
+"""Convolutions whose kernels learn quickly on a CPU.
 
-XLA's convolution is used for the result and for the input's gradient: on CPU it comes near its
-matrix product. The gradient of the kernel does not, so there it is made of matrix products.
+XLA's convolution gives the result and the gradient of the input: on one core of an AMD EPYC (Zen 3,
+float32, sizes of the emoji dVAE) it reaches 50 to 80 of a matrix product's 88 GFLOP/s. Its gradient
+of the kernel, where C and D differ, does not: 26 to 63. There matrix products reach 40 to 72.
 
 Letters: B batch, H and W sides of the picture, C channels in, D channels out, S side of the kernel.
 """

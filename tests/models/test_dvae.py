@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.dvae import DVAE, DVAEConfig, draw_params, reconstruction
+from dalle_jax.models.dvae import DVAE, Block, DVAEConfig, draw_params, reconstruction
 
 SMALL = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
 
@@ -43,6 +43,16 @@ def test_weights_start_with_the_releases_deviation(key):
     chex.assert_trees_all_equal(params["decoder"]["output"]["bias"], jnp.zeros(6))
     table = draw_params(DVAEConfig(width=8, groups=2, code_std=1.0), key)["decoder"]["input"]
     assert float(table["kernel"].std()) == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_block_that_enlarges_equals_the_block_on_an_enlarged_picture(key):
+    x = jax.random.normal(key, (2, 3, 3, 16))
+    enlarging = Block(8, (1, 3, 3, 3), 0.5, enlarge=True)
+    shapes = jax.eval_shape(enlarging.init, key, x)
+    params = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) / 10, shapes)
+    enlarged = x.repeat(2, axis=1).repeat(2, axis=2)
+    expected = Block(8, (1, 3, 3, 3), 0.5).apply(params, enlarged)
+    chex.assert_trees_all_close(enlarging.apply(params, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_integer_codes_decode_as_their_one_hot_rows(key):
