@@ -191,7 +191,7 @@ class Model:
         images = np.empty((len(prompts), n, self.px, self.px, 3), np.uint8)
         drawn = 0
         for rows, columns, new in _rectangles(len(prompts), n, self._bytes_to_sample(guidance)):
-            pictures = len(rows) * len(columns)
+            batch = len(rows) * len(columns)
             codes = sample(
                 self.prior,
                 self.prior_params,
@@ -201,7 +201,7 @@ class Model:
                 top_k=top_k,
                 top_p=top_p,
                 guidance=guidance,
-                prompt_codes=None if kept is None else kept[None].repeat(pictures, axis=0),
+                prompt_codes=None if kept is None else kept[None].repeat(batch, axis=0),
                 keep_rows=keep_rows,
             )
             shape = (len(rows), len(columns), *images.shape[2:])
