@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from dalle_jax.image.pixels import map_pixels, unmap_pixels
-from dalle_jax.models.convolution import convolve
+from dalle_jax.models.convolution import convolve, max_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +145,7 @@ class Encoder(nn.Module):
                     c.width * 2**g, (3, 3, 3, 1), c.gain, name=f"group_{g + 1}_block_{b + 1}"
                 )(x)
             if g < c.groups - 1:
-                # Max over 2x2, as a reshape: on a CPU its gradient is 6 times as fast.
-                B, H, W, C = x.shape
-                x = x.reshape(B, H // 2, 2, W // 2, 2, C).max(axis=(2, 4))
+                x = max_pool(x)
         return Conv(c.codes, 1, name="output")(nn.relu(x))
 
 

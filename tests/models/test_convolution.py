@@ -1,10 +1,11 @@
-"""The convolution against XLA's, whose gradients come from automatic differentiation."""
+"""Convolution and max-pool against XLA's, whose gradients come from automatic differentiation."""
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
-from dalle_jax.models.convolution import convolve, kernel_gradient
+from dalle_jax.models.convolution import convolve, kernel_gradient, max_pool
 
 
 def plain(x, kernel):
@@ -54,3 +55,24 @@ def test_only_a_cpu_makes_the_kernel_gradient_of_matrix_products(key):
     assert "stablehlo.convolution" not in lowered["cpu"]
     assert lowered["cuda"].count("stablehlo.convolution") == 1
     assert "stablehlo.dot_general" not in lowered["cuda"]
+
+
+def test_max_pool_and_its_gradient_equal_a_windows_greatest(key):
+    key_x, key_dy = jax.random.split(key)
+    x = jax.random.normal(key_x, (2, 6, 4, 3))
+    dy = jax.random.normal(key_dy, (2, 3, 2, 3))
+
+    def windows(x):
+        return jax.lax.reduce_window(
+            x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding="VALID"
+        )
+
+    y, gradient = jax.vjp(max_pool, x)
+    expected, expected_gradient = jax.vjp(windows, x)
+    chex.assert_trees_all_equal((y, gradient(dy)), (expected, expected_gradient(dy)))
+
+
+def test_of_equal_pixels_one_gets_the_gradient():
+    x = jnp.array([[2.0, 2.0], [1.0, 2.0]])[None, :, :, None]
+    (dx,) = jax.vjp(max_pool, x)[1](jnp.full((1, 1, 1, 1), 3.0))
+    chex.assert_trees_all_equal(dx[0, :, :, 0], jnp.array([[3.0, 0.0], [0.0, 0.0]]))
