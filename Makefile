@@ -38,7 +38,7 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 --dist loadgroup  # groups share what is slow to make
+	$(BIN)/pytest -n 2 --dist loadfile  # tests of a file share what is slow to make
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo.png

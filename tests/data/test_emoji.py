@@ -10,9 +10,6 @@ from dalle_jax.data.emoji import SPLITS, emoji_source
 from dalle_jax.data.sources import SourceError
 from dalle_jax.image.pixels import decode
 
-# The emoji are drawn once, by one worker (with --dist loadgroup).
-pytestmark = pytest.mark.xdist_group("emoji")
-
 
 @pytest.fixture(scope="module")
 def emojis(tmp_path_factory):
