@@ -6,10 +6,13 @@ __all__ = ["Model", "load"]
 def load(name_or_folder):
     """Opens a shipped model by name, or a model folder by path; see `Model.load`.
 
-    Programs are compiled once and kept for other processes, see `compiled`.
+    Programs are compiled once and kept for other processes, and large buffers stay with this one;
+    see `compiled` and `memory`.
     """
     from dalle_jax.compiled import keep_programs
+    from dalle_jax.memory import keep_memory
 
+    keep_memory()
     keep_programs()
     from dalle_jax.generate.model import Model  # jax takes a second: only who draws waits for it
 

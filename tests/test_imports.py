@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "dalle_jax"
 # Each room, and the rooms above it in this table that it may import.
 ROOMS = {
     "compiled": set(),
+    "memory": set(),
     "terminal": set(),
     "image": set(),
     "text": set(),
@@ -21,10 +22,10 @@ ROOMS = {
     "generate": {"image", "text", "precision", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets are drawn, and models written, by what users call
-    | {"compiled", "terminal"},
+    | {"compiled", "memory", "terminal"},
     "evaluate": {"image", "text", "precision", "models", "data", "generate"},
     "serve": {"image", "generate"},
-    "__init__": {"compiled", "generate"},
+    "__init__": {"compiled", "memory", "generate"},
 }
 ROOMS["cli"] = set(ROOMS)
 

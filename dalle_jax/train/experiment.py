@@ -19,6 +19,7 @@ from dalle_jax.data.batches import batches, once
 from dalle_jax.data.sources import DataSource
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
+from dalle_jax.memory import keep_memory
 from dalle_jax.terminal import bar, complaints, show_log_lines
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
@@ -83,6 +84,7 @@ def main(
     )
     options = tyro.cli(Union[commands], prog=f"{name}.py", args=args)  # noqa: UP007
     show_log_lines()
+    keep_memory()
     keep_programs()
     with complaints(f"{name}.py", CheckpointError, NonFiniteError):
         _run(name, options)
