@@ -111,14 +111,13 @@ def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, 
 
 
 def _draw(logits, keys, position, temperature, top_k, top_p):
-    best = jnp.argmax(logits, axis=-1)
     greedy = temperature == 0
     # with the best at 0, tiny temperatures send the others to -inf and nothing to nan
     logits = logits - logits.max(axis=-1, keepdims=True)
     logits = filter_logits(logits / jnp.where(greedy, 1, temperature), top_k=top_k, top_p=top_p)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    drawn = jax.vmap(jax.random.categorical)(keys, logits)
-    return jnp.where(greedy, best, drawn).astype(jnp.int32)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return jnp.argmax(logits + jnp.where(greedy, 0, noise), axis=-1).astype(jnp.int32)
 
 
 def _check_options(config, temperature, top_k, top_p, guidance):

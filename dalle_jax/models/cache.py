@@ -9,7 +9,8 @@
 Keys and values of the text are computed once for a prompt and read by all of its samples.
 
 Letters: U prompts, W samples of each, B = U * W batch, N heads, H head size, P text positions,
-G grid side, I = G * G image positions, Z lanes (columns, or one), S slots of a lane.
+D = N * H width, G grid side, I = G * G image positions, Z lanes (columns, or one), S slots of a
+lane.
 """
 
 from functools import cache as remembered
@@ -28,8 +29,8 @@ class Cache(NamedTuple):
 
     text_key: Float[Array, "U N P H"]
     text_value: Float[Array, "U N P H"]
-    key: Float[Array, "U N W Z S H"]
-    value: Float[Array, "U N W Z S H"]
+    key: Float[Array, "U*N*W Z*S H"]
+    value: Float[Array, "U*N*W Z*S H"]
 
 
 class Layout(NamedTuple):
@@ -91,25 +92,25 @@ def create(
     """
     U, _, N, H = text_key.shape
     lane, _, seen = layout(kind, grid=grid, kernel=kernel)
-    room = jnp.zeros((U, N, samples, lane.max() + 1, seen.shape[1], H), text_key.dtype)
+    room = jnp.zeros((U * N * samples, (lane.max() + 1) * seen.shape[1], H), text_key.dtype)
     return Cache(jnp.swapaxes(text_key, 1, 2), jnp.swapaxes(text_value, 1, 2), room, room)
 
 
 def attend(
     cache: Cache,
     plan: Layout,
-    query: Float[Array, "B 1 N H"],
-    key: Float[Array, "B 1 N H"],
-    value: Float[Array, "B 1 N H"],
+    query: Float[Array, "D B"],
+    key: Float[Array, "D B"],
+    value: Float[Array, "D B"],
     *,
     position: Int[Array, ""],
-) -> tuple[Float[Array, "B 1 N H"], Cache]:
+) -> tuple[Float[Array, "D B"], Cache]:
     """Adds one image position to the cache and looks at all that it may see.
 
     Args:
       cache: of this layer, holding the positions before.
       plan: `layout` of this layer's kind.
-      query: of this position, the samples of a prompt next to each other.
+      query: of this position, one picture a column, the samples of a prompt next to each other.
       key: of this position.
       value: of this position.
       position: raster position p in [0, I).
@@ -119,27 +120,35 @@ def attend(
 
     Source: ours.
     """
-    U, N, W, Z, _, H = cache.key.shape
+    U, N, P, H = cache.text_key.shape
     lane, slot, seen = (jnp.asarray(table)[position] for table in plan)
-    query, key, value = (jnp.swapaxes(x.reshape(U, W, N, H), 1, 2) for x in (query, key, value))
-    at = (0, 0, 0, lane, slot, 0)
-    cache = cache._replace(
-        key=jax.lax.dynamic_update_slice(cache.key, key[:, :, :, None, None], at),
-        value=jax.lax.dynamic_update_slice(cache.value, value[:, :, :, None, None], at),
-    )
-    keys, values = (  # U N W S H
-        jax.lax.dynamic_index_in_dim(x, lane, axis=3, keepdims=False) if Z > 1 else x[:, :, :, 0]
-        for x in (cache.key, cache.value)
-    )
-    query = query * H**-0.5
+    S = seen.shape[0]
+
+    def rows(x):  # D B -> U N W H
+        return x.reshape(N, H, U, -1).transpose(2, 0, 3, 1)
+
+    query, key, value = rows(query * H**-0.5), rows(key), rows(value)
+
+    def added(held, new):
+        """The lane with this position, and all lanes: XLA copies what it reads after writing."""
+        seen = jax.lax.dynamic_slice_in_dim(held, lane * S, S, axis=1)
+        seen = jax.lax.dynamic_update_slice_in_dim(seen, new.reshape(-1, 1, H), slot, axis=1)
+        return seen, jax.lax.dynamic_update_slice_in_dim(held, seen, lane * S, axis=1)
+
+    keys, held_keys = added(cache.key, key)
+    values, held_values = added(cache.value, value)
     far = _product("UNWH,UNPH->UNWP", query, cache.text_key)
-    near = _product("UNWH,UNWSH->UNWS", query, keys)
-    near = jnp.where(seen[None, None, None], near, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1).astype(value.dtype)
-    P = far.shape[-1]
+    near = _product("XH,XSH->XS", query.reshape(-1, H), keys)
+    near = jnp.where(seen[None], near, -jnp.inf).reshape(*far.shape[:3], S)
+    weights = jnp.concatenate([far, near], axis=-1)
+    weights = jnp.exp(weights - weights.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
     mixed = _product("UNWP,UNPH->UNWH", weights[..., :P], cache.text_value)
-    mixed = mixed + _product("UNWS,UNWSH->UNWH", weights[..., P:], values)
-    return jnp.swapaxes(mixed, 1, 2).reshape(U * W, 1, N, H).astype(value.dtype), cache
+    near = _product("XS,XSH->XH", weights[..., P:].reshape(-1, S), values)
+    mixed = ((mixed + near.reshape(mixed.shape)) / total).astype(value.dtype)
+    cache = cache._replace(key=held_keys, value=held_values)
+    return mixed.transpose(1, 3, 0, 2).reshape(N * H, -1), cache
 
 
 def _product(spec, a, b):
