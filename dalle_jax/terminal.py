@@ -37,6 +37,11 @@ def show_log_lines() -> None:
         logger.propagate = False
 
 
+def be_quiet() -> None:
+    """Says nothing but complaints from now on: of several processes one is enough to read."""
+    console.quiet = True
+
+
 @contextmanager
 def bar(doing: str, *, of: str = "pictures") -> Iterator[Callable[[int, int], None]]:
     """Shows how far some work is; gives a function of what is done and of all there is to do.

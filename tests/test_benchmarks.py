@@ -108,9 +108,13 @@ class Falling:
     name = "falling"
     run = SimpleNamespace(loop=LoopConfig(steps=1))
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))
+    rules = ()
 
     def init(self, key):
         return {"kernel": jax.random.normal(key, (2,))}
+
+    def begin(self, params):
+        return params
 
     def loss(self, params, batch, key, step):
         return jnp.sum(params["kernel"] * batch), {}

@@ -15,7 +15,7 @@ ROOMS = {
     "precision": set(),
     "losses": set(),
     "optim": set(),
-    "parallel": set(),
+    "parallel": {"precision"},
     "models": {"image", "precision"},
     "data": {"image", "text"},
     "weights": {"text", "models"},

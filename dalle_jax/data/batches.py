@@ -82,8 +82,13 @@ def batches(
             raise SourceError(f"{name} must lie in [0, 1], got {chance}")
     pictures = _Pictures(source, px)
 
+    # Repeating before sharing keeps epochs aligned between processes when the source does not
+    # divide evenly.
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    share = Share(order, batch_size, process_index, process_count)
+
     def example(step: int, index: int) -> Batch:
-        epoch = (step * process_count + process_index) // len(source)
+        epoch = share.position(step) // len(source)
         rng = np.random.default_rng([seed, epoch, index])
         # fixed draws come first, so that text does not depend on the crop or on the picture
         use_caption, which, bpe_seed = rng.random(), rng.random(), rng.integers(2**31)
@@ -96,12 +101,43 @@ def batches(
             )[0]
         return made
 
-    # Repeating before slicing keeps epochs aligned between processes when the source does not
-    # divide evenly.
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    examples = order[process_index::process_count].map_with_index(example)
+    examples = share.map_with_index(example)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(examples.batch(batch_size // process_count).to_iter_dataset(options))
+
+
+class Share(grain.MapDataset):
+    """The examples that one process puts into each batch.
+
+    They follow each other in the batch, so that its order is the same for any number of processes.
+
+    Args:
+      examples: all of them, in order.
+      batch_size: examples of a batch, over all processes.
+      process_index: which process this is.
+      process_count: how many there are.
+    """
+
+    def __init__(
+        self, examples: grain.MapDataset, batch_size: int, process_index: int, process_count: int
+    ):
+        super().__init__(examples)
+        self._examples = examples
+        self._batch_size, self._part = batch_size, batch_size // process_count
+        self._first = process_index * self._part
+
+    def __len__(self) -> int:
+        """Counts the examples of this process."""
+        return len(self._examples) // self._batch_size * self._part
+
+    def __getitem__(self, step: int) -> Any:
+        """Gives one of them."""
+        return self._examples[self.position(step)]
+
+    def position(self, step: int) -> int:
+        """Where the example of this process's step stands among those of all."""
+        batch, place = divmod(step, self._part)
+        return batch * self._batch_size + self._first + place
 
 
 def once(

@@ -116,6 +116,8 @@ class Prior(nn.Module):
     """Compile a period of four layers once and loop over it: for deep models."""
     remat: bool = False
     """Keep only what enters each layer for the backward pass and compute the rest again."""
+    settle: Callable[[Array], Array] = lambda x: x
+    """Says where the residual stream [B, T, D] lies, if it is spread over devices."""
 
     def setup(self):
         """Declares the parameters: weight matrices are named kernel, their biases bias."""
@@ -237,7 +239,7 @@ class Prior(nn.Module):
             def look(qkv):
                 return blocked(*_parted(qkv), kind=kind, **sizes), None
 
-            return self._layer(weights, x, look)[0]
+            return self._layer(weights, self.settle(x), look)[0]
 
         if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
             layer = jax.checkpoint(layer, static_argnums=2, prevent_cse=not self.scan)

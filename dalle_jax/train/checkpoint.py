@@ -3,7 +3,8 @@
 A step is a folder `000500/` with one Orbax item each for params, average, optimizer and rng, the
 data position and the settings as JSON, and `manifest.json` with the size and sha256 of every file
 (Orbax reads back a flipped byte without complaint). All of it is written under a temporary name
-and renamed last, so a folder under a step's name was complete once.
+and renamed last, so a folder under a step's name was complete once. Of several processes each
+writes its part of the arrays, and process 0 the rest; all see the same disk.
 
 Source: ours.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from dalle_jax.parallel.processes import agreed, is_leader
 from dalle_jax.train import manifest
 from dalle_jax.train.state import TrainState
 
@@ -88,14 +90,17 @@ class Checkpoints:
         self.wait()
         # Both to text now: a value that JSON cannot hold fails here, and later changes do no harm.
         texts = {"data.json": json.dumps(data_state), "settings.json": json.dumps(settings)}
-        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
+        if is_leader():
+            for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(leftover)
         unfinished = self.folder / f"{_UNFINISHED}{step:06d}"
         writing = ocp.save_checkpointables_async(unfinished, _items(state))
         self._saving = self._worker.submit(self._finish, writing, unfinished, step, texts)
 
     def _finish(self, writing, unfinished: Path, step: int, texts: dict[str, str]) -> None:
-        writing.result()
+        writing.result()  # in process 0 after all have written theirs
+        if not is_leader():
+            return
         for name, text in texts.items():
             (unfinished / name).write_text(text)
         manifest.write(unfinished, step)
@@ -122,7 +127,9 @@ class Checkpoints:
             one), or if the saved arrays do not fit the template.
         """
         self.wait()
-        for step, path in _good_steps(self.folder):
+        step = agreed(lambda: next((step for step, _ in _good_steps(self.folder)), None))
+        if step is not None:
+            path = self.folder / f"{step:06d}"
             saved = json.loads((path / "settings.json").read_text())
             if changes := _changes(saved, _as_json(settings or {})):
                 raise CheckpointError(

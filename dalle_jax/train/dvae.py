@@ -4,7 +4,7 @@ Source: Ramesh et al. 2021, section 2.1 and appendix A; the short recipe is ours
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -25,6 +25,7 @@ from dalle_jax.models.dvae import (
 )
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
+from dalle_jax.parallel.rules import DVAE as DVAE_RULES
 from dalle_jax.train.codebook import kmeans_start
 from dalle_jax.train.loop import LoopConfig
 
@@ -115,15 +116,15 @@ class DVAEStage:
 
     Args:
       run: the settings.
-      start_images: uint8 [B, R, R, 3] training pictures for the k-means start; None for none of
-        it, if the first parameters are to be replaced anyhow.
+      start_images: a function giving uint8 [B, R, R, 3] training pictures for the k-means start.
       validation: a function giving one pass over the validation pictures, in batches with
         uint8 "image" [B, R, R, 3].
     """
 
     name = "dvae"
+    rules = DVAE_RULES
 
-    def __init__(self, run: DVAERun, *, start_images: np.ndarray | None, validation):
+    def __init__(self, run: DVAERun, *, start_images: Callable[[], np.ndarray], validation):
         self.run = run
         self.model = DVAE(run.model)
         self._start_images = start_images
@@ -149,12 +150,15 @@ class DVAEStage:
         self._reconstruct = jax.jit(self._codes_and_pictures)
 
     def init(self, key):
-        """Draws the parameters; see `models.dvae` and `train.codebook`."""
-        key_params, key_clusters = jax.random.split(key)
-        params = draw_params(self.run.model, key_params)
-        if self.run.kmeans_start and self._start_images is not None:
-            params = kmeans_start(key_clusters, params, self.run.model, self._start_images)
-        return params
+        """Draws the parameters; see `models.dvae`."""
+        return draw_params(self.run.model, key)
+
+    def begin(self, params):
+        """Starts the codebook from clusters of pictures, if the run says so."""
+        if not self.run.kmeans_start:
+            return params
+        key = jax.random.key(self.run.loop.seed)
+        return kmeans_start(key, params, self.run.model, self._start_images())
 
     def loss(self, params, batch, key, step):
         """Mean pixel NLL + beta / (3 f^2) * mean cell KL.

@@ -20,9 +20,11 @@ from dalle_jax.data.sources import DataSource
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
-from dalle_jax.terminal import bar, complaints, show_log_lines
+from dalle_jax.parallel.mesh import whole
+from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
+from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
+from dalle_jax.train.checkpoint import CheckpointError
 from dalle_jax.train.dvae import DVAERun, DVAEStage
 from dalle_jax.train.encode import EncodedBatches, encoded
 from dalle_jax.train.log import read_metrics
@@ -87,21 +89,26 @@ def main(
     keep_memory()
     keep_programs()
     with complaints(f"{name}.py", CheckpointError, NonFiniteError):
+        join(options.processes)
+        if not is_leader():
+            be_quiet()
         _run(name, options)
 
 
 def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
     """Trains the dVAE, or goes on with it, and writes the folder `model` below workdir."""
-    start = None
-    if not Checkpoints(workdir / "checkpoints").steps():  # else a checkpoint replaces the start
-        start = next(iter(once(data.train, batch_size=START_PICTURES, px=run.px)))["image"]
     stage = DVAEStage(
         run,
-        start_images=start,
+        start_images=lambda: _first_pictures(data.train, run.px),
         validation=lambda: once(data.validation, batch_size=64, px=run.px),
     )
     iterator = batches(
-        data.train, batch_size=run.batch_size, seed=run.loop.seed, px=run.px, crop="dvae"
+        data.train,
+        batch_size=run.batch_size,
+        seed=run.loop.seed,
+        px=run.px,
+        crop="dvae",
+        **_share(),
     )
     settings = _settings(run)
     state = train(
@@ -111,11 +118,12 @@ def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
         name=name,
         px=run.px,
         dvae=run.model,
-        dvae_params=jax.device_get(state.average),
+        dvae_params=jax.device_get(whole(state.average)),
         card=_card(name, data, [_summary("dvae", run, workdir)]),
         license=data.license,
     )
-    model.save(workdir / "model")
+    if is_leader():
+        model.save(workdir / "model")
     return model
 
 
@@ -132,7 +140,8 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         run = dataclasses.replace(run, model=sizes)
     text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
     # Validation codes are needed again and again, so they are always made once.
-    validation = encoded(data.validation, tokens, workdir / "codes" / "validation")
+    with leader_first("validation codes"):
+        validation = encoded(data.validation, tokens, workdir / "codes" / "validation")
     stage = PriorStage(
         run,
         tokens=tokens,
@@ -142,7 +151,8 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     )
     source = data.train
     if run.encode_once:
-        source = encoded(source, tokens, workdir / "codes" / "train")
+        with leader_first("training codes"):
+            source = encoded(source, tokens, workdir / "codes" / "train")
     iterator = batches(
         source,
         batch_size=run.batch_size,
@@ -151,6 +161,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         bpe_dropout=run.bpe_dropout,
         caption_dropout=run.caption_dropout,
         **text,
+        **_share(),
     )
     if not run.encode_once:
         iterator = EncodedBatches(iterator, tokens)
@@ -167,7 +178,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     )
     stages = [line for line in tokens.card.splitlines() if line.startswith("- dvae:")]
     card = _card(tokens.name, data, [*stages, _summary("prior", run, workdir)])
-    return stage.to_model(jax.device_get(state.average), card=card, license=data.license)
+    return stage.to_model(jax.device_get(whole(state.average)), card=card, license=data.license)
 
 
 def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
@@ -176,6 +187,7 @@ def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
     fields = [
         ("workdir", Annotated[Path, tyro.conf.arg(help=here)]),
         ("data", Annotated[data, tyro.conf.arg(name="")]),
+        ("processes", ProcessConfig, dataclasses.field(default_factory=ProcessConfig)),
     ]
     for stage, run in runs.items():
         # One stage alone needs no prefix before its options.
@@ -193,15 +205,17 @@ def _run(name: str, options: Any) -> None:
     if dvae is not None:
         if prior is not None:
             _check_fit(prior, px=dvae.px, dvae=dvae.model)
-        data = options.data.open(dvae.px)
+        data = _opened(options.data, dvae.px)
         tokens = train_dvae(dvae, data, name=name, workdir=workdir / "dvae")
         log.info("the dVAE is in %s", workdir / "dvae" / "model")
     else:
         tokens = Model.load(workdir / "dvae" / "model")
         _check_fit(prior, px=tokens.px, dvae=tokens.dvae)
-        data = options.data.open(tokens.px)
+        data = _opened(options.data, tokens.px)
     if prior is not None:
         model = train_prior(prior, data, tokens, workdir=workdir / "prior")
+        if not is_leader():
+            return
         model.save(workdir / "model")
         sheet = workdir / "sheet.png"
         save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
@@ -218,6 +232,20 @@ def _check_fit(prior: PriorRun, *, px: int, dvae) -> None:
                 f"the prior's model.{option} is {got}, but the dVAE makes {wanted}; "
                 f"give the prior --model.{option} {wanted} (--prior.model.{option} with `all`)"
             )
+
+
+def _opened(options: DataOptions, px: int) -> Data:
+    with leader_first("data"):
+        return options.open(px)
+
+
+def _first_pictures(source: DataSource, px: int):
+    return next(once(source, batch_size=START_PICTURES, px=px))["image"]
+
+
+def _share() -> dict[str, int]:
+    """Which part of every batch this process makes."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def _captions(source: DataSource):

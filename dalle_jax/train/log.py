@@ -11,11 +11,14 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dalle_jax.parallel.processes import is_leader
 from dalle_jax.terminal import console, say
 
 
 class MetricsLog:
     """Appends to metrics.jsonl, one JSON object a line: step, stage, time_s and the metrics.
+
+    Of several processes the first alone writes.
 
     `time_s` counts seconds of training from the start of the run and goes on after a resume.
 
@@ -31,13 +34,15 @@ class MetricsLog:
         self._stage = stage
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
         self._start = time.monotonic() - (kept[-1]["time_s"] if kept else 0.0)
-        if path.exists():
+        if path.exists() and is_leader():
             shortened = path.with_suffix(".tmp")
             shortened.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
             os.replace(shortened, path)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a line; a value that is not finite becomes null, as JSON has no name for it."""
+        if not is_leader():
+            return
         entry = {
             "step": step,
             "stage": self._stage,

@@ -9,12 +9,16 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from dalle_jax.image.sheet import save_png
+from dalle_jax.parallel.mesh import MeshConfig, greatest, make_mesh, place_batch, whole
+from dalle_jax.parallel.processes import is_leader
+from dalle_jax.parallel.rules import shardings
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.log import MetricsLog, ProgressLog
@@ -65,11 +69,14 @@ class LoopConfig:
     """Decay of the weight average at each of its moves, in [0, 1)."""
     seed: int = 0
     """Seed of the first weights and of all noise in training."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How the state and the batch are spread over devices."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("average_decay", "seed") and value is not None and value < 1:
+            is_number = isinstance(value, int) and field.name != "seed"
+            if is_number and value < 1:
                 raise ValueError(f"{field.name} is {value}, but has to be at least 1")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay is {self.average_decay}, but has to be in [0, 1)")
@@ -91,6 +98,9 @@ def train(
     the very state of an unbroken run. SIGTERM and SIGINT save at the next update and then raise
     SystemExit with 128 + the signal's number; a second one does what it did before this call.
 
+    Several processes call it with the same arguments, each with its own part of the batches; they
+    write checkpoints together, and process 0 the rest. A signal to one of them stops all.
+
     Args:
       stage: what to train.
       iterator: batches for it, at their beginning; its position is set on resume.
@@ -110,15 +120,22 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     settings = {"stage": stage.name} | settings
     fixed = {k: v for k, v in settings.items() if must_agree is None or k in (*must_agree, "stage")}
-    state = state_lib.create(stage, jax.random.key(config.seed))
+    mesh = make_mesh(config.mesh)
+    create, key = partial(state_lib.create, stage), jax.random.key(config.seed)
+    places = shardings(jax.eval_shape(create, key), mesh, stage.rules)
+    state = jax.jit(create, out_shardings=places)(key)
+    alone = jax.process_count() == 1
     with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _Signals() as signals:
-        step = 0
+        step = stop = 0
         if found := checkpoints.restore(state, settings=fixed):
             step, state, position, _ = found
             iterator.set_state(position)
             log.info("%s goes on from step %d of %s", stage.name, step, checkpoints.folder)
+        else:
+            state = state_lib.begun(state, places, stage.begin(whole(state.params)))
         update = state_lib.update_step(
             stage,
+            places=places,
             accumulate=config.accumulate,
             average_every=config.average_every,
             average_decay=config.average_decay,
@@ -127,10 +144,11 @@ def train(
         window = Window(checkpoints)
         with ProgressLog(stage.name, step=step, steps=config.steps) as progress:
             while step < config.steps:
-                batch = _next_batch(iterator, step, config.steps)
+                batch = place_batch(mesh, _next_batch(iterator, step, config.steps))
                 state, metrics = update(state, batch)
                 step += 1
-                window.add(step, metrics, examples=len(jax.tree.leaves(batch)[0]))
+                votes = None if alone else greatest(mesh, signals.caught)
+                window.add(step, metrics, examples=len(jax.tree.leaves(batch)[0]), votes=votes)
                 progress.advance(step)
                 last = step == config.steps
 
@@ -139,7 +157,9 @@ def train(
                     metrics_log.write(step, values)
                     progress.report(step, values)
 
-                stop = signals.caught  # read once: a signal after the save waits for the next
+                # Read once: a signal after the save waits for the next. Of several processes all
+                # see the signal of one at the same step, since all read the same votes.
+                stop = signals.caught if alone else window.vote
                 if last or stop or step % config.save_every == 0:
                     window.read_all()  # a state whose metrics are not finite is never saved
                     checkpoints.save(step, state, iterator.get_state(), settings)
@@ -148,17 +168,18 @@ def train(
 
                 with window.paused():
                     if _due(step, config.evaluate_every, last):
-                        measured = {k: float(v) for k, v in stage.evaluate(state.average).items()}
+                        measured = stage.evaluate(whole(state.average))
+                        measured = {k: float(v) for k, v in measured.items()}
                         metrics_log.write(step, {f"eval/{k}": v for k, v in measured.items()})
                         progress.say(step, "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
                     if _due(step, config.sheet_every, last):
-                        sheet = stage.sheet(state.average)
-                        if sheet is not None:
+                        sheet = stage.sheet(whole(state.average))
+                        if sheet is not None and is_leader():
                             save_png(workdir / "sheets" / f"{stage.name}-{step:06d}.png", sheet)
-        if signals.caught:
+        if stop := stop or signals.caught:  # the latter after the last update
             checkpoints.wait()
             log.info("%s saved step %d and stops", stage.name, step)
-            raise SystemExit(128 + signals.caught)
+            raise SystemExit(128 + stop)
         return state
 
 

@@ -18,6 +18,8 @@ from dalle_jax.losses import prior_loss
 from dalle_jax.models.transformer import Prior, PriorConfig
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
+from dalle_jax.parallel.mesh import along_batch
+from dalle_jax.parallel.rules import PRIOR
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
 
@@ -93,6 +95,7 @@ class PriorStage:
     """
 
     name = "prior"
+    rules = PRIOR
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class PriorStage:
             dtype=jnp.dtype(run.precision),
             scan=run.scan_layers,
             remat=run.remat,
+            settle=along_batch,
         )
         self._tokens, self._tokenizer = tokens, tokenizer
         self._validation, self._captions = validation, captions
@@ -132,7 +136,11 @@ class PriorStage:
         c = self.config
         text = jnp.zeros((1, c.text_length - 1), jnp.int32)
         codes = jnp.zeros((1, c.image_length), jnp.int32)
-        return jax.jit(self.model.init)(key, text, codes)["params"]
+        return self.model.init(key, text, codes)["params"]
+
+    def begin(self, params):
+        """Starts from the drawn parameters."""
+        return params
 
     def loss(self, params, batch, key, step):
         """1/8 of the text's and 7/8 of the picture's mean cross-entropy, in nats per token."""

@@ -12,6 +12,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from dalle_jax.parallel.rules import Rules
+
 Batch = PyTree  # a dict of arrays, each with the batch B as first axis
 Metrics = dict[str, Array]  # names to f32 scalars
 
@@ -26,8 +28,15 @@ class Stage(Protocol):
     optimizer: optax.GradientTransformationExtraArgs
     """Its update receives the loss as `value=`."""
 
+    rules: Rules
+    """Where its parameters lie on a mesh."""
+
     def init(self, key: Key[Array, ""]) -> PyTree:
-        """Draws the parameters."""
+        """Draws the parameters; pure and traced under jit."""
+        ...
+
+    def begin(self, params: PyTree) -> PyTree:
+        """Gives the parameters that a new run starts from, on the host; may look at data."""
         ...
 
     def loss(
@@ -85,8 +94,20 @@ def create(stage: Stage, key: Key[Array, ""]) -> TrainState:
     )
 
 
+def begun(state: TrainState, places: TrainState, params: PyTree) -> TrainState:
+    """Gives a fresh state other parameters to start from, put where the state lies."""
+    params = jax.device_put(params, places.params)
+    average = jax.tree.map(jnp.copy, params)  # own buffers, as in `create`
+    return state.replace(params=params, average=average)
+
+
 def update_step(
-    stage: Stage, *, accumulate: int = 1, average_every: int = 1, average_decay: float = 0.999
+    stage: Stage,
+    *,
+    places: TrainState | None = None,
+    accumulate: int = 1,
+    average_every: int = 1,
+    average_decay: float = 0.999,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the jitted update `(state, batch) -> (state, metrics)`; the given state is consumed.
 
@@ -97,6 +118,7 @@ def update_step(
 
     Args:
       stage: gives the loss and the optimizer.
+      places: where the state lies, as `parallel.rules.shardings` says; None for one device.
       accumulate: micro-batches k per update, at least 1.
       average_every: updates between two moves of the weight average.
       average_decay: d in average = d * average + (1 - d) * params, in [0, 1).
@@ -138,7 +160,15 @@ def update_step(
             step=step, params=params, average=average, opt_state=opt_state
         ), metrics
 
-    return jax.jit(update, donate_argnums=0)
+    if places is None:
+        return jax.jit(update, donate_argnums=0)
+    placed = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+
+    def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(places.step.mesh):  # models may ask where activations lie
+            return placed(state, batch)
+
+    return on_mesh
 
 
 def _accumulated(differentiate, k: int, params, batch, key, step):

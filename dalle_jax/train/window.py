@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 
@@ -32,14 +33,23 @@ class Window:
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._unread: deque[tuple[int, dict, int]] = deque()
+        self._unread: deque[tuple[int, dict, int, Any]] = deque()
+        self.vote = 0
+        """Of the newest update read: the signal that some process has caught, or 0."""
         self._values: list[dict[str, float]] = []
         self._steps = self._examples = 0  # since self._began
         self._began: float | None = None  # None until the first update, which compiles, is over
 
-    def add(self, step: int, metrics: Metrics, *, examples: int) -> None:
-        """Takes the metrics of a step as they leave the update, perhaps not computed yet."""
-        self._unread.append((step, metrics, examples))
+    def add(self, step: int, metrics: Metrics, *, examples: int, votes: Any = None) -> None:
+        """Takes the metrics of a step as they leave the update, perhaps not computed yet.
+
+        Args:
+          step: updates done.
+          metrics: f32 scalars.
+          examples: in the batch, over all processes.
+          votes: the greatest signal that any process has caught; None if there is one process.
+        """
+        self._unread.append((step, metrics, examples, votes))
         if len(self._unread) > _IN_FLIGHT:
             self._read()
 
@@ -49,7 +59,8 @@ class Window:
             self._read()
 
     def _read(self) -> None:
-        step, metrics, examples = self._unread.popleft()
+        step, metrics, examples, votes = self._unread.popleft()
+        self.vote = 0 if votes is None else int(votes)
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         if bad := sorted(k for k, x in values.items() if not math.isfinite(x)):
             raise NonFiniteError(_explain(step, values, bad, self._checkpoints))

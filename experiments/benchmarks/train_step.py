@@ -140,8 +140,7 @@ def dvae_stage(config, px, batch):
     run = short_dvae_run(
         model=config, loop=LoopConfig(steps=10_000), px=px, batch_size=batch, kmeans_start=False
     )
-    no_pictures = np.zeros((0, px, px, 3), np.uint8)
-    return DVAEStage(run, start_images=no_pictures, validation=lambda: iter(()))
+    return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
 
 
 def dvae_batch(px, batch):

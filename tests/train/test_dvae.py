@@ -20,7 +20,9 @@ def images(count=8, px=16):
 
 
 def stage(run):
-    return DVAEStage(run, start_images=images(32), validation=lambda: iter([{"image": images()}]))
+    return DVAEStage(
+        run, start_images=lambda: images(32), validation=lambda: iter([{"image": images()}])
+    )
 
 
 def short(**changes):
@@ -46,10 +48,12 @@ def test_loss_is_mean_nll_and_kl_over_the_values_of_a_cell(key):
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_a_stage_that_goes_on_needs_no_pictures_to_start_from(key):
-    resumed = DVAEStage(short(), start_images=None, validation=lambda: iter(()))
-    plain = stage(short(kmeans_start=False))
-    chex.assert_trees_all_equal(resumed.init(key), plain.init(key))
+def test_a_codebook_starts_from_clusters_only_if_the_run_says_so(key):
+    drawn = jax.jit(stage(short()).init)(key)
+    begun = stage(short()).begin(drawn)
+    chex.assert_trees_all_equal(begun["encoder"]["input"], drawn["encoder"]["input"])
+    assert not np.allclose(begun["decoder"]["input"]["kernel"], drawn["decoder"]["input"]["kernel"])
+    chex.assert_trees_all_equal(stage(short(kmeans_start=False)).begin(drawn), drawn)
 
 
 def test_short_recipe_scales_with_the_run():
@@ -72,7 +76,7 @@ def test_training_lowers_the_loss_and_repeats(key):
         return jax.tree.map(jnp.add, params, updates), state, value
 
     def run():
-        params = s.init(key)
+        params = s.begin(s.init(key))
         state, values = s.optimizer.init(params), []
         for step in range(30):
             params, state, value = update(params, state, {"image": images()}, step)

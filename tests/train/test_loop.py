@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.log import read_metrics
@@ -25,6 +26,7 @@ class Mlp:
     """Two layers; with dropout the keys of the steps matter too, but it compiles for longer."""
 
     name = "mlp"
+    rules = (("*", PartitionSpec()),)
     optimizer = optax.with_extra_args_support(optax.adamw(optax.linear_schedule(1e-2, 0, 100)))
 
     def __init__(self, *, dropout=False, break_at=None, at_evaluation=None):
@@ -47,6 +49,9 @@ class Mlp:
         if self.break_at is not None:
             loss = loss + jnp.where(step + 1 == self.break_at, jnp.nan, 0.0)
         return loss, {"hidden": jnp.mean(jnp.abs(hidden))}
+
+    def begin(self, params):
+        return params
 
     def evaluate(self, params):
         if self.at_evaluation is not None:

@@ -12,6 +12,7 @@ class Line:
     """Fits y = x w + b by least squares."""
 
     name = "line"
+    rules = ()
 
     def __init__(self, optimizer=None):
         self.optimizer = optax.with_extra_args_support(optimizer or optax.sgd(0.1))
@@ -22,6 +23,9 @@ class Line:
     def loss(self, params, batch, key, step):
         error = batch["x"] @ params["w"] + params["b"] - batch["y"]
         return jnp.mean(error**2), {"worst": jnp.max(jnp.abs(error))}
+
+    def begin(self, params):
+        return params
 
     def evaluate(self, params):
         return {}

@@ -1,0 +1,117 @@
+"""The devices of all processes as one mesh, and how batches and whole arrays pass through it.
+
+"data" counts groups of devices that each hold the whole state, "fsdp" the devices that share the
+state of a group, each working on pictures of its own, "tensor" those that share the work on one.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PyTree
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH = PartitionSpec((DATA, FSDP))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are arranged; their number is data x fsdp x tensor."""
+
+    data: int | None = None
+    """Groups that each hold the whole state; None for what the others leave."""
+    fsdp: int = 1
+    """Devices that share weights, gradients and optimizer state, gathered layer by layer."""
+    tensor: int = 1
+    """Devices that share the heads and the MLP of every layer."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size is not None and size < 1:
+                raise ValueError(f"mesh {field.name} is {size}, but has to be at least 1")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Arranges all devices of all processes.
+
+    Raises:
+      ValueError: if their number does not fit the sizes.
+    """
+    devices = jax.device_count()
+    shared = config.fsdp * config.tensor
+    data = devices // shared if config.data is None else config.data
+    if data * shared != devices:
+        wanted = "" if config.data is None else f"data={config.data} x "
+        raise ValueError(
+            f"a mesh of {wanted}fsdp={config.fsdp} x tensor={config.tensor} does not fit "
+            f"{devices} devices; their product has to be, or to divide, that number"
+        )
+    sizes = {DATA: data, FSDP: config.fsdp, TENSOR: config.tensor}
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+
+
+def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
+    """Puts this process's part of a batch on its devices.
+
+    Args:
+      mesh: of all processes.
+      batch: host arrays whose first axis is this process's examples; the parts of all processes,
+        in their order, are the batch.
+    Returns:
+      Global arrays, the examples spread over data and fsdp.
+    Raises:
+      ValueError: if the examples cannot be spread evenly.
+    """
+    shares = mesh.shape[DATA] * mesh.shape[FSDP]
+    sharding = NamedSharding(mesh, BATCH)
+
+    def place(part):
+        examples = len(part) * jax.process_count()
+        if examples % shares:
+            raise ValueError(
+                f"a batch of {examples} examples cannot be spread over {shares} devices "
+                f"(data={mesh.shape[DATA]} x fsdp={mesh.shape[FSDP]}); choose a multiple"
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(part))
+
+    return jax.tree.map(place, batch)
+
+
+def along_batch(x: Array) -> Array:
+    """Keeps an array [B, ...] spread by examples over the mesh of `jax.set_mesh`, if there is one.
+
+    Left free, the compiler may spread activations as the weights are and send them around instead.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Arrays that every process can read: as they are, or gathered on the host from all processes.
+
+    With more than one process, all of them have to call it.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def greatest(mesh: Mesh, value: int) -> Int[Array, ""]:
+    """The greatest of what all processes give; comes when the devices get to it, without waiting.
+
+    All processes have to call it, between the same updates.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    mine = np.full(len(mesh.local_devices), value, np.int32)
+    return _greatest(mesh)(jax.make_array_from_process_local_data(everywhere, mine))
+
+
+@cache
+def _greatest(mesh):
+    return jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,91 @@
+"""Two updates of each stage on meshes of 8 devices, for parallel/test_mesh.py.
+
+The one argument is a folder, where their results become files. XLA_FLAGS has to say that there are
+8 devices.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny
+
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+from dalle_jax.parallel.rules import shardings
+from dalle_jax.train import state as state_lib
+from dalle_jax.train.dvae import DVAEStage, short_dvae_run
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.prior import PriorStage, short_prior_run
+
+LOOP = LoopConfig(steps=100)
+PRIOR = {"width": 32, "depth": 5, "heads": 4, "text_vocabulary": 40, "text_length": 8}
+PRIOR |= {"grid": 4, "codes": 32, "kernel": 3}
+# case: stage, data x fsdp x tensor, micro-batches
+CASES = {
+    "dvae": ("dvae", (2, 4, 1), 1),
+    "prior fsdp": ("prior", (2, 4, 1), 1),
+    "prior all, accumulated": ("prior", (2, 2, 2), 2),
+}
+
+
+def stage(name):
+    if name == "dvae":
+        sizes = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
+        run = short_dvae_run(model=sizes, loop=LOOP, px=16, batch_size=16, kmeans_start=False)
+        return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
+    layers = {"scan_layers": True, "remat": True}
+    layers = {"scan_layers": True, "remat": True}
+    run = short_prior_run(model=PriorConfig(**PRIOR), loop=LOOP, batch_size=16, **layers)
+    return PriorStage(
+        run,
+        tokens=tiny.model(),
+        tokenizer=tiny.tokenizer(),
+        validation=lambda: iter(()),
+        captions=(),
+    )
+
+
+def batch(name):
+    rng = np.random.default_rng(0)
+    if name == "dvae":
+        return {"image": rng.integers(0, 256, (16, 16, 16, 3), np.uint8)}
+    text = rng.integers(0, 40, (16, 7)).astype(np.int32)  # no pads: accumulation weighs them
+    return {"text": text, "codes": rng.integers(0, 32, (16, 4, 4)).astype(np.int32)}
+
+
+def two_updates(name, mesh=None, accumulate=1):
+    """State and metrics after them; without a mesh on one device."""
+    this, data, places = stage(name), batch(name), None
+    key = jax.random.key(0)
+    if mesh is None:
+        state = jax.jit(lambda key: state_lib.create(this, key))(key)
+    else:
+        places = shardings(
+            jax.eval_shape(lambda key: state_lib.create(this, key), key), mesh, this.rules
+        )
+        state = jax.jit(lambda key: state_lib.create(this, key), out_shardings=places)(key)
+        data = place_batch(mesh, data)
+    update = state_lib.update_step(this, places=places, accumulate=accumulate)
+    for _ in range(2):
+        state, metrics = update(state, data)
+    if places is not None:
+        jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), state, places)
+    return {"params": state.params, "average": state.average, "metrics": metrics}
+
+
+def _check(sharding, place, ndim):
+    assert sharding.is_equivalent_to(place, ndim), (sharding, place)
+
+
+def main(folder):
+    for case, (name, sizes, accumulate) in CASES.items():
+        mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+        leaves = jax.tree.leaves(two_updates(name, mesh, accumulate))
+        np.savez(folder / f"{case}.npz", *[np.asarray(x) for x in leaves])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

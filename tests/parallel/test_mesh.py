@@ -1,0 +1,98 @@
+"""Every mesh gives what one device gives; those of 8 devices in a process of their own."""
+
+import os
+import subprocess
+import sys
+
+import chex
+import eight
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as Spec
+
+from dalle_jax.models.transformer import PUBLISHED, Prior
+from dalle_jax.parallel.mesh import MeshConfig, make_mesh
+from dalle_jax.parallel.rules import DVAE, PRIOR, shardings
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight")
+    done = subprocess.run(
+        [sys.executable, eight.__file__, str(folder)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single():
+    return {name: eight.two_updates(name) for name in ("dvae", "prior")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", eight.CASES)
+def test_a_mesh_gives_the_losses_and_updates_of_one_device(spread, single, case):
+    one = single[eight.CASES[case][0]]
+    with np.load(spread / f"{case}.npz") as arrays:
+        leaves = [arrays[name] for name in arrays.files]
+    eight_devices = jax.tree.unflatten(jax.tree.structure(one), leaves)
+    chex.assert_trees_all_close(eight_devices, one, rtol=1e-5, atol=1e-5)
+
+
+def abstract(data, fsdp, tensor):
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_eight_devices_share_a_published_prior_evenly(size):
+    config = PUBLISHED[size]
+    text = jax.ShapeDtypeStruct((1, config.text_length - 1), jnp.int32)
+    codes = jax.ShapeDtypeStruct((1, config.image_length), jnp.int32)
+    params = jax.eval_shape(Prior(config).init, jax.random.key(0), text, codes)["params"]
+    places = shardings(params, abstract(128, 8, 1), PRIOR)
+    held = jax.tree.map(lambda x, place: np.prod(place.shard_shape(x.shape)), params, places)
+    whole = sum(x.size for x in jax.tree.leaves(params))
+    assert whole / 8 < sum(jax.tree.leaves(held)) < whole / 8 * 1.004  # norms and biases are whole
+
+
+def test_moments_lie_where_their_parameters_do():
+    params = {"layers": {"mlp_out": {"kernel": jnp.zeros((2, 16, 8)), "bias": jnp.zeros((2, 8))}}}
+    state = jax.eval_shape(optax.adam(1e-3).init, params)
+    places = shardings(state, abstract(2, 2, 2), PRIOR)[0]
+    assert places.count.spec == Spec()
+    for moment in (places.mu, places.nu):
+        assert moment["layers"]["mlp_out"]["kernel"].spec == Spec(None, ("tensor", "fsdp"))
+        assert moment["layers"]["mlp_out"]["bias"].spec == Spec()
+
+
+def test_a_parameter_without_a_rule_is_named():
+    params = {"layers": {"gate": jnp.zeros((2, 8))}}
+    with pytest.raises(ValueError, match=r"no rule says where layers/gate \[2, 8\] lies"):
+        shardings(params, abstract(1, 2, 1), PRIOR)
+
+
+def test_only_small_arrays_may_stay_whole_where_they_cannot_be_cut():
+    small = {"decoder": {"output": {"kernel": jnp.zeros((1, 1, 64, 6))}}}
+    places = shardings(small, abstract(1, 4, 1), DVAE)
+    assert places["decoder"]["output"]["kernel"].spec == Spec(None, None, None, None)
+    large = {"kernel": jax.ShapeDtypeStruct((1, 1, 2**17, 6), jnp.float32)}
+    with pytest.raises(ValueError, match="axis 3 of conv/kernel .* cannot be cut into 4 .*fsdp=4"):
+        shardings({"conv": large}, abstract(1, 4, 1), DVAE)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ValueError, match="fsdp=3 x tensor=1 does not fit 1 devices"):
+        make_mesh(MeshConfig(fsdp=3))
+    with pytest.raises(ValueError, match="data=2 x fsdp=1 x tensor=1 does not fit 1 devices"):
+        make_mesh(MeshConfig(data=2))
+    with pytest.raises(ValueError, match="mesh tensor is 0"):
+        MeshConfig(tensor=0)
