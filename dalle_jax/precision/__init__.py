@@ -1,0 +1,1 @@
+"""Numbers of few bits: gradient scaling for float16, and small formats."""
