@@ -31,14 +31,13 @@ CASES = {
 }
 
 
-def stage(name):
+def stage(name, **changes):
     if name == "dvae":
         sizes = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
         run = short_dvae_run(model=sizes, loop=LOOP, px=16, batch_size=16, kmeans_start=False)
         return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
-    layers = {"scan_layers": True, "remat": True}
-    layers = {"scan_layers": True, "remat": True}
-    run = short_prior_run(model=PriorConfig(**PRIOR), loop=LOOP, batch_size=16, **layers)
+    changes = {"scan_layers": True, "remat": True} | changes
+    run = short_prior_run(model=PriorConfig(**PRIOR), loop=LOOP, batch_size=16, **changes)
     return PriorStage(
         run,
         tokens=tiny.model(),

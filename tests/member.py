@@ -33,6 +33,7 @@ class Stage:
     name = "member"
     optimizer = optax.with_extra_args_support(optax.adamw(1e-2))
     rules = (("in", Spec(None, "fsdp")), ("out", Spec("fsdp")))
+    scaling = None
 
     def init(self, key):
         key_in, key_out = jax.random.split(key)

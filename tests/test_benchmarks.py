@@ -109,6 +109,7 @@ class Falling:
     run = SimpleNamespace(loop=LoopConfig(steps=1))
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))
     rules = ()
+    scaling = None
 
     def init(self, key):
         return {"kernel": jax.random.normal(key, (2,))}

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from dalle_jax.models.attention import blocked, dense
 from dalle_jax.models.cache import Cache, attend, create, layout
 from dalle_jax.models.masks import Kind, layer_kinds
+from dalle_jax.precision.grad_scale import enter, leave
 
 NORM_EPSILON = 1e-6  # activations start near 0.125 / sqrt(D), whose square is 4e-6 at D = 3968
 
@@ -94,6 +95,10 @@ PUBLISHED = {
 """Table 1 of Ramesh et al. 2021; the sizes count layers alone, without embeddings and heads."""
 
 
+BRANCHES = (("attention_norm", "qkv", "attention_out"), ("mlp_norm", "mlp_in", "mlp_out"))
+"""Parameters of the two resblocks of a layer."""
+
+
 class Prior(nn.Module):
     """p(text, codes) as a product over positions, text first, then the codes in raster order.
 
@@ -126,13 +131,19 @@ class Prior(nn.Module):
         self.head = self.param("head", _init_head, self.config)
 
     def __call__(
-        self, text: Int[Array, "B slots"], codes: Int[Array, "B I"]
+        self,
+        text: Int[Array, "B slots"],
+        codes: Int[Array, "B I"],
+        *,
+        scales: Float[Array, "L 2"] | None = None,
     ) -> tuple[Float[Array, "B slots V"], Float[Array, "B I K"]]:
         """Logits of every caption slot and of every code, given all before it.
 
         Args:
           text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
           codes: G * G codes in [0, K), in raster order; the last one is only predicted.
+          scales: for float16: gradient scales of the attention and of the MLP branch of each layer,
+            see `precision.grad_scale`. The gradients of a branch's parameters come out multiplied.
 
         Returns:
           Unnormalised log-probabilities in float32 of the slots' tokens and of the codes.
@@ -150,7 +161,7 @@ class Prior(nn.Module):
                 f"{config.image_length}; were these codes made by another dVAE?"
             )
         x = jnp.concatenate([self._embed_text(text), self._embed_image(codes)], axis=1)  # B T D
-        x = self._through_layers(x)
+        x = self._through_layers(x, scales)
         P = config.text_length
         return (
             self._logits(x[:, : P - 1], "text"),
@@ -231,48 +242,58 @@ class Prior(nn.Module):
 
         return step
 
-    def _through_layers(self, x):
+    def _through_layers(self, x, scales):
         config = self.config
         sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
-        def layer(x, weights, kind):
+        def layer(x, stack, kind):
+            weights, scale = stack
+
             def look(qkv):
                 return blocked(*_parted(qkv), kind=kind, **sizes), None
 
-            return self._layer(weights, self.settle(x), look)[0]
+            return self._layer(weights, self.settle(x), look, scale=scale)[0]
 
         if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
             layer = jax.checkpoint(layer, static_argnums=2, prevent_cse=not self.scan)
         period = 4 if config.attention == "sparse" else 1
         scanned = (config.depth - 1) // period * period if self.scan else 0
+        stack = (self.layers, scales)  # both [L, ...]
         if scanned:
 
-            def periods(weights):
-                return weights[:scanned].reshape(-1, period, *weights.shape[1:])
+            def periods(array):
+                return array[:scanned].reshape(-1, period, *array.shape[1:])
 
-            def run(x, weights):
+            def run(x, stack):
                 for i in range(period):
-                    x = layer(x, _cut(weights, i), config.kinds[i])
+                    x = layer(x, _cut(stack, i), config.kinds[i])
                 return x, None
 
-            x, _ = jax.lax.scan(run, x, jax.tree.map(periods, self.layers))
+            x, _ = jax.lax.scan(run, x, jax.tree.map(periods, stack))
         for i in range(scanned, config.depth):
-            x = layer(x, _cut(self.layers, i), config.kinds[i])
+            x = layer(x, _cut(stack, i), config.kinds[i])
         return x
 
     def _unstacked(self):
         return [_cut(self.layers, i) for i in range(self.config.depth)]
 
-    def _layer(self, weights, x, look, *, linear=None, axis=-1):
+    def _layer(self, weights, x, look, *, linear=None, axis=-1, scale=None):
         """One layer; `look` maps queries, keys and values to what was seen and a cache, or None."""
         dtype, linear = self.dtype, linear or _linear
-        y = _layer_norm(weights["attention_norm"], x, axis=axis).astype(dtype)
+
+        def entering(i, x):
+            return x if scale is None else enter(x, scale[i])
+
+        def leaving(i, y):
+            return y if scale is None else leave(y.astype(jnp.float32), scale[i])
+
+        y = _layer_norm(weights["attention_norm"], entering(0, x), axis=axis).astype(dtype)
         seen, cache = look(linear(weights["qkv"], y))
-        x = x + linear(weights["attention_out"], seen)
-        y = _layer_norm(weights["mlp_norm"], x, axis=axis).astype(dtype)
+        x = x + leaving(0, linear(weights["attention_out"], seen))
+        y = _layer_norm(weights["mlp_norm"], entering(1, x), axis=axis).astype(dtype)
         y = linear(weights["mlp_in"], y)
         y = y * jax.nn.sigmoid(1.702 * y)
-        return x + linear(weights["mlp_out"], y), cache
+        return x + leaving(1, linear(weights["mlp_out"], y)), cache
 
     def _check(self, text):
         if text.shape[1] != self.config.text_length - 1:
@@ -318,7 +339,8 @@ def _linear(weights, x):
     kernel, bias = weights["kernel"], weights["bias"]
     # one plain matrix product: XLA copies a kernel that is contracted along two axes
     y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size).astype(x.dtype)
-    return (y + bias.reshape(1, 1, -1).astype(x.dtype)).reshape(B, T, *bias.shape)
+    y = y + bias.reshape(1, 1, -1)  # in float32, so that its gradient is summed there
+    return y.astype(x.dtype).reshape(B, T, *bias.shape)
 
 
 def _turned(weights, dtype):

@@ -28,6 +28,7 @@ PRIOR: Rules = (
     ("layers/mlp_in/bias", Spec(None, TENSOR)),
     ("layers/mlp_out/kernel", Spec(None, (TENSOR, FSDP))),  # L F D
     ("layers/*/*", Spec()),  # what is added to the residual stream, and its norms
+    ("scales/*", Spec()),
     ("embed/start_*", Spec()),
     ("embed/*", Spec(None, FSDP)),
     ("head/norm/*", Spec()),

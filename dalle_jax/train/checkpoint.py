@@ -149,6 +149,7 @@ class Checkpoints:
                 average=items["average"],
                 opt_state=items["optimizer"],
                 key=items["rng"]["key"],
+                scales=items.get("scales", ()),
             )
             return step, state, json.loads((path / "data.json").read_text()), saved
         return None
@@ -183,7 +184,7 @@ def _items(state: TrainState) -> dict[str, Any]:
         "average": state.average,
         "optimizer": state.opt_state,
         "rng": {"key": state.key},
-    }
+    } | ({"scales": state.scales} if state.scales else {})
 
 
 def _steps(folder: Path) -> list[int]:

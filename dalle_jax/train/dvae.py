@@ -123,6 +123,7 @@ class DVAEStage:
 
     name = "dvae"
     rules = DVAE_RULES
+    scaling = None
 
     def __init__(self, run: DVAERun, *, start_images: Callable[[], np.ndarray], validation):
         self.run = run

@@ -22,6 +22,7 @@ from dalle_jax.parallel.mesh import along_batch
 from dalle_jax.parallel.rules import PRIOR
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.scaling import ResblockScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ class PriorRun:
     """Chance that a merge of the tokenizer is skipped while training."""
     caption_dropout: float = 0.0
     """Chance that a picture is shown without its caption while training, for guidance."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of matrix products and attention; weights, residual stream and logits are float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of matrix products and attention; weights, residual stream and logits are float32.
+    float16 has a gradient scale for each resblock, as in the paper."""
     scan_layers: bool = True
     """Compile a period of four layers once and loop over it: for deep models."""
     remat: bool = True
@@ -115,6 +117,10 @@ class PriorStage:
             remat=run.remat,
             settle=along_batch,
         )
+        self.scaling = None
+        if run.precision == "float16":
+            examples = run.batch_size // run.loop.accumulate
+            self.scaling = ResblockScaling(self.config.depth, examples=examples)
         self._tokens, self._tokenizer = tokens, tokenizer
         self._validation, self._captions = validation, captions
         after = None
@@ -142,10 +148,10 @@ class PriorStage:
         """Starts from the drawn parameters."""
         return params
 
-    def loss(self, params, batch, key, step):
+    def loss(self, params, batch, key, step, *, scales=None):
         """1/8 of the text's and 7/8 of the picture's mean cross-entropy, in nats per token."""
         del key, step
-        return self._loss(params, batch)
+        return self._loss(params, batch, scales)
 
     def evaluate(self, params) -> dict[str, float]:
         """Measures nats per token on the validation set, each picture with its first caption."""
@@ -178,7 +184,7 @@ class PriorStage:
         }
         return Model(**(parts | changes))
 
-    def _loss(self, params, batch):
+    def _loss(self, params, batch, scales=None):
         text, codes = batch["text"], batch["codes"].reshape(len(batch["codes"]), -1)
-        text_logits, image_logits = self.model.apply({"params": params}, text, codes)
+        text_logits, image_logits = self.model.apply({"params": params}, text, codes, scales=scales)
         return prior_loss(text_logits, image_logits, text, codes)

@@ -4,6 +4,7 @@ Source: ours; the weight average follows Ramesh et al. 2021, appendices A.2 and 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from dalle_jax.parallel.rules import Rules
+from dalle_jax.train.scaling import ResblockScaling
 
 Batch = PyTree  # a dict of arrays, each with the batch B as first axis
 Metrics = dict[str, Array]  # names to f32 scalars
@@ -31,6 +33,9 @@ class Stage(Protocol):
     rules: Rules
     """Where its parameters lie on a mesh."""
 
+    scaling: ResblockScaling | None
+    """Gradient scales, for float16; None for none."""
+
     def init(self, key: Key[Array, ""]) -> PyTree:
         """Draws the parameters; pure and traced under jit."""
         ...
@@ -40,7 +45,7 @@ class Stage(Protocol):
         ...
 
     def loss(
-        self, params: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""]
+        self, params: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""], **scales
     ) -> tuple[Float[Array, ""], Metrics]:
         """Computes the mean loss over the batch; pure and traced under jit.
 
@@ -49,6 +54,7 @@ class Stage(Protocol):
           batch: what the iterator yields, or one micro-batch of it.
           key: differs for every step and micro-batch.
           step: updates done so far, from 0, for schedules.
+          scales: `scales`, the gradient scales, if the stage has any.
 
         Returns:
           Loss in f32, and metrics, each a f32 scalar that is a mean over the batch too.
@@ -79,6 +85,8 @@ class TrainState:
     opt_state: PyTree
     key: PyTree
     """Typed key scalar, never changed: the key of a step is fold_in(key, step)."""
+    scales: PyTree = ()
+    """Gradient scales, a ScaleState; empty for none."""
 
 
 def create(stage: Stage, key: Key[Array, ""]) -> TrainState:
@@ -91,6 +99,7 @@ def create(stage: Stage, key: Key[Array, ""]) -> TrainState:
         average=jax.tree.map(jnp.copy, params),  # own buffers: both are donated to the update
         opt_state=stage.optimizer.init(params),
         key=key_steps,
+        scales=stage.scaling.create() if stage.scaling else (),
     )
 
 
@@ -125,21 +134,40 @@ def update_step(
 
     Returns:
       The update. Its metrics are the stage's own and loss, grad_norm (after accumulation, before
-      the optimizer clips), update_norm and param_norm (after the update): f32 scalars.
+      the optimizer clips), update_norm and param_norm (after the update): f32 scalars. With
+      gradient scales there are the least and the greatest of them too, and skipped: 1 for an update
+      with a gradient that was not finite, which changes nothing but the scales.
     """
-    differentiate = jax.value_and_grad(stage.loss, has_aux=True)
+    scaling = stage.scaling
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        differentiate = jax.value_and_grad(stage.loss, has_aux=True)
+        if scaling:
+            differentiate = partial(differentiate, scales=state.scales.scale)
         if accumulate == 1:
             (loss, metrics), grads = differentiate(state.params, batch, key, state.step)
         else:
             (loss, metrics), grads = _accumulated(
                 differentiate, accumulate, state.params, batch, key, state.step
             )
+        scales, skipped = state.scales, False
+        if scaling:
+            grads, finite = scaling.unscale(grads, scales)
+            scales = scaling.update(scales, finite)
+            skipped = ~(finite.all() & jnp.isfinite(optax.global_norm(grads)))
+            grads = _unless(skipped, grads, jax.tree.map(jnp.zeros_like, grads))
         updates, opt_state = stage.optimizer.update(
             grads, state.opt_state, state.params, value=loss
         )
+        if scaling:
+            updates = _unless(skipped, updates, grads)
+            opt_state = _unless(skipped, opt_state, state.opt_state)
+            metrics = metrics | {
+                "skipped": skipped.astype(jnp.float32),
+                "least_scale": scales.scale.min(),
+                "greatest_scale": scales.scale.max(),
+            }
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         average = jax.lax.cond(
@@ -157,7 +185,7 @@ def update_step(
             "param_norm": optax.global_norm(params),
         }
         return state.replace(
-            step=step, params=params, average=average, opt_state=opt_state
+            step=step, params=params, average=average, opt_state=opt_state, scales=scales
         ), metrics
 
     if places is None:
@@ -169,6 +197,10 @@ def update_step(
             return placed(state, batch)
 
     return on_mesh
+
+
+def _unless(skipped, tree, instead):
+    return jax.tree.map(lambda x, y: jnp.where(skipped, y, x), tree, instead)
 
 
 def _accumulated(differentiate, k: int, params, batch, key, step):

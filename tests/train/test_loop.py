@@ -27,6 +27,7 @@ class Mlp:
 
     name = "mlp"
     rules = (("*", PartitionSpec()),)
+    scaling = None
     optimizer = optax.with_extra_args_support(optax.adamw(optax.linear_schedule(1e-2, 0, 100)))
 
     def __init__(self, *, dropout=False, break_at=None, at_evaluation=None):

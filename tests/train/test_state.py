@@ -13,6 +13,7 @@ class Line:
 
     name = "line"
     rules = ()
+    scaling = None
 
     def __init__(self, optimizer=None):
         self.optimizer = optax.with_extra_args_support(optimizer or optax.sgd(0.1))
