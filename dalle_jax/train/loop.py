@@ -166,14 +166,18 @@ def train(
                 if stop:
                     break
 
+                measures = _due(step, config.evaluate_every, last)
+                draws = _due(step, config.sheet_every, last)
                 with window.paused():
-                    if _due(step, config.evaluate_every, last):
-                        measured = stage.evaluate(whole(state.average))
+                    if measures or draws:
+                        average = whole(state.average)
+                    if measures:
+                        measured = stage.evaluate(average)
                         measured = {k: float(v) for k, v in measured.items()}
                         metrics_log.write(step, {f"eval/{k}": v for k, v in measured.items()})
                         progress.say(step, "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
-                    if _due(step, config.sheet_every, last):
-                        sheet = stage.sheet(whole(state.average))
+                    if draws:
+                        sheet = stage.sheet(average)
                         if sheet is not None and is_leader():
                             save_png(workdir / "sheets" / f"{stage.name}-{step:06d}.png", sheet)
         if stop := stop or signals.caught:  # the latter after the last update

@@ -151,7 +151,7 @@ def update_step(
             (loss, metrics), grads = _accumulated(
                 differentiate, accumulate, state.params, batch, key, state.step
             )
-        scales, skipped = state.scales, False
+        scales = state.scales
         if scaling:
             grads, finite = scaling.unscale(grads, scales)
             scales = scaling.update(scales, finite)
