@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -60,7 +61,7 @@ def lines(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "data", "decode", "startup", "tokenise", "train_step"]
+    "name", ["attention", "data", "decode", "products", "startup", "tokenise", "train_step"]
 )
 def test_help_explains_every_option(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
@@ -161,6 +162,17 @@ def test_stages_take_the_batches_that_they_are_timed_with(key):
 def test_tokenising_is_measured(report, capsys):
     script("tokenise").encode(report, "tiny", DVAE, 8, 2, seconds=0)
     assert set(lines(capsys)) == {"a batch", "rate", "share of peak"}
+
+
+def test_every_form_of_a_product_means_the_same(report, capsys, key):
+    products = script("products")
+    kernels = jax.random.normal(key, (2, 16, 8))
+    x = jax.random.normal(jax.random.fold_in(key, 1), (8, 3))
+    for form, (shrink, multiply) in products.FORMS.items():
+        weights = jax.tree.map(lambda part: part[0], shrink(kernels))
+        chex.assert_trees_all_close(multiply(weights, x), kernels[0] @ x, atol=0.1)
+        products.measure(report, "tiny", form, kernels, 3, seconds=0)
+        assert set(lines(capsys)) == {"all kernels once", "float32 weights"}
 
 
 def test_decoding_is_measured_against_both_bandwidths(report, capsys):
