@@ -23,17 +23,17 @@ from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.parallel.processes import ProcessConfig, join
 from dalle_jax.train import checkpoint
 from dalle_jax.train.loop import LoopConfig, train
+from dalle_jax.train.state import Stage
 
 folder, port, index, count, steps = sys.argv[1], *map(int, sys.argv[2:6])
 pause = float(sys.argv[6]) if len(sys.argv) > 6 else 0.0
 kill_at = int(sys.argv[7]) if len(sys.argv) > 7 else None
 
 
-class Stage:
+class Member(Stage):
     name = "member"
     optimizer = optax.with_extra_args_support(optax.adamw(1e-2))
     rules = (("in", Spec(None, "fsdp")), ("out", Spec("fsdp")))
-    scaling = None
 
     def init(self, key):
         key_in, key_out = jax.random.split(key)
@@ -99,4 +99,4 @@ config = LoopConfig(
     sheet_every=4,
     mesh=MeshConfig(fsdp=2),
 )
-train(Stage(), data(), config=config, workdir=Path(folder), settings={"run": {}})
+train(Member(), data(), config=config, workdir=Path(folder), settings={"run": {}})

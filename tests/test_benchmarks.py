@@ -18,6 +18,7 @@ import tiny
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
 from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.state import Stage
 
 SCRIPTS = Path(__file__).parent.parent / "experiments" / "benchmarks"
 PRIOR = PriorConfig(
@@ -103,29 +104,18 @@ def test_attention_compares_time_and_memory_with_dense(report, capsys):
     assert set(lines(capsys)) == {"forward + backward", "a code", "temporary memory"}
 
 
-class Falling:
+class Falling(Stage):
     """The least that an update can be timed with."""
 
     name = "falling"
     run = SimpleNamespace(loop=LoopConfig(steps=1))
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))
-    rules = ()
-    scaling = None
 
     def init(self, key):
         return {"kernel": jax.random.normal(key, (2,))}
 
-    def begin(self, params):
-        return params
-
     def loss(self, params, batch, key, step):
         return jnp.sum(params["kernel"] * batch), {}
-
-    def evaluate(self, params):
-        return {}
-
-    def sheet(self, params):
-        return None
 
 
 def test_an_update_is_timed_again_and_again_though_it_consumes_its_state():

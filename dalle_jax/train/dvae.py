@@ -28,6 +28,7 @@ from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.rules import DVAE as DVAE_RULES
 from dalle_jax.train.codebook import kmeans_start
 from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.state import Stage
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def short_dvae_run(**changes) -> DVAERun:
     return DVAERun(**(recipe | changes))
 
 
-class DVAEStage:
+class DVAEStage(Stage):
     """The dVAE as a stage of the training loop.
 
     Args:
@@ -123,7 +124,6 @@ class DVAEStage:
 
     name = "dvae"
     rules = DVAE_RULES
-    scaling = None
 
     def __init__(self, run: DVAERun, *, start_images: Callable[[], np.ndarray], validation):
         self.run = run

@@ -23,6 +23,7 @@ from dalle_jax.parallel.rules import PRIOR
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.scaling import ResblockScaling
+from dalle_jax.train.state import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def short_prior_run(**changes) -> PriorRun:
     return PriorRun(**(recipe | changes))
 
 
-class PriorStage:
+class PriorStage(Stage):
     """The prior as a stage of the training loop.
 
     Args:
@@ -117,7 +118,6 @@ class PriorStage:
             remat=run.remat,
             settle=along_batch,
         )
-        self.scaling = None
         if run.precision == "float16":
             examples = run.batch_size // run.loop.accumulate
             self.scaling = ResblockScaling(self.config.depth, examples=examples)
@@ -143,10 +143,6 @@ class PriorStage:
         text = jnp.zeros((1, c.text_length - 1), jnp.int32)
         codes = jnp.zeros((1, c.image_length), jnp.int32)
         return self.model.init(key, text, codes)["params"]
-
-    def begin(self, params):
-        """Starts from the drawn parameters."""
-        return params
 
     def loss(self, params, batch, key, step, *, scales=None):
         """1/8 of the text's and 7/8 of the picture's mean cross-entropy, in nats per token."""

@@ -3,12 +3,13 @@
 Source: ours; the weight average follows Ramesh et al. 2021, appendices A.2 and B.2.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
@@ -20,9 +21,8 @@ Batch = PyTree  # a dict of arrays, each with the batch B as first axis
 Metrics = dict[str, Array]  # names to f32 scalars
 
 
-@runtime_checkable
-class Stage(Protocol):
-    """What the loop needs to know about a model in training; one class per stage implements it."""
+class Stage(ABC):
+    """What the loop needs to know about a model in training; one class per stage inherits it."""
 
     name: str
     """Short name, used in the log and in file names."""
@@ -30,20 +30,17 @@ class Stage(Protocol):
     optimizer: optax.GradientTransformationExtraArgs
     """Its update receives the loss as `value=`."""
 
-    rules: Rules
-    """Where its parameters lie on a mesh."""
+    rules: Rules = ()
+    """Where its parameters lie on a mesh; needed by `train`, not by `update_step` alone."""
 
-    scaling: ResblockScaling | None
+    scaling: ResblockScaling | None = None
     """Gradient scales, for float16; None for none."""
 
+    @abstractmethod
     def init(self, key: Key[Array, ""]) -> PyTree:
         """Draws the parameters; pure and traced under jit."""
-        ...
 
-    def begin(self, params: PyTree) -> PyTree:
-        """Gives the parameters that a new run starts from, on the host; may look at data."""
-        ...
-
+    @abstractmethod
     def loss(
         self, params: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""], **scales
     ) -> tuple[Float[Array, ""], Metrics]:
@@ -59,15 +56,20 @@ class Stage(Protocol):
         Returns:
           Loss in f32, and metrics, each a f32 scalar that is a mean over the batch too.
         """
-        ...
+
+    def begin(self, params: PyTree) -> PyTree:
+        """Gives the parameters that a new run starts from, on the host; may look at data."""
+        return params
 
     def evaluate(self, params: PyTree) -> dict[str, float]:
         """Measures averaged parameters on held-out data, on the host; may be slow."""
-        ...
+        del params
+        return {}
 
-    def sheet(self, params: PyTree) -> UInt8[Any, "H W 3"] | None:
+    def sheet(self, params: PyTree) -> UInt8[np.ndarray, "H W 3"] | None:
         """Draws a picture of what averaged parameters can do, or nothing."""
-        ...
+        del params
+        return None
 
 
 @struct.dataclass

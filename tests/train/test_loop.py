@@ -19,15 +19,15 @@ from jax.sharding import PartitionSpec
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import LoopConfig, train
+from dalle_jax.train.state import Stage
 from dalle_jax.train.window import NonFiniteError
 
 
-class Mlp:
+class Mlp(Stage):
     """Two layers; with dropout the keys of the steps matter too, but it compiles for longer."""
 
     name = "mlp"
     rules = (("*", PartitionSpec()),)
-    scaling = None
     optimizer = optax.with_extra_args_support(optax.adamw(optax.linear_schedule(1e-2, 0, 100)))
 
     def __init__(self, *, dropout=False, break_at=None, at_evaluation=None):
@@ -50,9 +50,6 @@ class Mlp:
         if self.break_at is not None:
             loss = loss + jnp.where(step + 1 == self.break_at, jnp.nan, 0.0)
         return loss, {"hidden": jnp.mean(jnp.abs(hidden))}
-
-    def begin(self, params):
-        return params
 
     def evaluate(self, params):
         if self.at_evaluation is not None:

@@ -8,12 +8,10 @@ import pytest
 from dalle_jax.train import state as state_lib
 
 
-class Line:
+class Line(state_lib.Stage):
     """Fits y = x w + b by least squares."""
 
     name = "line"
-    rules = ()
-    scaling = None
 
     def __init__(self, optimizer=None):
         self.optimizer = optax.with_extra_args_support(optimizer or optax.sgd(0.1))
@@ -24,15 +22,6 @@ class Line:
     def loss(self, params, batch, key, step):
         error = batch["x"] @ params["w"] + params["b"] - batch["y"]
         return jnp.mean(error**2), {"worst": jnp.max(jnp.abs(error))}
-
-    def begin(self, params):
-        return params
-
-    def evaluate(self, params):
-        return {}
-
-    def sheet(self, params):
-        return None
 
 
 class Noisy(Line):
