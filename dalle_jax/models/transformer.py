@@ -25,10 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from dalle_jax.models.attention import blocked, dense
 from dalle_jax.models.cache import Cache, attend, create, layout
+from dalle_jax.models.layers import cut, init_layers, init_norm, layer, layer_norm, normal
 from dalle_jax.models.masks import Kind, layer_kinds
-from dalle_jax.precision.grad_scale import enter, leave
-
-NORM_EPSILON = 1e-6  # activations start near 0.125 / sqrt(D), whose square is 4e-6 at D = 3968
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +194,7 @@ class Prior(nn.Module):
                 cache = create(key, value, kind=kind, **sizes)
                 return dense(query, key, value, mask=mask), cache
 
-            x, cache = self._layer(weights, x, look)
+            x, cache = layer(weights, x, look, dtype=self.dtype)
             caches.append(cache)
         return tuple(caches)
 
@@ -220,7 +218,9 @@ class Prior(nn.Module):
         """
         config = self.config
         turn = partial(_turned, dtype=self.dtype)
-        layers = [{name: turn(part) for name, part in layer.items()} for layer in self._unstacked()]
+        layers = [
+            {name: turn(part) for name, part in weights.items()} for weights in self._unstacked()
+        ]
         head = self.head["image"]["kernel"].T
         plans = [layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds]
         start = self.embed["start_of_image"][None]
@@ -234,9 +234,9 @@ class Prior(nn.Module):
                 def look(qkv, plan=plan, cache=cache):
                     return attend(cache, plan, *jnp.split(qkv, 3), position=position)
 
-                x, cache = self._layer(weights, x, look, linear=_column_linear, axis=0)
+                x, cache = layer(weights, x, look, dtype=self.dtype, linear=_column_linear, axis=0)
                 grown.append(cache)
-            x = _layer_norm(self.head["norm"], x, axis=0)
+            x = layer_norm(self.head["norm"], x, axis=0)
             # Without a barrier XLA multiplies rows and kernel: for 8 pictures 10 times as slow.
             return jax.lax.optimization_barrier(head @ x).T, tuple(grown)
 
@@ -246,16 +246,16 @@ class Prior(nn.Module):
         config = self.config
         sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
-        def layer(x, stack, kind):
+        def through(x, stack, kind):
             weights, scale = stack
 
             def look(qkv):
                 return blocked(*_parted(qkv), kind=kind, **sizes), None
 
-            return self._layer(weights, self.settle(x), look, scale=scale)[0]
+            return layer(weights, self.settle(x), look, dtype=self.dtype, scale=scale)[0]
 
         if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
-            layer = jax.checkpoint(layer, static_argnums=2, prevent_cse=not self.scan)
+            through = jax.checkpoint(through, static_argnums=2, prevent_cse=not self.scan)
         period = 4 if config.attention == "sparse" else 1
         scanned = (config.depth - 1) // period * period if self.scan else 0
         stack = (self.layers, scales)  # both [L, ...]
@@ -266,34 +266,16 @@ class Prior(nn.Module):
 
             def run(x, stack):
                 for i in range(period):
-                    x = layer(x, _cut(stack, i), config.kinds[i])
+                    x = through(x, cut(stack, i), config.kinds[i])
                 return x, None
 
             x, _ = jax.lax.scan(run, x, jax.tree.map(periods, stack))
         for i in range(scanned, config.depth):
-            x = layer(x, _cut(stack, i), config.kinds[i])
+            x = through(x, cut(stack, i), config.kinds[i])
         return x
 
     def _unstacked(self):
-        return [_cut(self.layers, i) for i in range(self.config.depth)]
-
-    def _layer(self, weights, x, look, *, linear=None, axis=-1, scale=None):
-        """One layer; `look` maps queries, keys and values to what was seen and a cache, or None."""
-        dtype, linear = self.dtype, linear or _linear
-
-        def entering(i, x):
-            return x if scale is None else enter(x, scale[i])
-
-        def leaving(i, y):
-            return y if scale is None else leave(y.astype(jnp.float32), scale[i])
-
-        y = _layer_norm(weights["attention_norm"], entering(0, x), axis=axis).astype(dtype)
-        seen, cache = look(linear(weights["qkv"], y))
-        x = x + leaving(0, linear(weights["attention_out"], seen))
-        y = _layer_norm(weights["mlp_norm"], entering(1, x), axis=axis).astype(dtype)
-        y = linear(weights["mlp_in"], y)
-        y = y * jax.nn.sigmoid(1.702 * y)
-        return x + leaving(1, linear(weights["mlp_out"], y)), cache
+        return [cut(self.layers, i) for i in range(self.config.depth)]
 
     def _check(self, text):
         if text.shape[1] != self.config.text_length - 1:
@@ -321,26 +303,12 @@ class Prior(nn.Module):
         return self.embed["row"][position // G] + self.embed["column"][position % G]
 
     def _logits(self, x, of):
-        x = _layer_norm(self.head["norm"], x)
+        x = layer_norm(self.head["norm"], x)
         return jnp.einsum("BTD,DV->BTV", x, self.head[of]["kernel"])
-
-
-def _cut(layers, i):
-    return jax.tree.map(lambda weights: weights[i], layers)
 
 
 def _parted(qkv):
     return (qkv[:, :, i] for i in range(3))  # B T N H each
-
-
-def _linear(weights, x):
-    """Maps all axes of x after B and T to those of the bias."""
-    B, T, *_ = x.shape
-    kernel, bias = weights["kernel"], weights["bias"]
-    # one plain matrix product: XLA copies a kernel that is contracted along two axes
-    y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size).astype(x.dtype)
-    y = y + bias.reshape(1, 1, -1)  # in float32, so that its gradient is summed there
-    return y.astype(x.dtype).reshape(B, T, *bias.shape)
 
 
 def _turned(weights, dtype):
@@ -355,14 +323,6 @@ def _column_linear(weights, x):
     return weights["kernel"] @ x + weights["bias"]
 
 
-def _layer_norm(weights, x, *, axis=-1):
-    x = x - x.mean(axis=axis, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=axis, keepdims=True) + NORM_EPSILON)
-    others = [i for i in range(x.ndim) if i != axis % x.ndim]
-    scale, bias = (jnp.expand_dims(weights[name], others) for name in ("scale", "bias"))
-    return x * scale + bias
-
-
 def _init_embeddings(key, config):
     rows = {
         "text": config.text_vocabulary,
@@ -375,45 +335,30 @@ def _init_embeddings(key, config):
         "start_of_image": 1,
     }
     # one draw for all of them: each draw adds about half a second of compilation on a CPU
-    drawn = _normal(key, (sum(rows.values()), config.width), 0.125 * config.width**-0.5)
+    drawn = normal(key, (sum(rows.values()), config.width), 0.125 * config.width**-0.5)
     tables = jnp.split(drawn, list(itertools.accumulate(rows.values()))[:-1])
     embed = dict(zip(rows, tables, strict=True))
     return embed | {name: embed[name][0] for name in ("start_of_text", "start_of_image")}
 
 
 def _init_layers(key, config):
-    L, D, N = config.depth, config.width, config.heads
-    H, F = D // N, D * config.mlp_ratio
-    key_qkv, key_attention_out, key_mlp_in, key_mlp_out = jax.random.split(key, 4)
-
-    def linear(key, shape, *, bias, fan_in, gain=1.0):
-        kernel = _normal(key, (L, *shape), 0.125 * gain * fan_in**-0.5)
-        return {"kernel": kernel, "bias": jnp.zeros((L, *bias))}
-
+    L, D = config.depth, config.width
+    F = D * config.mlp_ratio
     residual = (2 * L) ** -0.5
-    return {
-        "attention_norm": _init_norm((L, D)),
-        "qkv": linear(key_qkv, (D, 3, N, H), bias=(3, N, H), fan_in=D),
-        "attention_out": linear(key_attention_out, (N, H, D), bias=(D,), fan_in=D, gain=residual),
-        "mlp_norm": _init_norm((L, D)),
-        "mlp_in": linear(key_mlp_in, (D, F), bias=(F,), fan_in=D),
-        "mlp_out": linear(key_mlp_out, (F, D), bias=(D,), fan_in=F, gain=residual),
+    stds = {
+        "qkv": 0.125 * D**-0.5,
+        "attention_out": 0.125 * residual * D**-0.5,
+        "mlp_in": 0.125 * D**-0.5,
+        "mlp_out": 0.125 * residual * F**-0.5,
     }
+    return init_layers(key, depth=L, width=D, heads=config.heads, mlp=F, stds=stds)
 
 
 def _init_head(key, config):
     del key  # zero heads: every token starts equally likely
     D = config.width
     return {
-        "norm": _init_norm((D,)),
+        "norm": init_norm((D,)),
         "text": {"kernel": jnp.zeros((D, config.text_vocabulary))},
         "image": {"kernel": jnp.zeros((D, config.codes))},
     }
-
-
-def _init_norm(shape):
-    return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
-
-
-def _normal(key, shape, std):
-    return std * jax.random.normal(key, shape, jnp.float32)

@@ -1,0 +1,138 @@
+"""What the transformers share: one layer of attention and MLP, its parameters, and its norms.
+
+Letters: B batch, T positions, D width, N heads, H head size, F mlp, L layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, PyTree
+
+from dalle_jax.precision.grad_scale import enter, leave
+
+NORM_EPSILON = 1e-6  # a prior's activations start near 0.125 / sqrt(D); squared 4e-6 at D = 3968
+
+Weights = PyTree  # dicts of arrays, by the names of `init_layers`
+
+
+def layer(
+    weights: Weights,
+    x: Float[Array, "..."],
+    look: Callable[[Array], tuple[Array, Any]],
+    *,
+    dtype: DTypeLike,
+    linear: Callable[[Weights, Array], Array] | None = None,
+    axis: int = -1,
+    scale: Float[Array, "2"] | None = None,
+    epsilon: float = NORM_EPSILON,
+) -> tuple[Float[Array, "..."], Any]:
+    """Adds what one attention and one MLP branch find to the residual stream; norms come first.
+
+    Args:
+      weights: of this layer, as one entry of what `init_layers` stacks.
+      x: residual stream [B, T, D], in float32.
+      look: maps queries, keys and values [B, T, 3, N, H] to what was seen [B, T, N, H], and
+        anything else, which is passed on.
+      dtype: of matrix products and of what `look` gets.
+      linear: maps weights and an input to an output; None for `linear` of this module.
+      axis: of x, along which D lies.
+      scale: gradient scales of the two branches, see `precision.grad_scale`; None for none.
+      epsilon: added to the variance in the norms.
+
+    Returns:
+      The stream after the layer, and what `look` passed on.
+
+    Source: Ramesh et al. 2021, appendix B; GELU as x * sigmoid(1.702 x).
+    """
+    linear = linear or _linear
+
+    def entering(i, x):
+        return x if scale is None else enter(x, scale[i])
+
+    def leaving(i, y):
+        return y if scale is None else leave(y.astype(jnp.float32), scale[i])
+
+    def norm(name, x):
+        return layer_norm(weights[name], x, axis=axis, epsilon=epsilon).astype(dtype)
+
+    seen, passed_on = look(linear(weights["qkv"], norm("attention_norm", entering(0, x))))
+    x = x + leaving(0, linear(weights["attention_out"], seen))
+    y = linear(weights["mlp_in"], norm("mlp_norm", entering(1, x)))
+    y = y * jax.nn.sigmoid(1.702 * y)
+    return x + leaving(1, linear(weights["mlp_out"], y)), passed_on
+
+
+def layer_norm(
+    weights: Weights, x: Float[Array, "..."], *, axis: int = -1, epsilon: float = NORM_EPSILON
+) -> Float[Array, "..."]:
+    """Mean 0 and variance 1 along an axis, then gain and bias."""
+    x = x - x.mean(axis=axis, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=axis, keepdims=True) + epsilon)
+    others = [i for i in range(x.ndim) if i != axis % x.ndim]
+    scale, bias = (jnp.expand_dims(weights[name], others) for name in ("scale", "bias"))
+    return x * scale + bias
+
+
+def init_layers(
+    key: Key[Array, ""],
+    *,
+    depth: int,
+    width: int,
+    heads: int,
+    mlp: int,
+    stds: dict[str, float],
+) -> Weights:
+    """Draws the parameters of all layers, stacked on a first axis of size L; biases are zero.
+
+    Args:
+      key: for the weights.
+      depth: layers L.
+      width: D, a multiple of heads.
+      heads: N.
+      mlp: F.
+      stds: standard deviations of the kernels of "qkv", "attention_out", "mlp_in" and "mlp_out".
+    """
+    L, D, N, H = depth, width, heads, width // heads
+    sizes = {  # kernel, bias
+        "qkv": ((D, 3, N, H), (3, N, H)),
+        "attention_out": ((N, H, D), (D,)),
+        "mlp_in": ((D, mlp), (mlp,)),
+        "mlp_out": ((mlp, D), (D,)),
+    }
+    layers = {"attention_norm": init_norm((L, D)), "mlp_norm": init_norm((L, D))}
+    for key_kernel, (name, (kernel, bias)) in zip(
+        jax.random.split(key, len(sizes)), sizes.items(), strict=True
+    ):
+        layers[name] = {
+            "kernel": normal(key_kernel, (L, *kernel), stds[name]),
+            "bias": jnp.zeros((L, *bias)),
+        }
+    return layers
+
+
+def init_norm(shape: tuple[int, ...]) -> Weights:
+    """A layer norm that does nothing more than norm."""
+    return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
+
+
+def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Float[Array, "..."]:
+    """Draws float32 numbers from N(0, std^2)."""
+    return std * jax.random.normal(key, shape, jnp.float32)
+
+
+def cut(layers: Weights, i: int) -> Weights:
+    """Takes layer i out of the stack."""
+    return jax.tree.map(lambda weights: weights[i], layers)
+
+
+def _linear(weights, x):
+    """Maps all axes of x after B and T to those of the bias."""
+    B, T, *_ = x.shape
+    kernel, bias = weights["kernel"], weights["bias"]
+    # one plain matrix product: XLA copies a kernel that is contracted along two axes
+    y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size).astype(x.dtype)
+    y = y + bias.reshape(1, 1, -1)  # in float32, so that its gradient is summed there
+    return y.astype(x.dtype).reshape(B, T, *bias.shape)
