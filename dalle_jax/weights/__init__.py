@@ -1,0 +1,1 @@
+"""Weights that others made: the only room that reads foreign formats, without their libraries."""
