@@ -275,3 +275,13 @@ def reconstruction(stats: Float[Array, "B R R 6"]) -> UInt8[Array, "B R R 3"]:
     """
     pixels = unmap_pixels(jax.nn.sigmoid(stats[..., :3]))
     return jnp.round(pixels * 255).astype(jnp.uint8)
+
+
+def code_use(counts: Int[np.ndarray, " K"]) -> tuple[int, float]:
+    """How many codes are in use, and the perplexity: exp of the entropy of their frequencies.
+
+    Args:
+      counts: how often each code was seen; some code at least once.
+    """
+    frequency = counts[counts > 0] / counts.sum()
+    return int((counts > 0).sum()), float(np.exp(-np.sum(frequency * np.log(frequency))))

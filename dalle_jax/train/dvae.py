@@ -14,10 +14,12 @@ import numpy as np
 import tyro
 
 from dalle_jax import losses
+from dalle_jax.image.pixels import decibels
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.models.dvae import (
     DVAE,
     DVAEConfig,
+    code_use,
     draw_params,
     network_input,
     pictures,
@@ -199,12 +201,9 @@ class DVAEStage(Stage):
         for images in self._pictures():
             codes, drawn = map(np.asarray, self._reconstruct(params, images))
             counts += np.bincount(codes.ravel(), minlength=len(counts))
-            error = np.square(drawn.astype(float) - images).mean(-1)  # B R R
-            seen = (images < 250).any(-1)
-            psnr += _decibels(error.mean((1, 2)))
-            foreground += _decibels((error * seen).sum((1, 2)) / np.maximum(seen.sum((1, 2)), 1))
-        frequency = counts[counts > 0] / counts.sum()
-        used = int((counts > 0).sum())
+            for total, part in zip((psnr, foreground), decibels(images, drawn), strict=True):
+                total.extend(part)
+        used, perplexity = code_use(counts)
         if used < COLLAPSED * len(counts):
             log.warning(
                 "the codebook has collapsed: %d of %d codes are in use; a higher kl_weight or "
@@ -216,7 +215,7 @@ class DVAEStage(Stage):
             "psnr": float(np.mean(psnr)),
             "psnr_foreground": float(np.mean(foreground)),
             "codes": used,
-            "perplexity": float(np.exp(-np.sum(frequency * np.log(frequency)))),
+            "perplexity": perplexity,
         }
 
     def sheet(self, params):
@@ -253,7 +252,3 @@ def _windows(key, images, side, factor):
 
 def _steps(given: int | None, otherwise: int | float) -> int:
     return round(otherwise) if given is None else given
-
-
-def _decibels(mean_squared_error) -> list[float]:
-    return list(10 * np.log10(255**2 / np.maximum(mean_squared_error, 1e-2)))
