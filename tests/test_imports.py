@@ -23,7 +23,7 @@ ROOMS = {
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets are drawn, and models written, by what users call
     | {"compiled", "memory", "terminal"},
-    "evaluate": {"image", "text", "precision", "models", "data", "generate"},
+    "evaluate": {"image", "text", "precision", "losses", "models", "data", "generate", "weights"},
     "serve": {"image", "generate"},
     "__init__": {"compiled", "memory", "generate"},
 }

@@ -1,0 +1,207 @@
+"""How far two sets of pictures are apart, and other numbers that are made of features alone.
+
+Everything is float64 on the host. Letters: N, M pictures of a set, D width of the features, C
+classes, E width of an embedding.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float
+
+Features = Float[np.ndarray, "N D"]
+Others = Float[np.ndarray, "M D"]
+
+KID_SUBSETS, KID_SIZE = 100, 1000
+SCORE_SPLITS = 10
+NEIGHBOURS = 3
+
+_BLOCK = 2048  # rows of a table of pairs that are in memory at a time
+
+
+class Moments:
+    """Mean and covariance of features that come in parts.
+
+    Parts are merged around their means, so that nothing is lost however many there are.
+
+    Source: Chan, Golub and LeVeque 1983.
+    """
+
+    def __init__(self, width: int):
+        self.count = 0
+        self.mean = np.zeros(width)
+        self._scatter = np.zeros((width, width))
+
+    @classmethod
+    def of(cls, features: Features) -> "Moments":
+        """Moments of one set."""
+        moments = cls(features.shape[1])
+        for start in range(0, len(features), _BLOCK):
+            moments.add(features[start : start + _BLOCK])
+        return moments
+
+    def add(self, features: Features) -> None:
+        """Counts more pictures in."""
+        features = features.astype(np.float64)
+        mean = features.mean(axis=0)
+        centred = features - mean[None]
+        total = self.count + len(features)
+        step = mean - self.mean
+        weight = self.count * len(features) / total
+        self._scatter += centred.T @ centred + weight * np.outer(step, step)
+        self.mean += step * (len(features) / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "D D"]:
+        """The unbiased estimate, divided by N - 1."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 pictures, got {self.count}")
+        return self._scatter / (self.count - 1)
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): the FID, if the features are Inception's.
+
+    The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which
+    is symmetric: no complex numbers, and no offset where a covariance is singular. It depends on N
+    (fewer pictures give larger distances), so compare only at the same N.
+
+    Source: Heusel et al. 2017.
+    """
+    values, vectors = np.linalg.eigh(first.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))[None]) @ vectors.T
+    product = root @ second.covariance @ root
+    spectrum = np.linalg.eigvalsh((product + product.T) / 2)
+    overlap = np.sqrt(np.maximum(spectrum, 0)).sum()
+    step = first.mean - second.mean
+    traces = np.trace(first.covariance) + np.trace(second.covariance)
+    return float(step @ step + traces - 2 * overlap)
+
+
+def kernel_distance(first: Features, second: Others) -> float:
+    """The KID over all pairs: unbiased squared MMD of the kernel (x y / D + 1)^3.
+
+    Its mean does not depend on N, so that small sets can be compared; it may be below 0.
+
+    Source: Binkowski et al. 2018.
+    """
+    within = [_kernel_sum(x, x, same=True) / (len(x) * (len(x) - 1)) for x in (first, second)]
+    between = _kernel_sum(first, second, same=False) / (len(first) * len(second))
+    return float(sum(within) - 2 * between)
+
+
+def kernel_distance_of_subsets(
+    first: Features,
+    second: Others,
+    *,
+    subsets: int = KID_SUBSETS,
+    size: int = KID_SIZE,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The KID as it is mostly published: mean and deviation over random subsets.
+
+    Raises:
+      ValueError: if a set holds fewer pictures than a subset.
+    """
+    fewest = min(len(first), len(second))
+    if fewest < size:
+        raise ValueError(f"a KID over subsets of {size} needs as many pictures, got {fewest}")
+    rng = np.random.RandomState(seed)  # its stream is fixed for ever, and what peers use
+    drawn = [
+        [features[rng.choice(len(features), size, replace=False)] for features in (first, second)]
+        for _ in range(subsets)
+    ]
+    distances = [kernel_distance(*pair) for pair in drawn]
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def _kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
+    """Sum of the kernel over all pairs; if x is y, over those of two different pictures."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    total = 0.0
+    for start in range(0, len(x), _BLOCK):
+        kernel = (x[start : start + _BLOCK] @ y.T / x.shape[1] + 1) ** 3
+        if same:
+            rows = np.arange(len(kernel))
+            kernel[rows, start + rows] = 0
+        total += kernel.sum()
+    return total
+
+
+def inception_score(
+    logits: Float[np.ndarray, "N C"], *, splits: int = SCORE_SPLITS
+) -> tuple[float, float]:
+    """The IS: exp of the mean KL of a picture's classes to those of all.
+
+    The splits are parts of the rows in their order: pictures have to come in no order of kinds.
+
+    Returns:
+      Mean and deviation over the splits.
+    Raises:
+      ValueError: if there are fewer pictures than splits.
+    Source: Salimans et al. 2016.
+    """
+    if len(logits) < splits:
+        raise ValueError(f"a score over {splits} splits needs as many pictures, got {len(logits)}")
+    logits = logits.astype(np.float64)
+    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    scores = []
+    for part in range(splits):
+        rows = log_p[part * len(logits) // splits : (part + 1) * len(logits) // splits]
+        p = np.exp(rows)
+        log_mean = np.log(np.maximum(p.mean(axis=0, keepdims=True), np.finfo(float).tiny))
+        scores.append(np.exp((p * (rows - log_mean)).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(
+    real: Features, drawn: Others, *, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Share of drawn pictures among the real ones, and of real ones among the drawn.
+
+    A picture is among a set if it is no farther from one of its pictures than that one's k-th
+    neighbour in the set.
+
+    Args:
+      real: features of real pictures.
+      drawn: features of drawn ones.
+      neighbours: k.
+    Raises:
+      ValueError: if a set has no k neighbours.
+    Source: Kynkäänniemi et al. 2019.
+    """
+    fewest = min(len(real), len(drawn))
+    if fewest <= neighbours:
+        raise ValueError(f"{neighbours} neighbours need more pictures than that, got {fewest}")
+    return _share_among(drawn, real, neighbours), _share_among(real, drawn, neighbours)
+
+
+def _share_among(pictures: np.ndarray, of: np.ndarray, k: int) -> float:
+    """The picture itself is its nearest, hence column k."""
+    radii = [np.partition(rows, k, axis=1)[:, k] for rows in _squared_distances(of, of)]
+    reach = np.concatenate(radii)[None] * (1 + 1e-9)  # equal up to rounding counts as inside
+    inside = [(rows <= reach).any(axis=1) for rows in _squared_distances(pictures, of)]
+    return float(np.concatenate(inside).mean())
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
+    """Blocks of rows [<= 2048, M]."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    middle = y.mean(axis=0, keepdims=True)
+    x, y = x - middle, y - middle  # less is lost in the subtraction below
+    lengths = np.square(y).sum(axis=1)[None]
+    for start in range(0, len(x), _BLOCK):
+        rows = x[start : start + _BLOCK]
+        own = np.square(rows).sum(axis=1, keepdims=True)
+        yield np.maximum(own + lengths - 2 * rows @ y.T, 0)
+
+
+def clip_score(images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"]) -> float:
+    """100 times the mean of max(cosine, 0) of each picture with its caption.
+
+    Source: Hessel et al. 2021, with the factor 100 of the libraries in place of 2.5.
+    """
+    images, texts = images.astype(np.float64), texts.astype(np.float64)
+    lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
+    return float(100 * np.maximum((images * texts).sum(axis=1) / lengths, 0).mean())
