@@ -72,5 +72,8 @@ def save_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W 3"]) -> None
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_bytes(encode_png(image))
-    os.replace(partial, target)
+    try:
+        partial.write_bytes(encode_png(image))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

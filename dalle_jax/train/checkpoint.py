@@ -12,6 +12,7 @@ Source: ours.
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,14 +33,23 @@ from dalle_jax.train.state import TrainState
 log = logging.getLogger(__name__)
 
 _UNFINISHED = "tmp-"
+# Failed saves in a row that end a run. One must not cost a night of training, as the disk may have
+# room again by the next; but what is never saved is lost whole in the end.
+_TRIES = 3
+
+# Orbax shows the same failure as one traceback for each of its threads; `_failed` says it once.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint exists but cannot be used; the message says why and what to do."""
+    """A checkpoint cannot be used or written; the message says why and what to do."""
 
 
 class Checkpoints:
     """The saved steps of one run. Saving goes on in the background; `wait` or `close` ends it.
+
+    A save that fails is said in the log as soon as it does and leaves older steps as they are; the
+    next one tries again.
 
     Args:
       folder: holds one folder per step; made by the first save.
@@ -53,22 +63,77 @@ class Checkpoints:
         self._keep = keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
+        self._failures: list[CheckpointError] = []  # since the last save that succeeded
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.close()
+        else:  # what ends the run is said, and not a failed save before it
+            self._worker.shutdown()
 
     def close(self) -> None:
-        """Waits for the save under way and ends the background thread."""
+        """Waits for the save under way, as `wait` does, and ends the background thread."""
         try:
             self.wait()
         finally:
             self._worker.shutdown()
 
+    def prepare(self, state: PyTree) -> None:
+        """Finds out, before anything is compiled, whether such states can be saved at all.
+
+        Warns if the disk has too little room for all the steps to keep.
+
+        Args:
+          state: the arrays of a `TrainState`, or their shapes.
+        Raises:
+          CheckpointError: if the folder cannot be written.
+        """
+        try:
+            self._try_to_write()
+        except OSError as error:
+            raise CheckpointError(
+                f"nothing can be saved in {self.folder}: {_reason(error)}; make it a folder with "
+                "room that this program may write, or choose another workdir"
+            ) from error
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        # One more than is kept, since an old step goes when the new one is whole.
+        missing = max(self._keep + 1 - len(self.steps()), 1) * size
+        free = shutil.disk_usage(self.folder).free
+        if missing > free and is_leader():
+            log.warning(
+                "checkpoints of %.1f MB may not fit on the disk of %s: %d are kept, one more while "
+                "saving, and %.1f MB are free; make room there, or keep fewer",
+                *(size / 1e6, self.folder, self._keep, free / 1e6),
+            )
+
+    def _try_to_write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trial = self.folder / f".trial-{jax.process_index()}"
+        try:
+            trial.write_text("written")
+        finally:
+            trial.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises `CheckpointError` once saving has failed too often; looks, but does not wait."""
+        if len(self._failures) >= _TRIES:
+            raise self._failures[-1]
+
     def wait(self) -> None:
-        """Waits until the last save is on disk; raises what went wrong with it, if anything."""
+        """Waits until the last save is on disk; raises `CheckpointError` if it failed."""
+        self._settle()
+        if self._failures:
+            raise self._failures[-1]
+
+    def newest(self) -> int | None:
+        """Waits for the save under way and gives the newest step on disk; None for none."""
+        self._settle()
+        return max(self.steps(), default=None)
+
+    def _settle(self) -> None:
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -86,30 +151,65 @@ class Checkpoints:
           state: what `restore` gives back.
           data_state: position of the data iterator, JSON-able.
           settings: of the run, JSON-able; `restore` can compare them.
+        Raises:
+          CheckpointError: if the three saves before this one have failed, or this as the third.
         """
-        self.wait()
+        self._settle()
+        self.check()
         # Both to text now: a value that JSON cannot hold fails here, and later changes do no harm.
         texts = {"data.json": json.dumps(data_state), "settings.json": json.dumps(settings)}
-        if is_leader():
-            for leftover in self.folder.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(leftover)
         unfinished = self.folder / f"{_UNFINISHED}{step:06d}"
-        writing = ocp.save_checkpointables_async(unfinished, _items(state))
-        self._saving = self._worker.submit(self._finish, writing, unfinished, step, texts)
+        try:
+            if is_leader():
+                self._clean_up()
+            self._try_to_write()  # Orbax would wait 20 minutes for a folder that cannot be made
+            writing = ocp.save_checkpointables_async(unfinished, _items(state))
+        except Exception as error:
+            self._failed(step, error)
+            self.check()
+        else:
+            self._saving = self._worker.submit(self._finish, writing, unfinished, step, texts)
 
     def _finish(self, writing, unfinished: Path, step: int, texts: dict[str, str]) -> None:
-        writing.result()  # in process 0 after all have written theirs
-        if not is_leader():
-            return
-        for name, text in texts.items():
-            (unfinished / name).write_text(text)
-        manifest.write(unfinished, step)
+        try:
+            writing.result()  # in process 0 after all have written theirs
+            if is_leader():
+                for name, text in texts.items():
+                    (unfinished / name).write_text(text)
+                manifest.write(unfinished, step)
+                self._put_in_place(unfinished, step)
+        except Exception as error:
+            self._failed(step, error)
+        else:
+            self._failures = []
+
+    def _put_in_place(self, unfinished: Path, step: int) -> None:
         for old in self.steps():
             if old >= step:
                 shutil.rmtree(self.folder / f"{old:06d}")
         os.replace(unfinished, self.folder / f"{step:06d}")
         for old in self.steps()[: -self._keep]:
-            shutil.rmtree(self.folder / f"{old:06d}")
+            shutil.rmtree(self.folder / f"{old:06d}", ignore_errors=True)  # the next save tries too
+
+    def _failed(self, step: int, error: Exception) -> None:
+        """Notes a failed save, says it in the log, and gives back the room that it took."""
+        if is_leader():
+            self._clean_up()
+        newest = max(self.steps(), default=None)
+        safe = "no step is safe" if newest is None else f"step {newest} is safe"
+        what = f"step {step} could not be saved in {self.folder}: {_reason(error)}; {safe}"
+        failure = CheckpointError(f"{what}; mend that and start the same command again")
+        # Without its cause, whose traceback would hold on to a copy of the state.
+        self._failures = [*self._failures, failure]
+        if len(self._failures) < _TRIES:
+            left = _TRIES - len(self._failures)
+            log.warning(
+                "%s; the next save tries again, and %d more in vain end the run", what, left
+            )
+
+    def _clean_up(self) -> None:
+        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def restore(
         self, template: TrainState, *, settings: dict | None = None
@@ -126,7 +226,7 @@ class Checkpoints:
           CheckpointError: if steps exist but all are damaged, if settings differ (named one by
             one), or if the saved arrays do not fit the template.
         """
-        self.wait()
+        self._settle()
         step = agreed(lambda: next((step for step, _ in _good_steps(self.folder)), None))
         if step is not None:
             path = self.folder / f"{step:06d}"
@@ -225,6 +325,18 @@ def _misfit(saved: PyTree, wanted: PyTree) -> str | None:
         if old.get(name) != new.get(name):
             return f"{name} is {old.get(name, 'absent')} in it, {new.get(name, 'absent')} here"
     return None
+
+
+def _reason(error: BaseException) -> str:
+    """Says in a few words what a save failed of; Orbax wraps the system's own words."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno:
+            return os.strerror(inner.errno)
+        if code := re.search(r"os_error_code='(\d+)'", str(inner)):
+            return os.strerror(int(code[1]))
+        inner = inner.__cause__ or inner.__context__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _form(array: Any) -> str:

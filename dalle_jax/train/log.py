@@ -4,9 +4,11 @@ Source: ours.
 """
 
 import json
+import logging
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,11 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dalle_jax.parallel.processes import is_leader
 from dalle_jax.terminal import console, say
 
+log = logging.getLogger(__name__)
+
 
 class MetricsLog:
     """Appends to metrics.jsonl, one JSON object a line: step, stage, time_s and the metrics.
 
-    Of several processes the first alone writes.
+    Of several processes the first alone writes. A line that cannot be written, on a full disk, is
+    written with the next one.
 
     `time_s` counts seconds of training from the start of the run and goes on after a resume.
 
@@ -32,12 +37,14 @@ class MetricsLog:
     def __init__(self, path: Path, *, stage: str, step: int):
         self._path = path
         self._stage = stage
+        self._waiting = ""  # lines that could not be written yet
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
         self._start = time.monotonic() - (kept[-1]["time_s"] if kept else 0.0)
         if path.exists() and is_leader():
             shortened = path.with_suffix(".tmp")
             shortened.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
             os.replace(shortened, path)
+        self._end = path.stat().st_size if path.exists() else 0  # bytes of whole lines
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a line; a value that is not finite becomes null, as JSON has no name for it."""
@@ -49,8 +56,21 @@ class MetricsLog:
             "time_s": round(time.monotonic() - self._start, 2),
         }
         entry |= {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        failed_before = bool(self._waiting)
+        self._waiting += json.dumps(entry, allow_nan=False) + "\n"
+        try:
+            with self._path.open("a") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            if not failed_before:
+                log.warning("%s cannot be written (%s); its lines wait", self._path, error.strerror)
+            with suppress(OSError):
+                os.truncate(self._path, self._end)  # no half line stays before the next
+        else:
+            self._end += len(self._waiting.encode())
+            self._waiting = ""
+            if failed_before:
+                log.info("%s is written again, nothing is missing", self._path)
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -113,19 +113,21 @@ def train(
       The state after the last update.
     Raises:
       NonFiniteError: if loss or another metric stops being finite.
-      CheckpointError: if there are checkpoints, but none that is whole or fits.
+      CheckpointError: if there are checkpoints, but none that is whole or fits; if the workdir
+        cannot be written; or if three saves in a row, or the last one, have failed.
       SystemExit: after a signal.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     settings = {"stage": stage.name} | settings
     fixed = {k: v for k, v in settings.items() if must_agree is None or k in (*must_agree, "stage")}
     mesh = make_mesh(config.mesh)
     create, key = partial(state_lib.create, stage), jax.random.key(config.seed)
-    places = shardings(jax.eval_shape(create, key), mesh, stage.rules)
-    state = jax.jit(create, out_shardings=places)(key)
+    shapes = jax.eval_shape(create, key)
+    places = shardings(shapes, mesh, stage.rules)
     alone = jax.process_count() == 1
     with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _Signals() as signals:
+        checkpoints.prepare(shapes)
+        state = jax.jit(create, out_shardings=places)(key)
         step = stop = 0
         if found := checkpoints.restore(state, settings=fixed):
             step, state, position, _ = found
@@ -150,6 +152,7 @@ def train(
                 votes = None if alone else greatest(mesh, signals.caught)
                 window.add(step, metrics, examples=len(jax.tree.leaves(batch)[0]), votes=votes)
                 progress.advance(step)
+                checkpoints.check()
                 last = step == config.steps
 
                 if last or step % config.log_every == 0:
@@ -179,7 +182,7 @@ def train(
                     if draws:
                         sheet = stage.sheet(average)
                         if sheet is not None and is_leader():
-                            save_png(workdir / "sheets" / f"{stage.name}-{step:06d}.png", sheet)
+                            _save_sheet(workdir / "sheets" / f"{stage.name}-{step:06d}.png", sheet)
         if stop := stop or signals.caught:  # the latter after the last update
             checkpoints.wait()
             log.info("%s saved step %d and stops", stage.name, step)
@@ -189,6 +192,13 @@ def train(
 
 def _due(step: int, every: int | None, last: bool) -> bool:
     return every is not None and (last or step % every == 0)
+
+
+def _save_sheet(path: Path, sheet: Any) -> None:
+    try:
+        save_png(path, sheet)
+    except OSError as error:  # a picture is not worth a run
+        log.warning("%s could not be written (%s); training goes on", path, error.strerror)
 
 
 def _next_batch(iterator: DataIterator, step: int, steps: int) -> Any:

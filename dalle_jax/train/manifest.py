@@ -43,20 +43,25 @@ def damage(folder: Path, step: int) -> str | None:
       The first difference, naming the file; None if there is none.
     """
     try:
-        manifest = json.loads((folder / _NAME).read_text())
-        saved_step, files = manifest["step"], manifest["files"].items()
+        return _difference(folder, step)
     except FileNotFoundError:
         return f"{_NAME} is missing"
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_NAME} is unreadable"
-    if saved_step != step:
-        return f"it was saved as step {saved_step}"
-    for name, entry in files:
-        file = folder / name
+
+
+def _difference(folder: Path, step: int) -> str | None:
+    manifest = json.loads((folder / _NAME).read_text())
+    if manifest["step"] != step:
+        return f"it was saved as step {manifest['step']}"
+    for name, entry in manifest["files"].items():
+        file, size = folder / name, entry["size"]
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
         if _sha256(file) != entry["sha256"]:
             return f"{name} has changed since it was written"
     return None

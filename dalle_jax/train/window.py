@@ -97,14 +97,14 @@ class Window:
 def _explain(step: int, values: dict, bad: list[str], checkpoints: Checkpoints) -> str:
     name = "loss" if "loss" in bad else bad[0]
     others = f" (and {', '.join(k for k in bad if k != name)})" if len(bad) > 1 else ""
-    checkpoints.wait()
-    saved = checkpoints.steps()
+    saved = checkpoints.newest()
     good = (
-        f"the last good checkpoint is step {saved[-1]} in {checkpoints.folder}"
-        if saved
-        else "no checkpoint was saved before"
+        "no checkpoint was saved before"
+        if saved is None
+        else f"the last good checkpoint is step {saved} in {checkpoints.folder}"
     )
     return (
         f"{name}{others} became {values[name]} at step {step}; {good}; "
-        "lower the step size, clip gradients harder, or look for broken values in the data"
+        "give another --seed to meet other batches from there, or lower the step size in a new "
+        "folder, or look for broken values in the data"
     )

@@ -147,16 +147,14 @@ def test_finished_run_returns_its_state_and_trains_no_further(tmp_path):
 
 
 def test_non_finite_loss_stops_with_step_and_metric(tmp_path):
-    message = "loss became nan at step 5; the last good checkpoint is step 3 in .*; lower the step"
+    message = "loss became nan at step 5; the last good checkpoint is step 3 in .*; give another"
     with pytest.raises(NonFiniteError, match=message):
         run(tmp_path, 20, stage=Mlp(break_at=5))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
 
 
 def test_non_finite_loss_at_a_save_is_found_before_the_save(tmp_path):
-    with pytest.raises(
-        NonFiniteError, match="nan at step 3; no checkpoint was saved before; lower"
-    ):
+    with pytest.raises(NonFiniteError, match="nan at step 3; no checkpoint was saved before; give"):
         run(tmp_path, 20, stage=Mlp(break_at=3), log_every=100)
     assert Checkpoints(tmp_path / "checkpoints").steps() == []
 
