@@ -24,17 +24,17 @@ from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.log import MetricsLog
 from dalle_jax.train.loop import LoopConfig, train
+from dalle_jax.train.state import Stage
 from dalle_jax.train.window import NonFiniteError
 
 CONFIG = LoopConfig(steps=12, log_every=1, save_every=2, evaluate_every=1, sheet_every=1)
 
 
-class Line:
+class Line(Stage):
     """Fits a slope; `at` is called with every number of updates done."""
 
     name = "line"
     rules = (("*", PartitionSpec()),)
-    scaling = None
     optimizer = optax.with_extra_args_support(optax.adam(0.1))
 
     def __init__(self, at=lambda step: None):
@@ -42,9 +42,6 @@ class Line:
 
     def init(self, key):
         return {"slope": jax.random.normal(key, (1,))}
-
-    def begin(self, params):
-        return params
 
     def loss(self, params, batch, key, step):
         return jnp.mean((batch["x"] * params["slope"] - batch["y"]) ** 2), {}
