@@ -6,7 +6,10 @@ P - 1 caption slots), G grid side.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grain
@@ -25,6 +28,8 @@ _CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] 
 }
 # Below a quarter of the side asked for, enlarging a picture shows nothing but blur.
 _SMALLEST_SHARE = 4
+# A batch that takes longer than this is worth a line in the log, so that a dead disk is noticed.
+_PATIENCE_S = 60.0
 
 _log = logging.getLogger("dalle_jax.data")
 
@@ -43,13 +48,14 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
-) -> grain.DatasetIterator:
+) -> "Batches":
     """Yields shuffled batches without end; every epoch shows each record once, in a new order.
 
     Everything drawn for an example (crop, which caption, dropout) depends on the seed, the epoch
     and the record alone, and the k-th batch of all processes together holds the same examples
     however many processes there are. A picture that cannot be used is named in the log, once, and
-    the next record of the source takes its place.
+    the next record of the source takes its place. A batch that takes more than a minute is said in
+    the log, with the records that are being read.
 
     Args:
       source: pictures or codes with captions.
@@ -69,7 +75,7 @@ def batches(
       and int32 "text" [B, P - 1] with a tokenizer. `get_state()` is a small JSON-able dict.
     Raises:
       SourceError: if an option is out of range, or (when a batch is asked for) if none of the
-        pictures can be used.
+        pictures can be used or a record fails otherwise, which is named.
     Source: Ramesh et al. 2021, listings 1 and 2; the sampling of captions is ours.
     """
     _check(source, batch_size, tokenizer, text_length)
@@ -92,18 +98,64 @@ def batches(
         rng = np.random.default_rng([seed, epoch, index])
         # fixed draws come first, so that text does not depend on the crop or on the picture
         use_caption, which, bpe_seed = rng.random(), rng.random(), rng.integers(2**31)
-        _, record, made = pictures.usable(index, lambda image: _CROPS[crop](image, px, rng))
-        if tokenizer is not None:
-            captions = record["captions"]
-            caption = captions[int(which * len(captions))] if use_caption >= caption_dropout else ""
-            made["text"] = tokenizer.encode(
-                [caption], length=text_length - 1, dropout=bpe_dropout, seeds=[int(bpe_seed)]
-            )[0]
+        with pictures.named(index):
+            _, record, made = pictures.usable(index, lambda image: _CROPS[crop](image, px, rng))
+            if tokenizer is not None:
+                captions = record["captions"]
+                shown = use_caption >= caption_dropout
+                caption = captions[int(which * len(captions))] if shown else ""
+                made["text"] = tokenizer.encode(
+                    [caption], length=text_length - 1, dropout=bpe_dropout, seeds=[int(bpe_seed)]
+                )[0]
         return made
 
     examples = share.map_with_index(example)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(examples.batch(batch_size // process_count).to_iter_dataset(options))
+    made = iter(examples.batch(batch_size // process_count).to_iter_dataset(options))
+    return Batches(made, pictures.being_read)
+
+
+class Batches:
+    """Gives the batches of an iterator, and says in the log what it waits for when that is long.
+
+    Args:
+      iterator: the batches.
+      being_read: gives the names of the records that threads are working on.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator, being_read: Callable[[], list[str]]):
+        self._iterator, self._being_read = iterator, being_read
+        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="waiting for data")
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        """Gives the next batch."""
+        start, arrived = time.monotonic(), threading.Event()
+        self._watcher.submit(self._watch, arrived)
+        try:
+            return next(self._iterator)
+        finally:
+            arrived.set()
+            if (waited := time.monotonic() - start) > _PATIENCE_S:
+                _log.info("the data came after %d s", waited)
+
+    def _watch(self, arrived: threading.Event) -> None:
+        waited, pause = 0.0, _PATIENCE_S
+        while not arrived.wait(pause):
+            waited += pause
+            names = ", ".join(self._being_read()) or "nothing"
+            _log.warning("waiting for data for %d s; being read now: %s", waited, names)
+            pause = waited  # the next line when it has taken twice as long
+
+    def get_state(self) -> dict:
+        """Gives the position after the last batch, JSON-able."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Goes to a position."""
+        self._iterator.set_state(state)
 
 
 class Share(grain.MapDataset):
@@ -173,12 +225,13 @@ def _once(source, batch_size, px, tokenizer, text_length) -> Iterator[Batch]:
     waiting: list[Batch] = []
     index = 0
     while index < len(source):
-        found, record, made = pictures.usable(index, lambda image: crop_center(image, px))
-        if found < index:  # the search went round: only unusable ones were left
-            break
-        made["index"] = np.int32(found)
-        if tokenizer is not None:
-            made["text"] = tokenizer.encode(record["captions"][:1], length=text_length - 1)[0]
+        with pictures.named(index):
+            found, record, made = pictures.usable(index, lambda image: crop_center(image, px))
+            if found < index:  # the search went round: only unusable ones were left
+                break
+            made["index"] = np.int32(found)
+            if tokenizer is not None:
+                made["text"] = tokenizer.encode(record["captions"][:1], length=text_length - 1)[0]
         waiting.append(made)
         index = found + 1
         if len(waiting) == batch_size:
@@ -208,8 +261,30 @@ class _Pictures:
 
     def __init__(self, source: DataSource, px: int):
         self._source, self._min_px = source, max(2, px // _SMALLEST_SHARE)
-        self._named: set[str] = set()
+        self._left_out: set[str] = set()
         self._lock = threading.Lock()
+        self._at: dict[int, str] = {}  # thread to the record it works on
+
+    @contextmanager
+    def named(self, index: int) -> Iterator[None]:
+        """Gives what goes wrong inside, of whatever kind, the name of the record it happened to."""
+        thread = threading.get_ident()
+        self._at[thread] = f"record {index}"
+        try:
+            yield
+        except SourceError:
+            raise
+        except Exception as error:
+            raise SourceError(
+                f"{self._at[thread]} cannot be made into an example "
+                f"({type(error).__name__}: {error}); mend it or take it out"
+            ) from error
+        finally:
+            del self._at[thread]
+
+    def being_read(self) -> list[str]:
+        """Names the records that are worked on now."""
+        return sorted(self._at.copy().values())
 
     def usable(
         self, index: int, crop: Callable[[np.ndarray], np.ndarray]
@@ -218,12 +293,14 @@ class _Pictures:
         for found in (*range(index, len(self._source)), *range(index)):
             record = {"id": f"record {found}"}
             try:
+                self._at[threading.get_ident()] = record["id"]
                 record = self._source[found]
+                self._at[threading.get_ident()] = record["id"]
                 if "codes" in record:
                     return found, record, {"codes": record["codes"].astype(np.int32)}
                 image = decode(record["image"], min_px=self._min_px)
             except (PictureError, OSError) as error:
-                self._name(record["id"], error)
+                self._leave_out(record["id"], error)
             else:
                 return found, record, {"image": crop(image)}
         raise SourceError(
@@ -231,10 +308,10 @@ class _Pictures:
             "`dalle-jax data check FOLDER` says what is wrong with each"
         )
 
-    def _name(self, name: str, error: Exception) -> None:
+    def _leave_out(self, name: str, error: Exception) -> None:
         with self._lock:
-            if name in self._named:
+            if name in self._left_out:
                 return
-            self._named.add(name)
-            count = len(self._named)
+            self._left_out.add(name)
+            count = len(self._left_out)
         _log.warning("picture %s is left out (%d so far): %s", name, count, error)

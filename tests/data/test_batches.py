@@ -1,10 +1,12 @@
 import itertools
 import json
 import logging
+import threading
 
 import numpy as np
 import pytest
 
+from dalle_jax.data import batches as batches_lib
 from dalle_jax.data.batches import batches, once
 from dalle_jax.data.sources import FolderSource, SourceError
 from dalle_jax.image.pixels import decode, encode_png
@@ -125,6 +127,19 @@ def test_a_resumed_iterator_continues_exactly(threads, text):
     assert equal(list(itertools.islice(resumed, 3)), unbroken[4:])
 
 
+def test_another_seed_goes_on_from_the_same_place_with_other_batches(text):
+    """What a run does that is to go round a batch that breaks it."""
+    first, second = (
+        batches(Pictures(10), batch_size=4, seed=seed, px=8, crop="prior", threads=0)
+        for seed in (3, 4)
+    )
+    for _ in range(4):
+        next(first)
+    second.set_state(first.get_state())
+    assert second.get_state() == first.get_state()
+    assert shades(next(second)) != shades(next(first))
+
+
 def test_threads_do_not_change_what_is_drawn(text):
     with_threads = take(Pictures(10, side=12), 6, crop="dvae", threads=4, **text)
     assert equal(with_threads, take(Pictures(10, side=12), 6, crop="dvae", **text))
@@ -168,6 +183,60 @@ def test_a_picture_that_vanished_does_not_stop_training(tmp_path, caplog):
     (tmp_path / "a.png").unlink()
     assert take(source, 1)[0]["image"].shape == (4, 8, 8, 3)
     assert "picture a.png is left out" in caplog.text
+
+
+class Odd(Pictures):
+    """One record fails as no picture does, or takes its time."""
+
+    def __init__(self, count, at, happens):
+        super().__init__(count)
+        self.at, self.happens = at, happens
+
+    def __getitem__(self, index):
+        record = super().__getitem__(index)
+        return record | self.happens() if index == self.at else record
+
+
+def fail():
+    raise RuntimeError("no such column")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize(
+    ("happens", "message"),
+    [
+        (fail, r"record 2 cannot .* \(RuntimeError: no such column\); mend it or take it out"),
+        (lambda: {"captions": []}, r"n2 cannot be made into an example \(IndexError: list index"),
+    ],
+)
+def test_what_fails_in_a_thread_is_raised_with_the_name_of_its_record(
+    happens, message, threads, text
+):
+    with pytest.raises(SourceError, match=message):
+        take(Odd(4, 2, happens), 2, threads=threads, **text)
+    if threads == 0:
+        with pytest.raises(SourceError, match="2 cannot be made"):
+            list(once(Odd(4, 2, fail), batch_size=4, px=8))
+
+
+def test_waiting_for_data_is_said_with_what_is_read(monkeypatch, caplog):
+    monkeypatch.setattr(batches_lib, "_PATIENCE_S", 0.05)
+    said = threading.Event()
+
+    def listen(record):
+        if record.getMessage().endswith("; being read now: record 2"):
+            said.set()
+        return True
+
+    def hang():
+        assert said.wait(60)
+        return {}
+
+    caplog.handler.addFilter(listen)
+    with caplog.at_level(logging.INFO, "dalle_jax.data"):
+        take(Odd(4, 2, hang), 1, threads=1)
+    assert caplog.messages[0].startswith("waiting for data for 0 s; being read now: ")
+    assert caplog.messages[-1].startswith("the data came after ")
 
 
 def test_only_broken_pictures_are_an_error():
