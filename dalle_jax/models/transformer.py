@@ -1,13 +1,20 @@
-"""The prior over captions and image codes: a sparse decoder-only transformer.
+"""The prior over captions and image codes: one transformer, drawing in one of two styles.
 
 Letters: B batch, T positions (P text + I image, I = G * G), S key positions, D width, N heads,
 H head size, F mlp, V text vocabulary, K codebook, G grid side, L layers.
+
+The autoregressive style is a sparse decoder-only transformer:
 
     position   0              1 .. P-1            P               P+1 .. T-1
     input      start of text  caption slot 0..    start of image  code 0 .. I-2
     predicts   slot 0         slot 1 .. P-2, -    code 0          code 1 .. I-1
 
-The last text position predicts nothing.
+The last text position predicts nothing. In the progressive style nothing is causal, text predicts
+nothing, and each cell of the image, filled or not, predicts its code and whether to fill it now:
+
+    position   0              1 .. P-1            P .. T-1
+    input      start of text  caption slot 0..    code 0 .. I-1, or a mask
+    predicts   -              -                   code 0 .. I-1, fill now
 """
 
 import itertools
@@ -52,12 +59,16 @@ class PriorConfig:
     mlp_ratio: int = 4
     """Width F of the MLP, in multiples of the width D."""
     attention: Literal["sparse", "dense"] = "sparse"
-    """Whether layers see rows, columns and a convolution, as in the paper, or all before them."""
+    """Whether layers see rows, columns and a convolution, as in the paper, or all before them; the
+    progressive style does not read it."""
+    style: Literal["autoregressive", "progressive"] = "autoregressive"
+    """Whether codes are predicted one after the other, or any cells from any others."""
 
     def __post_init__(self):
-        allowed = get_args(type(self).__annotations__["attention"])
-        if self.attention not in allowed:
-            raise ValueError(f"attention is {self.attention!r}, but must be one of {list(allowed)}")
+        for name in ("attention", "style"):
+            allowed, got = get_args(type(self).__annotations__[name]), getattr(self, name)
+            if got not in allowed:
+                raise ValueError(f"{name} is {got!r}, but must be one of {list(allowed)}")
         least = {"text_length": 2}  # the start token and one caption slot
         for name, size in vars(self).items():
             if isinstance(size, str):
@@ -77,6 +88,8 @@ class PriorConfig:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each layer."""
+        if self.style == "progressive":
+            return ("full",) * self.depth
         return layer_kinds(self.depth) if self.attention == "sparse" else ("dense",) * self.depth
 
     @property
@@ -98,7 +111,7 @@ BRANCHES = (("attention_norm", "qkv", "attention_out"), ("mlp_norm", "mlp_in", "
 
 
 class Prior(nn.Module):
-    """p(text, codes) as a product over positions, text first, then the codes in raster order.
+    """p(text, codes) in raster order, or p(codes | text, some of the codes) in any order.
 
     Where the paper is silent, these choices are ours. From Child et al. 2019, which it names as its
     model: GELU as x * sigmoid(1.702 x), a final layer norm, biases, weights from
@@ -152,12 +165,7 @@ class Prior(nn.Module):
         Source: Ramesh et al. 2021, sections 2.2 and 2.3, appendix B.
         """
         config = self.config
-        self._check(text)
-        if codes.shape[1] != config.image_length:
-            raise ValueError(
-                f"got {codes.shape[1]} codes a picture, but grid {config.grid} needs "
-                f"{config.image_length}; were these codes made by another dVAE?"
-            )
+        self._check(text, codes)
         x = jnp.concatenate([self._embed_text(text), self._embed_image(codes)], axis=1)  # B T D
         x = self._through_layers(x, scales)
         P = config.text_length
@@ -165,6 +173,89 @@ class Prior(nn.Module):
             self._logits(x[:, : P - 1], "text"),
             self._logits(x[:, P:], "image"),
         )
+
+    def predict(
+        self,
+        text: Int[Array, "B slots"],
+        cells: Int[Array, "B I"],
+        *,
+        scales: Float[Array, "L 2"] | None = None,
+    ) -> tuple[Float[Array, "B I K"], Float[Array, "B I"]]:
+        """Logits of every cell's code and of filling it now: the progressive style's forward pass.
+
+        Args:
+          text: as above.
+          cells: codes in [0, K), in raster order, or K for a cell that is not filled.
+          scales: as above.
+
+        Returns:
+          Unnormalised log-probabilities of the codes, and log-odds of filling now, in float32.
+
+        Raises:
+          ValueError: if text or cells do not have the lengths of the config.
+
+        Source: Fei et al. 2022; that filled cells predict their codes again, and the second output,
+          follow the first author's prototype.
+        """
+        self._check(text, cells)
+        x = jnp.concatenate([self._embed_text(text), self._embed_cells(cells)], axis=1)
+        return self._cell_outputs(self._through_layers(x, scales)[:, self.config.text_length :])
+
+    def read(self, text: Int[Array, "U slots"]) -> list[tuple[Array, Array]]:
+        """Reads captions once for all passes over their pictures.
+
+        Args:
+          text: as for the forward pass, one row for each prompt.
+
+        Returns:
+          For each layer keys and values [U, P, N, H] of the text, for `predict_from`.
+
+        Source: ours; text positions see no image.
+        """
+        self._check(text)
+        mask = np.ones((self.config.text_length,) * 2, bool)
+        x = self._embed_text(text)
+        found = []
+        for weights in self._unstacked():
+
+            def look(qkv):
+                query, key, value = _parted(qkv)
+                return dense(query, key, value, mask=mask), (key, value)
+
+            x, keys_values = layer(weights, x, look, dtype=self.dtype)
+            found.append(keys_values)
+        return found
+
+    def predict_from(
+        self, texts: list[tuple[Array, Array]], cells: Int[Array, "B I"]
+    ) -> tuple[Float[Array, "B I K"], Float[Array, "B I"]]:
+        """Gives what `predict` gives, with captions that `read` has read.
+
+        Args:
+          texts: of U captions, each for as many of the B pictures, next to each other.
+          cells: as for `predict`.
+
+        Returns:
+          As `predict`.
+
+        Source: ours.
+        """
+        x = self._embed_cells(cells)
+        B, T, _ = x.shape
+        mask = np.ones((T, self.config.length), bool)
+        for weights, keys_values in zip(self._unstacked(), texts, strict=True):
+            text_key, text_value = (
+                jnp.repeat(part, B // len(part), axis=0) for part in keys_values
+            )
+
+            def look(qkv, text_key=text_key, text_value=text_value):
+                query, key, value = _parted(qkv)
+                key = jnp.concatenate([text_key, key], axis=1)
+                value = jnp.concatenate([text_value, value], axis=1)
+                return dense(query, key, value, mask=mask), None
+
+            x, _ = layer(weights, x, look, dtype=self.dtype)
+        return self._cell_outputs(x)
 
     def prefill(self, text: Int[Array, "U slots"], *, samples: int = 1) -> tuple[Cache, ...]:
         """Reads captions in one pass.
@@ -256,7 +347,7 @@ class Prior(nn.Module):
 
         if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
             through = jax.checkpoint(through, static_argnums=2, prevent_cse=not self.scan)
-        period = 4 if config.attention == "sparse" else 1
+        period = 4 if len(set(config.kinds)) > 1 else 1
         scanned = (config.depth - 1) // period * period if self.scan else 0
         stack = (self.layers, scales)  # both [L, ...]
         if scanned:
@@ -277,11 +368,16 @@ class Prior(nn.Module):
     def _unstacked(self):
         return [cut(self.layers, i) for i in range(self.config.depth)]
 
-    def _check(self, text):
+    def _check(self, text, codes=None):
         if text.shape[1] != self.config.text_length - 1:
             raise ValueError(
                 f"got {text.shape[1]} caption slots, but text_length {self.config.text_length} "
                 f"needs {self.config.text_length - 1}, since the first position is the start token"
+            )
+        if codes is not None and codes.shape[1] != self.config.image_length:
+            raise ValueError(
+                f"got {codes.shape[1]} codes a picture, but grid {self.config.grid} needs "
+                f"{self.config.image_length}; were these codes made by another dVAE?"
             )
 
     def _embed_text(self, text):
@@ -294,6 +390,12 @@ class Prior(nn.Module):
         tokens = self._start("start_of_image", self.embed["code"][codes[:, :-1]])
         return tokens + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
 
+    def _embed_cells(self, cells):
+        K = self.config.codes
+        token = self.embed["code"][jnp.minimum(cells, K - 1)]
+        token = jnp.where((cells < K)[..., None], token, self.embed["mask"][None, None])
+        return token + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
+
     def _start(self, name, x):
         B, _, D = x.shape
         return jnp.concatenate([jnp.broadcast_to(self.embed[name], (B, 1, D)), x], axis=1)
@@ -301,6 +403,9 @@ class Prior(nn.Module):
     def _cell(self, position):
         G = self.config.grid
         return self.embed["row"][position // G] + self.embed["column"][position % G]
+
+    def _cell_outputs(self, x):
+        return self._logits(x, "image"), self._logits(x, "fill")[..., 0]
 
     def _logits(self, x, of):
         x = layer_norm(self.head["norm"], x)
@@ -324,6 +429,7 @@ def _column_linear(weights, x):
 
 
 def _init_embeddings(key, config):
+    single = ("start_of_text", "start_of_image" if config.style == "autoregressive" else "mask")
     rows = {
         "text": config.text_vocabulary,
         "slot": config.text_length - 1,
@@ -331,14 +437,12 @@ def _init_embeddings(key, config):
         "code": config.codes,
         "row": config.grid,
         "column": config.grid,
-        "start_of_text": 1,
-        "start_of_image": 1,
-    }
+    } | dict.fromkeys(single, 1)
     # one draw for all of them: each draw adds about half a second of compilation on a CPU
     drawn = normal(key, (sum(rows.values()), config.width), 0.125 * config.width**-0.5)
     tables = jnp.split(drawn, list(itertools.accumulate(rows.values()))[:-1])
     embed = dict(zip(rows, tables, strict=True))
-    return embed | {name: embed[name][0] for name in ("start_of_text", "start_of_image")}
+    return embed | {name: embed[name][0] for name in single}
 
 
 def _init_layers(key, config):
@@ -357,8 +461,7 @@ def _init_layers(key, config):
 def _init_head(key, config):
     del key  # zero heads: every token starts equally likely
     D = config.width
-    return {
-        "norm": init_norm((D,)),
-        "text": {"kernel": jnp.zeros((D, config.text_vocabulary))},
-        "image": {"kernel": jnp.zeros((D, config.codes))},
-    }
+    other = {"autoregressive": ("text", config.text_vocabulary), "progressive": ("fill", 1)}
+    sizes = dict([other[config.style], ("image", config.codes)])
+    heads = {name: {"kernel": jnp.zeros((D, size))} for name, size in sizes.items()}
+    return {"norm": init_norm((D,))} | heads

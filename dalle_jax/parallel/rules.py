@@ -30,6 +30,7 @@ PRIOR: Rules = (
     ("layers/*/*", Spec()),  # what is added to the residual stream, and its norms
     ("scales/*", Spec()),
     ("embed/start_*", Spec()),
+    ("embed/mask", Spec()),
     ("embed/*", Spec(None, FSDP)),
     ("head/norm/*", Spec()),
     ("head/*/kernel", Spec(FSDP, TENSOR)),
