@@ -4,7 +4,6 @@ Letters: U prompts, W samples of each, B = U * W batch, P text positions, I = G 
 G grid side, K codebook.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from dalle_jax.generate.filters import filter_logits
+from dalle_jax.generate.drawing import check_options, drawn, empty_captions
 from dalle_jax.models.transformer import Prior, PriorConfig
 
 
@@ -62,8 +61,8 @@ def sample(
     Source: Ramesh et al. 2021, section 2.6 and figure 2 for drawing at temperature t and keeping
       top rows; top-k, top-p and guidance (Ho and Salimans 2022) are ours.
     """
-    _check_options(config, temperature, top_k, top_p, guidance)
-    _check_arrays(config, text, keys, prompt_codes, keep_rows)
+    check_options(config, text, keys, temperature, top_k, top_p, guidance)
+    _check_prompt(config, keys, prompt_codes, keep_rows)
     B, G = keys.shape[0], config.grid
     given = jnp.zeros((B, G, G), jnp.int32) if prompt_codes is None else jnp.asarray(prompt_codes)
     return _sample(
@@ -86,8 +85,7 @@ def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, 
     samples = B // text.shape[0]
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
     if guided:
-        empty = config.text_vocabulary + jnp.arange(config.text_length - 1, dtype=text.dtype)
-        text = jnp.concatenate([text, jnp.broadcast_to(empty, text.shape)])
+        text = jnp.concatenate([text, empty_captions(config, text)])
     prior = Prior(config).bind({"params": params})
     caches = prior.prefill(text, samples=samples)
     decode = prior.decoder()
@@ -100,8 +98,9 @@ def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, 
         if guided:
             with_caption, without = jnp.split(logits, 2)
             logits = without + guidance * (with_caption - without)
-        drawn = _draw(logits, keys, position, temperature, top_k, top_p)
-        code = jnp.where(position < kept, given, drawn)
+        of_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+        code, _ = drawn(logits, of_position, temperature, top_k, top_p)
+        code = jnp.where(position < kept, given, code)
         return (caches, code), code
 
     positions = jnp.arange(config.image_length)
@@ -110,45 +109,8 @@ def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, 
     return codes.T.reshape(B, G, G)
 
 
-def _draw(logits, keys, position, temperature, top_k, top_p):
-    greedy = temperature == 0
-    # with the best at 0, tiny temperatures send the others to -inf and nothing to nan
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    logits = filter_logits(logits / jnp.where(greedy, 1, temperature), top_k=top_k, top_p=top_p)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return jnp.argmax(logits + jnp.where(greedy, 0, noise), axis=-1).astype(jnp.int32)
-
-
-def _check_options(config, temperature, top_k, top_p, guidance):
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(
-            f"temperature is {temperature}, but must be 0 (always the likeliest code) or a "
-            "positive finite number"
-        )
-    if top_k is not None and not 1 <= top_k <= config.codes:
-        raise ValueError(
-            f"top_k is {top_k}, but must lie in 1..{config.codes}, the size of the codebook; "
-            "leave it out to draw from all codes"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_p is {top_p}, but must be above 0 and at most 1; "
-            "leave it out to draw from all codes"
-        )
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance is {guidance}, but must be a finite number; 1 turns it off")
-
-
-def _check_arrays(config, text, keys, prompt_codes, keep_rows):
-    U, B, G = text.shape[0], keys.size, config.grid
-    if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"keys have dtype {keys.dtype}, but must come from jax.random.key")
-    if keys.ndim != 1 or not U or B % U:
-        raise ValueError(
-            f"got {U} captions and keys of shape {keys.shape}; give one key a picture, as many for "
-            "each caption, for example jax.random.split(key, number)"
-        )
+def _check_prompt(config, keys, prompt_codes, keep_rows):
+    B, G = keys.size, config.grid
     if not 0 <= keep_rows <= G:
         raise ValueError(f"keep_rows is {keep_rows}, but must lie in 0..{G}, the rows of the grid")
     if prompt_codes is None:

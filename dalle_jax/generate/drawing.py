@@ -1,0 +1,79 @@
+"""What both ways of drawing share: one draw from logits, captions without words, and the checks.
+
+Letters: U prompts, B batch, K codebook.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from dalle_jax.generate.filters import filter_logits
+from dalle_jax.models.transformer import PriorConfig
+
+
+def drawn(
+    logits: Float[Array, "B *cells K"],
+    keys: Key[Array, " B"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""] | None,
+    top_p: Float[Array, ""] | None,
+) -> tuple[Int[Array, "B *cells"], Float[Array, "B *cells"]]:
+    """Draws codes, each picture by its own key, and gives the log-probability of each.
+
+    Options are those of `sample`; at temperature 0 the likeliest codes come, with their
+    log-probability at 1.
+    """
+    greedy = temperature == 0
+    # with the best at 0, tiny temperatures send the others to -inf and nothing to nan
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = filter_logits(logits / jnp.where(greedy, 1, temperature), top_k=top_k, top_p=top_p)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    codes = jnp.argmax(logits + jnp.where(greedy, 0, noise), axis=-1)
+    chosen = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    return codes.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def empty_captions(config: PriorConfig, text: Int[Array, "U slots"]) -> Int[Array, "U slots"]:
+    """Captions without a token, as many as given: what guidance compares with."""
+    empty = config.text_vocabulary + jnp.arange(config.text_length - 1, dtype=text.dtype)
+    return jnp.broadcast_to(empty, text.shape)
+
+
+def check_options(
+    config: PriorConfig,
+    text: Int[Array | np.ndarray, "U slots"],
+    keys: Array,
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | int | None,
+    guidance: float | int,
+) -> None:
+    """Raises ValueError for what cannot be drawn with, whichever way."""
+    U = text.shape[0]
+    if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"keys have dtype {keys.dtype}, but must come from jax.random.key")
+    if keys.ndim != 1 or not U or keys.size % U:
+        raise ValueError(
+            f"got {U} captions and keys of shape {keys.shape}; give one key a picture, as many for "
+            "each caption, for example jax.random.split(key, number)"
+        )
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"temperature is {temperature}, but must be 0 (always the likeliest code) or a "
+            "positive finite number"
+        )
+    if top_k is not None and not 1 <= top_k <= config.codes:
+        raise ValueError(
+            f"top_k is {top_k}, but must lie in 1..{config.codes}, the size of the codebook; "
+            "leave it out to draw from all codes"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_p is {top_p}, but must be above 0 and at most 1; "
+            "leave it out to draw from all codes"
+        )
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}, but must be a finite number; 1 turns it off")
