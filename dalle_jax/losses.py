@@ -1,6 +1,7 @@
 """Losses as pure functions: arrays in, one scalar and named metrics out.
 
-Letters: B batch, R pixel side, G grid side, K codes, P caption slots, I image tokens, V vocabulary.
+Letters: B batch, R pixel side, G grid side, K codes, P caption slots, I image tokens, V vocabulary,
+E features.
 """
 
 import jax
@@ -104,6 +105,40 @@ def prior_loss(
     image_mean = jnp.mean(_cross_entropy(image_logits, codes))
     loss = text_mean / 8 + image_mean * 7 / 8
     return loss, {"text_nats": text_mean, "image_nats": image_mean}
+
+
+def contrastive_loss(
+    image: Float[Array, "B E"],
+    text: Float[Array, "B E"],
+    scale: Float[Array, ""],
+    tokens: Int[Array, "B P"],
+) -> tuple[Float[Array, ""], Metrics]:
+    """Symmetric InfoNCE: pictures choose among the batch's captions, captions among its pictures.
+
+    A caption may stand in the batch more than once, under different pictures. All of them are right
+    then, to equal parts (ours): each picture's target is spread over the captions equal to its
+    own, and each caption's over the pictures of equal captions. Of B different captions this is the
+    plain loss.
+
+    Args:
+      image: features of the pictures, of length 1.
+      text: features of their captions, of length 1, in the same order.
+      scale: what similarities are multiplied by, the inverse of the temperature.
+      tokens: the captions' tokens, to see which are equal.
+    Returns:
+      The mean of both cross-entropies, in nats, and "image_to_text" and "text_to_image", the shares
+      of the batch whose likeliest choice was right.
+    Source: Radford et al. 2021, section 2.3 and figure 3.
+    """
+    same = (tokens[:, None] == tokens[None]).all(axis=-1)  # B B; symmetric, so good for both ways
+    target = same / same.sum(axis=1, keepdims=True)
+    logits = scale * jnp.einsum("AE,BE->AB", image, text)
+    loss, metrics = jnp.float32(0), {}
+    for name, choice in (("image_to_text", logits), ("text_to_image", logits.T)):
+        loss -= jnp.sum(target * jax.nn.log_softmax(choice), axis=1).mean() / 2
+        right = jnp.take_along_axis(same, choice.argmax(axis=1, keepdims=True), axis=1)
+        metrics[name] = right.mean()
+    return loss, metrics
 
 
 def _cross_entropy(logits, labels):

@@ -93,3 +93,42 @@ def test_a_batch_without_text_has_no_text_loss():
     )
     assert float(metrics["text_nats"]) == 0
     assert float(loss) == pytest.approx(np.log(2) * 7 / 8, rel=1e-6)
+
+
+def features(rows, seed):
+    drawn = np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)
+    return jnp.asarray(drawn / np.linalg.norm(drawn, axis=1, keepdims=True))
+
+
+def test_contrastive_loss_is_the_mean_of_both_cross_entropies():
+    image, text = features(3, 0), features(3, 1)
+    loss, _ = losses.contrastive_loss(image, text, jnp.float32(5), jnp.arange(3)[:, None])
+    logits = 5 * np.asarray(image) @ np.asarray(text).T
+    rows = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    columns = np.exp(logits) / np.exp(logits).sum(0, keepdims=True)
+    expected = -(np.log(np.diag(rows)).mean() + np.log(np.diag(columns)).mean()) / 2
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_captions_are_equally_right():
+    image, text = (
+        features(4, 0),
+        features(4, 1),
+    )  # as if the equal captions differed, so that order might matter
+    tokens = jnp.array([[1, 2], [1, 3], [1, 2], [4, 2]])  # the first and the third are equal
+    loss, _ = losses.contrastive_loss(image, text, jnp.float32(5), tokens)
+    order = jnp.array([2, 1, 0, 3])  # which of both pictures is listed first changes nothing
+    swapped, _ = losses.contrastive_loss(image[order], text, jnp.float32(5), tokens)
+    assert float(loss) == pytest.approx(float(swapped), rel=1e-6)
+    strangers, _ = losses.contrastive_loss(image, text, jnp.float32(5), jnp.arange(4)[:, None])
+    swapped, _ = losses.contrastive_loss(image[order], text, jnp.float32(5), jnp.arange(4)[:, None])
+    assert abs(float(strangers) - float(swapped)) > 0.01
+
+
+def test_a_picture_that_chooses_a_caption_equal_to_its_own_is_right():
+    image = jnp.eye(3)
+    text = jnp.eye(3)[jnp.array([1, 0, 2])]  # the first two pictures choose each other's caption
+    _, apart = losses.contrastive_loss(image, text, jnp.float32(5), jnp.arange(3)[:, None])
+    _, equal = losses.contrastive_loss(image, text, jnp.float32(5), jnp.array([[7], [7], [8]]))
+    assert float(apart["image_to_text"]) == float(apart["text_to_image"]) == pytest.approx(1 / 3)
+    assert float(equal["image_to_text"]) == float(equal["text_to_image"]) == 1

@@ -39,6 +39,15 @@ DVAE: Rules = (
     ("*/kernel", Spec(None, None, None, FSDP)),
     ("*/bias", Spec()),
 )
+CLIP: Rules = (
+    *(rule for rule in PRIOR if rule[0].startswith("layers/")),
+    ("image/patch/kernel", Spec(None, FSDP)),
+    ("image/class", Spec()),
+    ("text/token", Spec(None, FSDP)),
+    ("*/position", Spec()),
+    ("*_norm/*", Spec()),
+    ("*/projection/kernel", Spec(FSDP, TENSOR)),
+)
 
 SMALL = 2**18  # numbers; an array below this that cannot be cut evenly stays whole
 
