@@ -1,6 +1,6 @@
 """DALL-E and coarse-to-fine token generation in JAX/Flax."""
 
-__all__ = ["Model", "load"]
+__all__ = ["Clip", "Model", "load"]
 
 
 def load(name_or_folder):
@@ -24,4 +24,8 @@ def __getattr__(name):
         from dalle_jax.generate.model import Model
 
         return Model
+    if name == "Clip":
+        from dalle_jax.generate.clip import Clip
+
+        return Clip
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

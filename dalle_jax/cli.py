@@ -33,6 +33,8 @@ def generate(
     guidance: float = 1.0,
     image_prompt: Path | None = None,
     keep_rows: int = 0,
+    keep: int | None = None,
+    clip: Path | None = None,
     out: Path = Path("sheet.png"),
     singles: Path | None = None,
 ) -> None:
@@ -41,7 +43,7 @@ def generate(
     Args:
       captions: What to draw, a row of pictures each; none for the first six of a shipped list.
       model: A shipped model by name, or the path of a model folder.
-      n: Pictures per caption.
+      n: Pictures per caption to draw.
       seed: Number from 0 to 4294967295; the same one gives the same pictures.
       temperature: Divides the logits: 1 as trained, below 1 safer, 0 always the likeliest code.
       top_k: Draw from this many likeliest codes only; None for all of them.
@@ -49,18 +51,24 @@ def generate(
       guidance: Weight of the caption against none; 1 is off, 2 to 4 follow it more closely.
       image_prompt: Picture file whose top is kept, as many rows of codes as --keep-rows says.
       keep_rows: Rows of codes to keep of --image-prompt, at least 1 and less than the grid has.
+      keep: Pictures per caption to keep, those that fit it best, best first; None for all.
+      clip: Folder of the CLIP that chooses them; None for the model's own.
       out: PNG file for the sheet.
       singles: Folder for each picture by itself, as PNG; None for the sheet alone.
     """
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out is {out}; the sheet is a PNG, so its name must end in .png")
+    if clip is not None and keep is None:
+        raise ValueError("--clip names who chooses, but nothing is chosen; give --keep too")
     import dalle_jax
+    from dalle_jax.generate.rerank import Ranked
     from dalle_jax.image.sheet import contact_sheet, save_png
 
     if not captions:
         captions = tuple(_LISTED.read_text(encoding="utf-8").splitlines()[:_DEMO])
     start = time.monotonic()
     drawing = dalle_jax.load(model)
+    judge = None if clip is None else dalle_jax.Clip.load(clip)
     with bar("Drawing") as progress:
         images = drawing.generate(
             captions,
@@ -72,8 +80,14 @@ def generate(
             guidance=guidance,
             image_prompt=image_prompt,
             keep_rows=keep_rows,
+            keep=keep,
+            judge=judge,
             progress=progress,
         )
+    if isinstance(images, Ranked):
+        images, scores = images
+        for caption, row in zip(captions, scores, strict=True):
+            print(f"{caption}: {' '.join(f'{score:.3f}' for score in row)}")
     save_png(out, contact_sheet(images, captions))
     if singles is not None:
         for row, caption in enumerate(captions):
@@ -81,7 +95,9 @@ def generate(
             for number, image in enumerate(images[row]):
                 save_png(singles / f"{row:03d}-{slug}-{number:03d}.png", image)
     took = time.monotonic() - start
-    print(f"{images.shape[0] * n} pictures of {drawing.px} px in {took:.0f} s: {out.resolve()}")
+    chosen = "" if keep is None else f", {keep} kept a caption,"
+    drawn = f"{images.shape[0] * n} pictures of {drawing.px} px{chosen}"
+    print(f"{drawn} in {took:.0f} s: {out.resolve()}")
 
 
 @_data.command

@@ -46,6 +46,22 @@ def test_generate_draws_a_sheet_and_says_where(dalle, folder, tmp_path):
     np.testing.assert_array_equal(decode(sheet), first)
 
 
+def test_the_best_of_many_are_kept_with_their_scores(dalle, folder, tmp_path):
+    args = ("generate", "red apple", "crying cat", "--model", folder, "--out", tmp_path / "a.png")
+    tiny.clip().save(tmp_path / "clip")
+    status, said, _ = dalle(*args, "-n", 3, "--keep", 2, "--clip", tmp_path / "clip")
+    assert status == 0
+    *scores, last = said.splitlines()
+    assert [line.partition(":")[0] for line in scores] == ["red apple", "crying cat"]
+    for line in scores:
+        best, second = map(float, line.partition(":")[2].split())
+        assert 1 >= best >= second >= -1
+    assert last.startswith("6 pictures of 16 px, 2 kept a caption, in ")
+    status, _, complained = dalle(*args, "-n", 3, "--keep", 2)
+    assert status == 2
+    assert "has no CLIP to choose pictures with" in complained
+
+
 def test_without_captions_the_first_six_of_the_list_are_drawn(dalle, folder, tmp_path):
     singles = tmp_path / "singles"
     status, said, _ = dalle(
@@ -84,6 +100,8 @@ def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
     [
         ([" "], "caption 1 of 1 is empty; say what to draw"),
         (["-n", 0], "n is 0; at least 1 picture per caption can be drawn"),
+        (["-n", 2, "--keep", 3], "keep is 3; it must be 1 to 2, the pictures drawn a caption"),
+        (["--clip", "none"], "--clip names who chooses, but nothing is chosen; give --keep too"),
         (["--temperature", -1], "temperature is -1.0"),
         (["--top-k", 0], "top_k is 0"),
         (["--top-p", 1.5], "top_p is 1.5"),

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.model import Model
+from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.transformer import Prior, PriorConfig
 from dalle_jax.text.bpe import Tokenizer
@@ -50,6 +52,24 @@ def dvae_params(seed):
 def model(**changes):
     """A fresh tiny model; heads and biases are random too, so that captions matter."""
     return Model(**({"name": "tiny"} | parts() | changes))
+
+
+@functools.cache
+def clip_parts():
+    image = {"px": 8, "patch": 4, "image_width": 8, "image_depth": 2, "image_heads": 2}
+    text = {"text_width": 8, "text_depth": 2, "text_heads": 2, "text_length": 20}
+    config = CLIPConfig(**image, **text, text_vocabulary=tokenizer().vocabulary, features=6)
+    return {"config": config, "params": clip_params(config, 2), "tokenizer": tokenizer()}
+
+
+def clip_params(config, seed):
+    images = jnp.zeros((1, config.px, config.px, 3), jnp.uint8)
+    return _drawn(seed, CLIP(config), images, jnp.zeros((1, config.slots), jnp.int32))
+
+
+def clip(**changes):
+    """A fresh tiny CLIP."""
+    return Clip(**({"name": "tiny"} | clip_parts() | changes))
 
 
 def _drawn(seed, module, *inputs):

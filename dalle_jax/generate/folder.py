@@ -5,6 +5,7 @@
                           the kernels next to codes and tokens in float32
     prior.safetensors     the same; absent if the folder holds a dVAE alone
     tokenizer.model       SentencePiece; there if prior.safetensors is
+    clip                  folder of the CLIP that ranks its pictures, see `generate.clip`; optional
     README.md, LICENSE    model card with the attribution of the data, and the terms of the weights
 
 A prior knows codes and ids only by number, so config.json names the very dVAE and tokenizer that it
@@ -143,6 +144,19 @@ def read_tensors(path: Path) -> Tensors:
         raise ModelError(
             f"cannot read the weights {path}: missing or damaged ({error}); restore the file"
         ) from error
+
+
+def read_texts(folder: Path) -> dict[str, str]:
+    """Reads what there is of card and license."""
+    texts = {"card": folder / CARD, "license": folder / LICENSE}
+    return {k: path.read_text(encoding="utf-8") for k, path in texts.items() if path.is_file()}
+
+
+def write_texts(folder: Path, *, card: str, license: str) -> None:
+    """Writes card and license, unless they are empty."""
+    for text, file in ((card, CARD), (license, LICENSE)):
+        if text:
+            (folder / file).write_text(text, encoding="utf-8")
 
 
 def write_config(folder: Path, **fields: Any) -> None:

@@ -184,6 +184,20 @@ def crop_center(image: Picture, px: int) -> Square:
     return np.array(resized)
 
 
+def square(image: np.ndarray, px: int) -> Square:
+    """Gives a picture of side px: as it is, or by `crop_center`.
+
+    Raises:
+      ValueError: if it is not uint8 with three channels.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(
+            f"got a picture of {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3] "
+            "with values from 0 to 255"
+        )
+    return image if image.shape[:2] == (px, px) else crop_center(image, px)
+
+
 def map_pixels(x: Pixels) -> Pixels:
     """Maps pixels from [0, 1] into [0.1, 0.9], where the logit-Laplace density is finite.
 

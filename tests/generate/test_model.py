@@ -10,10 +10,11 @@ import tiny
 from PIL import Image
 
 import dalle_jax
+from dalle_jax.generate import batching
 from dalle_jax.generate import folder as files
-from dalle_jax.generate import model as model_module
+from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.folder import ModelError
-from dalle_jax.generate.model import Model, _micro_batches
+from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import PictureError
 from dalle_jax.text.bpe import TextError, Tokenizer
 
@@ -67,7 +68,7 @@ def test_a_sample_depends_on_seed_caption_and_number_alone(model):
 
 def test_micro_batches_change_nothing(model, monkeypatch):
     whole = model.generate(["red apple", "blue heart"], n=3)
-    monkeypatch.setattr(model_module, "LARGEST", 2)
+    monkeypatch.setattr(batching, "LARGEST", 2)
     reports = []
     parts = model.generate(
         ["red apple", "blue heart"], n=3, progress=lambda *counts: reports.append(counts)
@@ -78,7 +79,7 @@ def test_micro_batches_change_nothing(model, monkeypatch):
 
 @pytest.mark.parametrize("total", [1, 2, 5, 24, 31, 33, 512])
 def test_micro_batches_cover_everything_once_in_one_shape(total):
-    batches = list(_micro_batches(total, bytes_each=1))
+    batches = list(micro_batches(total, bytes_each=1))
     assert len({len(batch) for batch, _ in batches}) == 1
     assert len(batches[0][0]) <= 32
     covered = np.unique(np.concatenate([batch for batch, _ in batches]))
@@ -88,8 +89,8 @@ def test_micro_batches_cover_everything_once_in_one_shape(total):
 
 
 def test_micro_batches_shrink_to_the_memory():
-    assert {len(batch) for batch, _ in _micro_batches(512, bytes_each=2**28)} == {4}
-    assert {len(batch) for batch, _ in _micro_batches(3, bytes_each=2**40)} == {1}
+    assert {len(batch) for batch, _ in micro_batches(512, bytes_each=2**28)} == {4}
+    assert {len(batch) for batch, _ in micro_batches(3, bytes_each=2**40)} == {1}
 
 
 def test_temperature_zero_draws_the_likeliest_picture_whatever_the_seed(model):
@@ -133,7 +134,7 @@ def test_encode_cuts_pictures_of_any_size_to_the_middle_square(model, pictures):
 
 def test_micro_batches_change_no_code(model, pictures, monkeypatch):
     whole = model.encode(pictures)
-    monkeypatch.setattr(model_module, "LARGEST", 2)
+    monkeypatch.setattr(batching, "LARGEST", 2)
     np.testing.assert_array_equal(model.encode(pictures), whole)
     assert model.decode(whole).shape == pictures.shape
     assert model.decode(whole[:0]).shape == (0, tiny.PX, tiny.PX, 3)

@@ -1,0 +1,147 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+import dalle_jax
+from dalle_jax.generate import batching
+from dalle_jax.generate.clip import Clip, retrieval_accuracy
+from dalle_jax.generate.folder import ModelError
+from dalle_jax.image.pixels import crop_center
+from dalle_jax.text.bpe import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny.clip()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, clip):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.clip(card="# Tiny\n", license="Do as you like.\n").save(path)
+    return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8, 3), np.uint8)
+
+
+CAPTIONS = ["red apple", "blue heart", "crying cat", ""]
+
+
+def test_features_have_length_one(clip, pictures):
+    for features in (clip.images(pictures[0]), clip.texts(CAPTIONS[:3])):
+        assert features.shape == (3, 6)
+        assert features.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+
+
+def test_score_is_the_cosine_of_each_picture_and_its_own_caption(clip, pictures):
+    scores = clip.score(CAPTIONS, pictures)
+    seen = np.stack([clip.images(row) for row in pictures])
+    expected = (clip.texts(CAPTIONS)[:, None] * seen).sum(-1)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert scores.shape == (4, 3)
+    assert np.abs(scores).max() <= 1 + 1e-6
+    with pytest.raises(ValueError, match="got 1 captions and 4 rows of pictures"):
+        clip.score(["red apple"], pictures)
+
+
+def test_pictures_of_any_size_are_cut_to_the_middle_square(clip, pictures):
+    wide = np.concatenate(pictures[0], axis=1).repeat(3, axis=0).repeat(3, axis=1)
+    features = clip.images([crop_center(wide, 8), wide])
+    np.testing.assert_allclose(features[0], features[1], atol=1e-6)
+    with pytest.raises(ValueError, match=r"got a picture of float64 \[8, 8, 3\]; .* uint8"):
+        clip.images([np.zeros((8, 8, 3))])
+
+
+def test_micro_batches_change_no_feature(clip, pictures, monkeypatch):
+    flat = pictures.reshape(12, 8, 8, 3)[:5]
+    whole = clip.images(flat)
+    monkeypatch.setattr(batching, "LARGEST", 2)
+    np.testing.assert_allclose(clip.images(flat), whole, atol=1e-6)
+
+
+def test_retrieval_counts_equal_captions_once_and_ties_as_wrong():
+    texts = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
+    images = np.float32([[0, 1, 0], [1, 0, 0], [0, 1, 0], [0.5, 0.5, 0.5]])
+    found = retrieval_accuracy(images, texts, ["apple", "apple", "heart", "cat"])
+    # The first picture looks like a heart, and the last one like all three captions.
+    # Nearest to "apple" is one of its two pictures; "heart" ties with the first; "cat" is nearest.
+    assert found["image_to_text_1"] == 2 / 4
+    assert found["text_to_image_1"] == pytest.approx(2 / 3)
+    assert found["image_to_text_5"] == found["text_to_image_5"] == 1
+
+
+# The folder
+
+
+def test_a_loaded_clip_equals_the_one_that_was_saved(clip, saved, pictures):
+    loaded = dalle_jax.Clip.load(saved)
+    np.testing.assert_array_equal(loaded.score(CAPTIONS, pictures), clip.score(CAPTIONS, pictures))
+    assert (loaded.card, loaded.license) == ("# Tiny\n", "Do as you like.\n")
+    assert {path.name for path in saved.iterdir()} == {
+        *("config.json", "clip.safetensors", "tokenizer.model", "README.md", "LICENSE")
+    }
+    assert repr(loaded) == "Clip('tiny': 8 px, 0.0M parameters)"
+
+
+def test_a_model_folder_carries_its_clip(clip, tmp_path, pictures):
+    tiny.model().with_clip(clip).save(tmp_path / "model")
+    inside = Clip.load(tmp_path / "model")
+    model = dalle_jax.load(tmp_path / "model")
+    model.save(tmp_path / "model")  # over itself
+    for found in (inside, model.clip, dalle_jax.load(tmp_path / "model").clip):
+        assert found.fingerprints == clip.fingerprints
+    assert tiny.model().clip is None
+
+
+def test_a_folder_without_a_clip_says_so(tmp_path):
+    tiny.model().save(tmp_path / "model")
+    with pytest.raises(ModelError, match="has no CLIP of its own; name the folder of another"):
+        Clip.load(tmp_path / "model")
+    with pytest.raises(ModelError, match="is neither a shipped model nor a folder"):
+        Clip.load(tmp_path / "none")
+
+
+def test_a_clip_is_not_taken_for_a_model_that_draws(saved):
+    with pytest.raises(
+        ModelError, match=r"holds a CLIP, which cannot draw; open it with Clip\.load"
+    ):
+        dalle_jax.load(saved)
+
+
+def test_a_flipped_bit_or_another_tokenizer_is_noticed(copy):
+    weights = copy / "clip.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match="the clip of CLIP 'tiny' is damaged or not the one"):
+        Clip.load(copy)
+    weights.write_bytes(data[:-3])
+    with pytest.raises(ModelError, match="cannot read the weights .*clip.safetensors: missing or"):
+        Clip.load(copy)
+    Tokenizer.train(["dog"], vocabulary=320).save(copy / "tokenizer.model")
+    with pytest.raises(ModelError, match="missing or damaged|do not belong together"):
+        Clip.load(copy)
+
+
+def test_a_config_that_does_not_fit_is_refused(copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"clip": config["clip"] | {"features": 7}}))
+    with pytest.raises(ModelError, match="CLIP 'tiny' do not fit its config: image/projection/ker"):
+        Clip.load(copy)
+    del config["name"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="lacks 'name'; restore it"):
+        Clip.load(copy)
