@@ -91,6 +91,13 @@ def agreed(choose: Callable[[], int | None]) -> int | None:
     return None if answer == nothing else answer
 
 
+def where(true: bool) -> list[int]:
+    """The processes that give True; all of them have to call it."""
+    if jax.process_count() == 1:
+        return [0] if true else []
+    return np.flatnonzero(multihost_utils.process_allgather(np.int64(true))).tolist()
+
+
 @contextmanager
 def leader_first(what: str) -> Iterator[None]:
     """Runs its body in process 0, and then in the others: to write files once, then read them.

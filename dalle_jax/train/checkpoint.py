@@ -16,18 +16,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from dalle_jax.parallel.processes import agreed, is_leader
-from dalle_jax.train import manifest
+from dalle_jax.parallel.processes import agreed, is_leader, where
+from dalle_jax.train import differences, manifest
 from dalle_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -160,15 +158,31 @@ class Checkpoints:
         texts = {"data.json": json.dumps(data_state), "settings.json": json.dumps(settings)}
         unfinished = self.folder / f"{_UNFINISHED}{step:06d}"
         try:
-            if is_leader():
-                self._clean_up()
-            self._try_to_write()  # Orbax would wait 20 minutes for a folder that cannot be made
+            if reason := self._obstacle():
+                raise CheckpointError(reason)
             writing = ocp.save_checkpointables_async(unfinished, _items(state))
         except Exception as error:
             self._failed(step, error)
             self.check()
         else:
             self._saving = self._worker.submit(self._finish, writing, unfinished, step, texts)
+
+    def _obstacle(self) -> str | None:
+        """Says why a save cannot begin, the same yes or no in all processes.
+
+        Orbax would wait 20 minutes for a folder that cannot be made, or for a process that fails.
+        """
+        reason = None
+        try:
+            if is_leader():
+                self._clean_up()
+            self._try_to_write()
+        except OSError as error:
+            reason = _reason(error)
+        others = where(reason is not None)
+        if reason is None and others:
+            reason = f"process {others[0]} cannot write there"
+        return reason
 
     def _finish(self, writing, unfinished: Path, step: int, texts: dict[str, str]) -> None:
         try:
@@ -231,20 +245,21 @@ class Checkpoints:
         if step is not None:
             path = self.folder / f"{step:06d}"
             saved = json.loads((path / "settings.json").read_text())
-            if changes := _changes(saved, _as_json(settings or {})):
+            if changes := differences.of_settings(saved, settings or {}):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.folder} was made with other settings: "
                     f"{'; '.join(changes)}; set them back, or choose another folder for a new run"
                 )
             wanted = _items(template)
-            if reason := _misfit(ocp.checkpointables_metadata(path).metadata, wanted):
+            if reason := differences.of_arrays(ocp.checkpointables_metadata(path).metadata, wanted):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.folder} does not fit this model and "
                     f"optimizer: {reason}; use those it was made with, or another folder"
                 )
             items = ocp.load_checkpointables(path, wanted)
             state = TrainState(
-                step=jnp.asarray(step, jnp.int32),
+                # Where the updates leave it: elsewhere, the second update would compile once more.
+                step=jax.device_put(np.int32(step), template.step.sharding),
                 params=items["params"],
                 average=items["average"],
                 opt_state=items["optimizer"],
@@ -311,24 +326,10 @@ def _good_steps(folder: Path, step: int | None = None) -> Iterator[tuple[int, Pa
         )
 
 
-def _misfit(saved: PyTree, wanted: PyTree) -> str | None:
-    """Names the first array that only one of two trees holds, or in two shapes or dtypes."""
-
-    def arrays(tree):
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        name = partial(jax.tree_util.keystr, simple=True, separator="/")
-        # A typed key is saved as its words, so only its place in the tree can be compared.
-        return {name(path): _form(x) for path, x in leaves if not name(path).startswith("rng/")}
-
-    old, new = arrays(saved), arrays(wanted)
-    for name in sorted(old | new):
-        if old.get(name) != new.get(name):
-            return f"{name} is {old.get(name, 'absent')} in it, {new.get(name, 'absent')} here"
-    return None
-
-
 def _reason(error: BaseException) -> str:
     """Says in a few words what a save failed of; Orbax wraps the system's own words."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, OSError) and inner.errno:
@@ -337,22 +338,3 @@ def _reason(error: BaseException) -> str:
             return os.strerror(int(code[1]))
         inner = inner.__cause__ or inner.__context__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _form(array: Any) -> str:
-    return f"{array.dtype}{list(array.shape)}"
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _changes(saved: Any, now: Any, name: str = "") -> list[str]:
-    """Lists where `now` differs from `saved`, by dotted name."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        return [
-            change
-            for key, value in now.items()
-            for change in _changes(saved.get(key), value, f"{name}.{key}" if name else key)
-        ]
-    return [] if saved == now else [f"{name} was {saved!r}, now {now!r}"]

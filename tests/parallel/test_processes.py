@@ -9,21 +9,25 @@ import sys
 import time
 from pathlib import Path
 
+import chex
+import numpy as np
 import pytest
+import remesh
 
 from dalle_jax.parallel import processes
 from dalle_jax.parallel.processes import ProcessConfig
+from dalle_jax.train.checkpoint import Checkpoints
 
 TESTS = Path(__file__).parents[1]
 STEPS = 12
 
 
-def start(folder, *, count, steps=STEPS, options=()):
-    """Starts all processes of a run; `options` as in member.py."""
+def start(folder, *, count, script="member.py", steps=STEPS, options=()):
+    """Starts all processes of a run; `options` as in member.py, which says them all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = [sys.executable, str(TESTS / "member.py"), str(folder), str(port)]
+    common = [sys.executable, str(TESTS / script), str(folder), str(port)]
     devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
     running = []
     for index in range(count):
@@ -95,6 +99,17 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step_and_one_goes_on_alone(alon
     codes, log = finish(tmp_path, start(tmp_path, count=1))
     assert codes == [0], log
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_the_same_on_another_mesh_in_more_processes_and_on_one_device(tmp_path):
+    for count in (1, 4):
+        codes, log = finish(tmp_path, start(tmp_path, count=count, script="remesh.py"))
+        assert codes == [0] * count, log
+    assert "step 2 could not be saved" in log and "process 3 cannot write there" in log
+    wanted = remesh.created().replace(step=np.int32(2))
+    _, state, _, _ = Checkpoints(tmp_path / "checkpoints").restore(remesh.created())
+    chex.assert_trees_all_equal(remesh.readable(state), remesh.readable(wanted))
 
 
 def test_a_process_needs_all_of_its_place_or_none():

@@ -1,5 +1,7 @@
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 
@@ -9,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from dalle_jax.parallel.mesh import MeshConfig, make_mesh
+from dalle_jax.train import manifest
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints, read_params
 from dalle_jax.train.state import TrainState
 
@@ -55,6 +60,16 @@ def test_restored_state_equals_saved_state(folder):
     assert (step, data, settings) == (30, {"next_index": 30}, SETTINGS)
     chex.assert_trees_all_equal(key_data(state), key_data(state_at(30)))
     chex.assert_trees_all_equal_dtypes(key_data(state), key_data(state_at(30)))
+
+
+def test_restored_arrays_lie_where_those_of_the_template_do(folder):
+    """The step too: elsewhere, a resumed run compiled its update twice."""
+    places = jax.tree.map(
+        lambda _: NamedSharding(make_mesh(MeshConfig()), PartitionSpec()), state_at(0)
+    )
+    _, state, _, _ = Checkpoints(folder).restore(jax.device_put(state_at(0), places))
+    for x, place in zip(*map(jax.tree.leaves, (state, places)), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
 def test_saved_state_is_not_touched_by_donation(tmp_path):
@@ -116,6 +131,11 @@ def damage_name(path):
     shutil.copytree(path.parent / "000020", path)
 
 
+def damage_all(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [
@@ -125,6 +145,7 @@ def damage_name(path):
         (damage_manifest, "manifest.json is missing"),
         (damage_manifest_text, "manifest.json is unreadable"),
         (damage_name, "it was saved as step 20"),
+        (damage_all, "manifest.json is missing"),
     ],
 )
 def test_damaged_step_falls_back_one_with_a_reason(folder, caplog, damage, reason):
@@ -136,6 +157,42 @@ def test_damaged_step_falls_back_one_with_a_reason(folder, caplog, damage, reaso
     (message,) = caplog.messages
     assert message.startswith("checkpoint of step 30 in ") and "\n" not in message
     assert re.search(reason, message)
+
+
+def test_damage_to_any_file_is_noticed(folder):
+    path = folder / "000030"
+    assert manifest.damage(path, 30) is None
+    for file in [f for f in path.rglob("*") if f.is_file() and f.stat().st_size]:
+        whole = file.read_bytes()
+        for place in range(0, len(whole), 29 if file.name == "manifest.json" else len(whole)):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1
+            file.write_bytes(flipped)
+            assert manifest.damage(path, 30), (file, place)
+        file.write_bytes(whole[:-1])
+        assert manifest.damage(path, 30), file
+        file.unlink()
+        assert manifest.damage(path, 30), file
+        file.write_bytes(whole)
+    assert manifest.damage(path, 30) is None
+
+
+def test_a_file_that_cannot_be_read_is_damage(folder, monkeypatch, caplog):
+    def broken_disk(file):
+        if "000030" in str(file):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return sha256(file)
+
+    sha256 = manifest._sha256
+    monkeypatch.setattr(manifest, "_sha256", broken_disk)
+    with caplog.at_level(logging.WARNING):
+        assert Checkpoints(folder).restore(state_at(0))[0] == 20
+    assert re.search("step 30 .* is not used: .* cannot be read .Input/output error", caplog.text)
+
+
+def test_a_step_that_was_taken_away_leaves_the_one_before(folder):
+    shutil.rmtree(folder / "000030")
+    assert Checkpoints(folder).restore(state_at(0))[0] == 20
 
 
 def test_only_damaged_steps_never_start_over_silently(folder):
@@ -167,6 +224,17 @@ def test_changed_settings_are_named(folder):
         Checkpoints(folder).restore(state_at(0), settings=now)
     now["model"]["width"] = 64  # steps may differ, as nothing is said about it; tuples are lists
     assert Checkpoints(folder).restore(state_at(0), settings=now)[0] == 30
+
+
+@pytest.mark.parametrize("part", ["dvae", "tokenizer"])
+def test_another_dvae_or_tokenizer_is_named(tmp_path, part):
+    fingerprints = {"dvae": "a5a7", "tokenizer": "2c39"}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_at(1), {}, {"fingerprints": fingerprints})
+    now = {"fingerprints": fingerprints | {part: "beef"}}
+    sentence = f"fingerprints.{part} was '{fingerprints[part]}', now 'beef'; set them back, or"
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoints.restore(state_at(0), settings=now)
 
 
 @pytest.mark.parametrize(

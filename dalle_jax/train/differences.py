@@ -1,0 +1,46 @@
+"""How a checkpoint differs from the run that wants to go on with it.
+
+Source: ours.
+"""
+
+import json
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+
+def of_arrays(saved: PyTree, wanted: PyTree) -> str | None:
+    """Names the first array that only one of two trees holds, or in two shapes or dtypes."""
+
+    def arrays(tree):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        name = partial(jax.tree_util.keystr, simple=True, separator="/")
+        # A typed key is saved as its words, so only its place in the tree can be compared.
+        return {name(path): _form(x) for path, x in leaves if not name(path).startswith("rng/")}
+
+    old, new = arrays(saved), arrays(wanted)
+    for name in sorted(old | new):
+        if old.get(name) != new.get(name):
+            return f"{name} is {old.get(name, 'absent')} in it, {new.get(name, 'absent')} here"
+    return None
+
+
+def _form(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def of_settings(saved: dict, now: dict) -> list[str]:
+    """Lists where `now`, as JSON holds it, differs from `saved`, by dotted name."""
+    return _changes(saved, json.loads(json.dumps(now)), "")
+
+
+def _changes(saved: Any, now: Any, name: str) -> list[str]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return [
+            change
+            for key, value in now.items()
+            for change in _changes(saved.get(key), value, f"{name}.{key}" if name else key)
+        ]
+    return [] if saved == now else [f"{name} was {saved!r}, now {now!r}"]

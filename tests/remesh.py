@@ -1,0 +1,85 @@
+"""A checkpoint that is written on one mesh of 8 devices and read on another.
+
+For parallel/test_processes.py. Arguments: WORKDIR PORT INDEX COUNT. One process alone writes step 1
+on data=8; of several each reads it on data=2 x fsdp=4, and all write it again as step 2, which one
+of them cannot at the first try.
+XLA_FLAGS has to say how many of the devices are this process's.
+"""
+
+import errno
+import sys
+from functools import partial
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as Spec
+
+from dalle_jax.parallel.mesh import MeshConfig, make_mesh, whole
+from dalle_jax.parallel.processes import ProcessConfig, join
+from dalle_jax.parallel.rules import shardings
+from dalle_jax.train import state as state_lib
+from dalle_jax.train.checkpoint import Checkpoints
+
+
+class Stage(state_lib.Stage):
+    name = "remesh"
+    optimizer = optax.with_extra_args_support(optax.adamw(1e-2))
+    rules = (("in", Spec(None, "fsdp")), ("out", Spec("fsdp")))
+
+    def init(self, key):
+        key_in, key_out = jax.random.split(key)
+        return {"in": jax.random.normal(key_in, (4, 8)), "out": jax.random.normal(key_out, (8,))}
+
+    def loss(self, params, batch, key, step):
+        return jnp.sum(params["in"] @ params["out"]), {}
+
+
+def created():
+    """A state of which no two arrays are equal."""
+    state = state_lib.create(Stage(), jax.random.key(0))
+    double = partial(jax.tree.map, lambda x: 2 * x)
+    moments = jax.tree.map(lambda x: x + 3, state.opt_state)
+    return state.replace(step=state.step + 1, average=double(state.average), opt_state=moments)
+
+
+def on_mesh(config):
+    places = shardings(jax.eval_shape(created), make_mesh(config), Stage.rules)
+    return jax.jit(created, out_shardings=places)(), places
+
+
+def readable(state):
+    """Its values on the host, of all processes."""
+    return whole(state.replace(key=jax.random.key_data(state.key)))
+
+
+def main(folder, port, index, count):
+    if count > 1:
+        join(ProcessConfig(coordinator=f"127.0.0.1:{port}", count=count, index=index))
+    assert jax.device_count() == 8
+    with Checkpoints(folder) as checkpoints:
+        if count == 1:
+            state, _ = on_mesh(MeshConfig(data=8))
+            checkpoints.save(1, state, {}, {})
+        wanted, places = on_mesh(MeshConfig(data=2, fsdp=4))
+        _, state, _, _ = checkpoints.restore(wanted)
+        for x, place in zip(*map(jax.tree.leaves, (state, places)), strict=True):
+            assert x.sharding.is_equivalent_to(place, x.ndim)
+        chex.assert_trees_all_equal(readable(state), readable(wanted))
+        if count > 1:
+            checkpoints._try_to_write = partial(_no_room, last=index == count - 1)
+            checkpoints.save(2, state, {}, {})
+            assert checkpoints.newest() == 1
+            del checkpoints._try_to_write
+            checkpoints.save(2, state, {}, {})
+
+
+def _no_room(*, last):
+    if last:
+        raise OSError(errno.ENOSPC, "")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) / "checkpoints", *map(int, sys.argv[2:5]))
