@@ -32,6 +32,7 @@ def write_codes(folder: str | os.PathLike, records: Iterable[Record], *, meta: d
       meta: JSON-able facts to keep; "dvae" must be the fingerprint of the dVAE.
     Raises:
       SourceError: no records, codes of different shapes or outside uint16, or meta without "dvae".
+      OSError: if the disk is full.
     """
     if not meta.get("dvae"):
         raise SourceError('code shards need meta["dvae"], the fingerprint of the dVAE')
@@ -61,11 +62,15 @@ def _write_shard(path: Path, records: Iterable[Record], shape: tuple[int, ...]) 
     writer = ArrayRecordWriter(str(partial), "group_size:1")  # records are read in any order
     count = 0
     try:
-        for record in records:
-            writer.write(_pack(record, shape))
-            count += 1
-    finally:
-        writer.close()
+        try:
+            for record in records:
+                writer.write(_pack(record, shape))
+                count += 1
+        finally:
+            writer.close()
+    except RuntimeError as error:
+        partial.unlink()
+        raise OSError(f"{path} could not be written: {error}") from None
     os.replace(partial, path)
     return count
 

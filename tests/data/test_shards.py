@@ -72,6 +72,13 @@ def test_an_interrupted_run_leaves_nothing_that_opens(tmp_path):
         CodeSource(tmp_path, dvae_fingerprint=DVAE)
 
 
+def test_a_full_disk_is_said_and_nothing_is_left(tmp_path):
+    (tmp_path / ".codes-00000.array_record.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="00000.array_record could not be written: .* No space left"):
+        write_codes(tmp_path, records(2), meta={"dvae": DVAE})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_shortened_shard_is_found_when_opening(folder):
     shard = folder / "codes-00001.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])
