@@ -8,8 +8,10 @@ Shows that the parts fit together; the pictures are no good.
 from dataclasses import dataclass
 
 from dalle_jax.data.shapes import ShapesSource
+from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.train.clip import ClipRun, short_clip_run
 from dalle_jax.train.dvae import DVAERun, short_dvae_run
 from dalle_jax.train.experiment import Data, main
 from dalle_jax.train.loop import LoopConfig
@@ -53,6 +55,19 @@ def prior() -> PriorRun:
     )
 
 
+def clip() -> ClipRun:
+    """4 patches and 22 caption slots."""
+    image = {"px": 16, "patch": 8, "image_width": 16, "image_depth": 2, "image_heads": 2}
+    text = {"text_width": 16, "text_depth": 2, "text_heads": 2, "text_length": 24}
+    return short_clip_run(
+        model=CLIPConfig(**image, **text, text_vocabulary=320, features=16),
+        loop=_loop(steps=20),
+        batch_size=16,
+        warmup_steps=5,
+        shift=1,
+    )
+
+
 def _loop(steps: int) -> LoopConfig:
     return LoopConfig(
         steps=steps,
@@ -65,4 +80,4 @@ def _loop(steps: int) -> LoopConfig:
 
 
 if __name__ == "__main__":
-    main("debug", data=ShapesOptions, dvae=dvae(), prior=prior())
+    main("debug", data=ShapesOptions, dvae=dvae(), prior=prior(), clip=clip())

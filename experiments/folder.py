@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_jax.data.sources import FolderSource
+from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.train.clip import ClipRun, short_clip_run
 from dalle_jax.train.dvae import DVAERun, short_dvae_run
 from dalle_jax.train.experiment import Data, main
 from dalle_jax.train.loop import LoopConfig
@@ -59,5 +61,15 @@ def prior() -> PriorRun:
     )
 
 
+def clip() -> ClipRun:
+    """64 patches of 8 px and 62 caption slots."""
+    image = {"px": 64, "patch": 8, "image_width": 192, "image_depth": 6, "image_heads": 6}
+    text = {"text_width": 192, "text_depth": 4, "text_heads": 6, "text_length": 64}
+    return short_clip_run(
+        model=CLIPConfig(**image, **text, text_vocabulary=4096, features=192),
+        loop=LoopConfig(steps=5_000, sheet_every=None),
+    )
+
+
 if __name__ == "__main__":
-    main("folder", data=FolderOptions, dvae=dvae(), prior=prior())
+    main("folder", data=FolderOptions, dvae=dvae(), prior=prior(), clip=clip())

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import tiny
 
+from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.rules import shardings
 from dalle_jax.train import state as state_lib
+from dalle_jax.train.clip import ClipStage, short_clip_run
 from dalle_jax.train.dvae import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorStage, short_prior_run
@@ -23,11 +25,14 @@ from dalle_jax.train.prior import PriorStage, short_prior_run
 LOOP = LoopConfig(steps=100)
 PRIOR = {"width": 32, "depth": 5, "heads": 4, "text_vocabulary": 40, "text_length": 8}
 PRIOR |= {"grid": 4, "codes": 32, "kernel": 3}
+CLIP = {"px": 16, "patch": 8, "image_width": 16, "image_depth": 2, "image_heads": 2}
+CLIP |= {"text_width": 16, "text_depth": 2, "text_heads": 2, "text_length": 9, "features": 16}
 # case: stage, data x fsdp x tensor, micro-batches
 CASES = {
     "dvae": ("dvae", (2, 4, 1), 1),
     "prior fsdp": ("prior", (2, 4, 1), 1),
     "prior all, accumulated": ("prior", (2, 2, 2), 2),
+    "clip": ("clip", (2, 2, 2), 1),
 }
 
 
@@ -36,6 +41,10 @@ def stage(name, **changes):
         sizes = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
         run = short_dvae_run(model=sizes, loop=LOOP, px=16, batch_size=16, kmeans_start=False)
         return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
+    if name == "clip":
+        sizes = CLIPConfig(**CLIP, text_vocabulary=40)
+        run = short_clip_run(model=sizes, loop=LOOP, batch_size=16, micro_batch=8)
+        return ClipStage(run, validation={})
     changes = {"scan_layers": True, "remat": True} | changes
     run = short_prior_run(model=PriorConfig(**PRIOR), loop=LOOP, batch_size=16, **changes)
     return PriorStage(
@@ -52,6 +61,8 @@ def batch(name):
     if name == "dvae":
         return {"image": rng.integers(0, 256, (16, 16, 16, 3), np.uint8)}
     text = rng.integers(0, 40, (16, 7)).astype(np.int32)  # no pads: accumulation weighs them
+    if name == "clip":
+        return {"image": rng.integers(0, 256, (16, 16, 16, 3), np.uint8), "text": text}
     return {"text": text, "codes": rng.integers(0, 32, (16, 4, 4)).astype(np.int32)}
 
 

@@ -42,6 +42,12 @@ def test_all_stages_leave_a_model_that_draws(workdir):
     assert "- dvae: 20 updates of 8 examples" in card
     assert "- prior: 20 updates of 8 examples" in card
     assert "image_nats 3." in card
+    assert (
+        "- clip: 20 updates of 16 examples"
+        in (workdir / "model" / "clip" / "README.md").read_text()
+    )
+    ranked = model.generate("a large red circle", n=4, seed=1, keep=2)
+    assert ranked.scores.shape == (1, 2)
     with Image.open(workdir / "sheet.png") as sheet:
         assert sheet.width > 100
 
@@ -63,6 +69,21 @@ def test_the_prior_learns_more_when_the_same_command_asks_for_more_steps(workdir
     lines = metrics(workdir / "prior")
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == [5, 10, 15, 20, 25]
+
+
+@pytest.mark.slow
+def test_clip_measures_true_and_redrawn_pictures(workdir):
+    lines = metrics(workdir / "clip")
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert 0 <= lines[-1]["eval/redrawn_text_to_image_5"] <= 1
+    assert 0 <= lines[-1]["eval/image_to_text_1"] <= 1
+
+
+def test_a_contrastive_loss_is_not_accumulated(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("debug", "clip", "--workdir", tmp_path, "--accumulate", 2, monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert "a contrastive loss compares all of a batch" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
@@ -91,13 +112,13 @@ def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script", ["debug", "emoji", "folder"])
-@pytest.mark.parametrize("command", ["dvae", "prior", "all"])
+@pytest.mark.parametrize("command", ["dvae", "prior", "clip", "all"])
 def test_help_explains_every_option(script, command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(script, command, "--help", monkeypatch=monkeypatch)
     assert stop.value.code == 0
     text = capsys.readouterr().out
     prefix = "--dvae." if command == "all" else "--"
-    option = "model.heads" if command == "prior" else "model.codes"
+    option = {"prior": "model.heads", "clip": "model.patch"}.get(command, "model.codes")
     assert f"{prefix}{option}" in text
     assert "--workdir" in text

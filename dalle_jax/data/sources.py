@@ -4,10 +4,12 @@ A record is a dict with "id" (str), "image" (bytes or path of a picture file) or
 (uint16 [G, G]), and "captions" (list of str, at least one, the first being the primary one).
 """
 
+import bisect
 import collections
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -119,6 +121,21 @@ def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
             )
         for row in rows:
             yield row["image"], [row["caption"] or ""]
+
+
+class Joined:
+    """The records of several sources, one source after the other."""
+
+    def __init__(self, *sources: DataSource):
+        self._sources = sources
+        self._ends = list(itertools.accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        which = bisect.bisect_right(self._ends, index)
+        return self._sources[which][index - (self._ends[which - 1] if which else 0)]
 
 
 class FolderSource:

@@ -1,9 +1,11 @@
-"""From pictures to codes by a frozen dVAE: while the prior trains, or once, ahead of it.
+"""From pictures to codes by a frozen dVAE, and back: while a model trains, or once, ahead of it.
 
 Source: Ramesh et al. 2021, section 2.2: the codes are the argmax of the encoder's logits.
 """
 
+import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import numpy as np
 
 from dalle_jax.data import shards
 from dalle_jax.data.batches import once
-from dalle_jax.data.sources import DataSource
+from dalle_jax.data.sources import TABLES, DataSource, FolderSource
 from dalle_jax.generate.model import Model
+from dalle_jax.image.pixels import encode_png
 from dalle_jax.terminal import bar
 from dalle_jax.train.loop import DataIterator
 
@@ -70,3 +73,33 @@ def _records(source: DataSource, model: Model) -> Iterator[dict]:
                 record = source[int(index)]
                 yield {"id": record["id"], "captions": record["captions"], "codes": codes}
             progress(int(index) + 1, len(source))
+
+
+def redrawn(source: DataSource, model: Model, folder: Path) -> FolderSource:
+    """Gives pictures as the dVAE draws them from their codes, kept as a folder of PNG files.
+
+    They are made the first time they are asked for, each from the middle square of its picture.
+
+    Args:
+      source: pictures with captions; always the same ones for a folder.
+      model: its dVAE draws them.
+      folder: where they are kept, in a folder for each dVAE.
+    """
+    folder = folder / model.fingerprints["dvae"][:12]
+    table = folder / TABLES[0]
+    if not table.exists():
+        log.info("redrawing %d pictures into %s; this is done once", len(source), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        with bar("Redrawing") as progress:
+            for batch in once(source, batch_size=64, px=model.px):
+                images = model.decode(model.encode(batch["image"]))
+                for index, image in zip(batch["index"], images, strict=True):
+                    name = f"{index:08d}.png"
+                    (folder / name).write_bytes(encode_png(image))
+                    lines.append({"image": name, "captions": source[int(index)]["captions"]})
+                progress(int(index) + 1, len(source))
+        partial = folder / f".{table.name}.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(partial, table)  # last, so that a folder with it is whole
+    return FolderSource(folder)

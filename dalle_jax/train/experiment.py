@@ -8,6 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Union, runtime_checkable
 
@@ -16,7 +17,10 @@ import tyro
 
 from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches, once
-from dalle_jax.data.sources import DataSource
+from dalle_jax.data.sources import DataSource, Joined
+from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
+from dalle_jax.generate.clip import Clip
+from dalle_jax.generate.folder import CONFIG
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
@@ -25,8 +29,9 @@ from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_
 from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.checkpoint import CheckpointError
+from dalle_jax.train.clip import ClipRun, ClipStage
 from dalle_jax.train.dvae import DVAERun, DVAEStage
-from dalle_jax.train.encode import EncodedBatches, encoded
+from dalle_jax.train.encode import EncodedBatches, encoded, redrawn
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
@@ -66,6 +71,7 @@ def main(
     data: type[DataOptions],
     dvae: DVAERun,
     prior: PriorRun,
+    clip: ClipRun,
     args: Sequence[str] | None = None,
 ) -> None:
     """Runs an experiment script: reads its command line and trains the stages it names.
@@ -75,6 +81,7 @@ def main(
       data: options of the data.
       dvae: settings of the dVAE's run, unless the command line says otherwise.
       prior: settings of the prior's run, likewise.
+      clip: settings of the CLIP's run, likewise.
       args: the command line; None for the process's own.
     Raises:
       SystemExit: 2 with one sentence if something given cannot be used.
@@ -82,13 +89,19 @@ def main(
     commands = (
         _command("dvae", "Train the dVAE.", data, {"dvae": dvae}),
         _command("prior", "Train the prior on the codes of the dVAE.", data, {"prior": prior}),
-        _command("all", "Train every stage in turn.", data, {"dvae": dvae, "prior": prior}),
+        _command("clip", "Train the CLIP that ranks pictures.", data, {"clip": clip}),
+        _command(
+            "all",
+            "Train every stage in turn.",
+            data,
+            {"dvae": dvae, "prior": prior, "clip": clip},
+        ),
     )
-    options = tyro.cli(Union[commands], prog=f"{name}.py", args=args)  # noqa: UP007
     show_log_lines()
     keep_memory()
     keep_programs()
     with complaints(f"{name}.py", CheckpointError, NonFiniteError):
+        options = tyro.cli(Union[commands], prog=f"{name}.py", args=args)  # noqa: UP007
         join(options.processes)
         if not is_leader():
             be_quiet()
@@ -129,15 +142,7 @@ def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
 
 def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> Model:
     """Trains the prior, or goes on with it; gives the whole model, not yet saved."""
-    tokenizer = Tokenizer.train(_captions(data.train), vocabulary=run.model.text_vocabulary)
-    if tokenizer.vocabulary != run.model.text_vocabulary:
-        log.info(
-            "the captions give a vocabulary of %d, not %d",
-            tokenizer.vocabulary,
-            run.model.text_vocabulary,
-        )
-        sizes = dataclasses.replace(run.model, text_vocabulary=tokenizer.vocabulary)
-        run = dataclasses.replace(run, model=sizes)
+    run, tokenizer = _with_tokenizer(run, data)
     text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
     # Validation codes are needed again and again, so they are always made once.
     with leader_first("validation codes"):
@@ -181,6 +186,65 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     return stage.to_model(jax.device_get(whole(state.average)), card=card, license=data.license)
 
 
+def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, workdir: Path) -> Clip:
+    """Trains the CLIP, or goes on with it, and writes the folder `model` below workdir.
+
+    Args:
+      run: the settings.
+      data: what it is trained and measured on.
+      tokens: its dVAE redraws the pictures; None for none.
+      name: of the experiment.
+      workdir: folder of this run alone.
+    """
+    run, tokenizer = _with_tokenizer(run, data)
+    px = run.model.px
+    text = {"tokenizer": tokenizer, "text_length": run.model.slots + 1}  # no end token in batches
+    source, measured = data.train, {"": data.validation}
+    if tokens is not None:
+        with leader_first("redrawn pictures"):
+            source = Joined(source, redrawn(source, tokens, workdir / "redrawn" / "train"))
+            folder = workdir / "redrawn" / "validation"
+            measured["redrawn_"] = redrawn(data.validation, tokens, folder)
+    stage = ClipStage(
+        run,
+        validation={
+            beginning: partial(once, pictures, batch_size=64, px=px, **text)
+            for beginning, pictures in measured.items()
+        },
+    )
+    iterator = batches(
+        source,
+        batch_size=run.batch_size,
+        seed=run.loop.seed,
+        px=px,
+        crop="prior",  # not mirrored, since captions say left and right
+        **text,
+        **_share(),
+    )
+    fingerprints = {"tokenizer": tokenizer.fingerprint}
+    if tokens is not None:
+        fingerprints |= tokens.fingerprints
+    state = train(
+        stage,
+        iterator,
+        config=run.loop,
+        workdir=workdir,
+        settings=_settings(run) | {"fingerprints": fingerprints},
+        must_agree=["run", "fingerprints"],
+    )
+    clip = Clip(
+        name=name,
+        config=run.model,
+        params=jax.device_get(whole(state.average)),
+        tokenizer=tokenizer,
+        card=_card(name, data, [_summary("clip", run, workdir)], opener="dalle_jax.Clip.load"),
+        license=data.license,
+    )
+    if is_leader():
+        clip.save(workdir / "model")
+    return clip
+
+
 def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
     """A subcommand: its options are those of the data and of each run."""
     here = "Folder of the experiment: checkpoints, metrics, sheets and the trained model."
@@ -200,26 +264,39 @@ def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
 
 
 def _run(name: str, options: Any) -> None:
-    dvae, prior = getattr(options, "dvae", None), getattr(options, "prior", None)
+    dvae, prior, clip = (getattr(options, stage, None) for stage in ("dvae", "prior", "clip"))
     workdir: Path = options.workdir
     if dvae is not None:
         if prior is not None:
             _check_fit(prior, px=dvae.px, dvae=dvae.model)
         data = _opened(options.data, dvae.px)
-        tokens = train_dvae(dvae, data, name=name, workdir=workdir / "dvae")
+        train_dvae(dvae, data, name=name, workdir=workdir / "dvae")
         log.info("the dVAE is in %s", workdir / "dvae" / "model")
-    else:
+    if prior is not None:
         tokens = Model.load(workdir / "dvae" / "model")
         _check_fit(prior, px=tokens.px, dvae=tokens.dvae)
         data = _opened(options.data, tokens.px)
-    if prior is not None:
         model = train_prior(prior, data, tokens, workdir=workdir / "prior")
-        if not is_leader():
-            return
-        model.save(workdir / "model")
-        sheet = workdir / "sheet.png"
-        save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
-        log.info("the model is in %s, pictures it drew in %s", workdir / "model", sheet)
+        if is_leader():
+            _save(model, workdir)
+            sheet = workdir / "sheet.png"
+            save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
+            log.info("the model is in %s, pictures it drew in %s", workdir / "model", sheet)
+    if clip is not None:
+        tokens = Model.load(workdir / "dvae" / "model") if clip.redraw else None
+        data = _opened(options.data, clip.model.px)
+        train_clip(clip, data, tokens, name=name, workdir=workdir / clip.folder)
+        log.info("the CLIP is in %s", workdir / clip.folder / "model")
+        if is_leader() and clip.folder == CLIP_FOLDER and (workdir / "model" / CONFIG).is_file():
+            _save(Model.load(workdir / "model"), workdir)
+
+
+def _save(model: Model, workdir: Path) -> None:
+    """Writes the model folder, with the CLIP of the workdir if there is one."""
+    clip = workdir / CLIP_FOLDER / "model"
+    if (clip / CONFIG).is_file():
+        model = model.with_clip(Clip.load(clip))
+    model.save(workdir / "model")
 
 
 def _check_fit(prior: PriorRun, *, px: int, dvae) -> None:
@@ -248,6 +325,20 @@ def _share() -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
+def _with_tokenizer(run: Any, data: Data) -> tuple[Any, Tokenizer]:
+    """Learns a tokenizer; gives the run with the vocabulary that it got."""
+    tokenizer = Tokenizer.train(_captions(data.train), vocabulary=run.model.text_vocabulary)
+    if tokenizer.vocabulary != run.model.text_vocabulary:
+        log.info(
+            "the captions give a vocabulary of %d, not %d",
+            tokenizer.vocabulary,
+            run.model.text_vocabulary,
+        )
+        sizes = dataclasses.replace(run.model, text_vocabulary=tokenizer.vocabulary)
+        run = dataclasses.replace(run, model=sizes)
+    return run, tokenizer
+
+
 def _captions(source: DataSource):
     with bar("Reading captions") as progress:
         for i in range(len(source)):
@@ -262,9 +353,9 @@ def _settings(run: Any) -> dict:
     return {"run": settings, "loop": loop}
 
 
-def _card(name: str, data: Data, stages: Sequence[str]) -> str:
+def _card(name: str, data: Data, stages: Sequence[str], *, opener: str = "dalle_jax.load") -> str:
     """The model card: a line for each trained stage, and where the data is from."""
-    head = [f"# {name}", "", "A dalle_jax model: `dalle_jax.load` opens this folder.", ""]
+    head = [f"# {name}", "", f"A dalle_jax model: `{opener}` opens this folder.", ""]
     terms = f"\nTerms of the weights: {data.license}." if data.license else ""
     return "\n".join([*head, *stages, "", "## Data", "", data.attribution + terms, ""])
 

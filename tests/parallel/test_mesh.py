@@ -35,7 +35,7 @@ def spread(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single():
-    return {name: eight.two_updates(name) for name in ("dvae", "prior")}
+    return {name: eight.two_updates(name) for name in ("dvae", "prior", "clip")}
 
 
 @pytest.mark.slow
