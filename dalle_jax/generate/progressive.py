@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
 from dalle_jax.models.transformer import Prior, PriorConfig
@@ -155,7 +155,7 @@ def sample(
 
 @partial(jax.jit, static_argnames=("config", "guided"))
 def _sample(config, params, text, keys, plan, *, temperature, top_k, top_p, guided, start):
-    (B, I), K = start.shape, config.codes  # noqa: E741
+    B, K = len(start), config.codes
     is_given = start < K
     if guided:
         text = jnp.concatenate([text, empty_captions(config, text)])
@@ -170,23 +170,30 @@ def _sample(config, params, text, keys, plan, *, temperature, top_k, top_p, guid
         key_codes, key_choice = jnp.unstack(jax.vmap(jax.random.split)(key), axis=1)
 
         codes, log_q = drawn(logits, key_codes, temperature, top_k, top_p)  # B I
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (I,)))(key_choice)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, start.shape[1:]))(key_choice)
         ready = jax.nn.log_sigmoid(fill) + log_q + plan["noise"] * noise
         is_empty = cells == K
         fills = _greatest(jnp.where(is_empty, ready, -jnp.inf), plan["fill"])
 
-        log_p = jax.nn.log_softmax(logits)
-        held = jnp.take_along_axis(log_p, jnp.minimum(cells, K - 1)[..., None], axis=-1)[..., 0]
-        doubt = log_p.max(axis=-1) - held
+        likeliest, doubt = doubts(logits, cells)
         doubt = jnp.where(is_empty | is_given | (doubt < DOUBT), -jnp.inf, doubt)
         changes = _greatest(doubt, plan["change"])
 
-        cells = jnp.where(fills, codes, jnp.where(changes, log_p.argmax(axis=-1), cells))
+        cells = jnp.where(fills, codes, jnp.where(changes, likeliest, cells))
         return cells, Stages(cells, changes)
 
     _, found = jax.lax.scan(stage, start, plan)
     G = config.grid
     return jax.tree.map(lambda x: x.reshape(-1, B, G, G), found)
+
+
+def doubts(
+    logits: Float[Array, "B I K"], cells: Int[Array, "B I"]
+) -> tuple[Int[Array, "B I"], Float[Array, "B I"]]:
+    """The likeliest code of each cell, and by how many nats it is likelier than the one there."""
+    held = jnp.minimum(cells, logits.shape[-1] - 1)[..., None]  # of an empty cell any code will do
+    doubt = logits.max(axis=-1) - jnp.take_along_axis(logits, held, axis=-1)[..., 0]
+    return logits.argmax(axis=-1).astype(cells.dtype), doubt
 
 
 def _guided(x, guidance):
