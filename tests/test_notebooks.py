@@ -21,13 +21,27 @@ def test_notebook_is_stored_without_outputs(path):
         assert cell["execution_count"] is None
 
 
-def test_first_pictures_runs(tmp_path, monkeypatch):
-    tiny.model().save(tmp_path / "tiny")
-    monkeypatch.setenv("DALLE_JAX_MODEL", str(tmp_path / "tiny"))
+def run(name, folder, monkeypatch):
+    """Runs the code cells on the model in a folder; gives their names."""
+    monkeypatch.setenv("DALLE_JAX_MODEL", str(folder))
     names = {}
-    (path,) = (path for path in NOTEBOOKS if path.stem == "first_pictures")
+    (path,) = (path for path in NOTEBOOKS if path.stem == name)
     for number, cell in enumerate(code_cells(path)):
         exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
+    return names
+
+
+def test_first_pictures_runs(tmp_path, monkeypatch):
+    tiny.model().save(tmp_path / "tiny")
+    names = run("first_pictures", tmp_path / "tiny", monkeypatch)
     shape = (2, 4, tiny.PX, tiny.PX, 3)
     assert names["pictures"].shape == names["endings"].shape == shape
     assert names["again"].shape == names["originals"].shape
+
+
+def test_rerank_runs(tmp_path, monkeypatch):
+    tiny.model().with_clip(tiny.clip()).save(tmp_path / "tiny")
+    names = run("rerank", tmp_path / "tiny", monkeypatch)
+    assert names["best"].images.shape == (3, 8, tiny.PX, tiny.PX, 3)
+    curve = list(names["curve"].values())
+    assert curve == sorted(curve)
