@@ -13,7 +13,7 @@ import numpy as np
 
 from dalle_jax.data import shards
 from dalle_jax.data.batches import once
-from dalle_jax.data.sources import TABLES, DataSource, FolderSource
+from dalle_jax.data.sources import TABLES, DataSource, FolderSource, SourceError
 from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.terminal import bar
@@ -57,13 +57,20 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
       model: its dVAE encodes them.
       folder: where the shards are kept.
     Raises:
-      SourceError: if the shards there come from another dVAE.
+      SourceError: if the shards there come from another dVAE, or from more or fewer pictures.
     """
     fingerprint = model.fingerprints["dvae"]
     if not (folder / "manifest.json").exists():
         log.info("encoding %d pictures into %s; this is done once", len(source), folder)
-        shards.write_codes(folder, _records(source, model), meta={"dvae": fingerprint})
-    return shards.CodeSource(folder, dvae_fingerprint=fingerprint)
+        meta = {"dvae": fingerprint, "records": len(source)}
+        shards.write_codes(folder, _records(source, model), meta=meta)
+    codes = shards.CodeSource(folder, dvae_fingerprint=fingerprint)
+    if (records := codes.meta.get("records", len(source))) != len(source):
+        raise SourceError(
+            f"the codes in {folder} were made of {records} pictures, but the data has "
+            f"{len(source)} now; delete that folder to encode them again"
+        )
+    return codes
 
 
 def _records(source: DataSource, model: Model) -> Iterator[dict]:
@@ -81,11 +88,11 @@ def redrawn(source: DataSource, model: Model, folder: Path) -> FolderSource:
     They are made the first time they are asked for, each from the middle square of its picture.
 
     Args:
-      source: pictures with captions; always the same ones for a folder.
+      source: pictures with captions.
       model: its dVAE draws them.
-      folder: where they are kept, in a folder for each dVAE.
+      folder: where they are kept, in a folder for each dVAE and number of pictures.
     """
-    folder = folder / model.fingerprints["dvae"][:12]
+    folder = folder / f"{model.fingerprints['dvae'][:12]}-{len(source)}"
     table = folder / TABLES[0]
     if not table.exists():
         log.info("redrawing %d pictures into %s; this is done once", len(source), folder)

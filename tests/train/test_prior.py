@@ -8,7 +8,7 @@ import tiny
 
 from dalle_jax.data.batches import batches, once
 from dalle_jax.data.shapes import ShapesSource
-from dalle_jax.data.sources import SourceError
+from dalle_jax.data.sources import Joined, SourceError
 from dalle_jax.train.encode import EncodedBatches, encoded
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun, PriorStage, short_prior_run
@@ -99,6 +99,8 @@ def test_codes_are_made_once_and_belong_to_their_dvae(tokens, source, tmp_path):
     picture = next(once(source, batch_size=1, px=tiny.PX))["image"]
     np.testing.assert_array_equal(again[0]["codes"], tokens.encode(picture)[0])
     assert made[3]["captions"] == source[3]["captions"]
+    with pytest.raises(SourceError, match="made of 10 pictures, but the data has 20 now; delete"):
+        encoded(Joined(source, source), tokens, tmp_path)
     other = tiny.model(
         prior=None,
         prior_params=None,
