@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
@@ -33,6 +33,9 @@ def generate(
     guidance: float = 1.0,
     image_prompt: Path | None = None,
     keep_rows: int = 0,
+    decoder: Literal["autoregressive", "progressive"] | None = None,
+    stages: int | None = None,
+    revise: float | None = None,
     keep: int | None = None,
     clip: Path | None = None,
     out: Path = Path("sheet.png"),
@@ -51,6 +54,11 @@ def generate(
       guidance: Weight of the caption against none; 1 is off, 2 to 4 follow it more closely.
       image_prompt: Picture file whose top is kept, as many rows of codes as --keep-rows says.
       keep_rows: Rows of codes to keep of --image-prompt, at least 1 and less than the grid has.
+      decoder: Code after code (autoregressive) or in few passes, from coarse to fine (progressive);
+        None for the first of these that the model can do.
+      stages: Passes of the progressive decoder; None for 16.
+      revise: Greatest share of the cells that a pass of the progressive decoder may change, 0 to 1;
+        None for 0.1.
       keep: Pictures per caption to keep, those that fit it best, best first; None for all.
       clip: Folder of the CLIP that chooses them; None for the model's own.
       out: PNG file for the sheet.
@@ -80,6 +88,9 @@ def generate(
             guidance=guidance,
             image_prompt=image_prompt,
             keep_rows=keep_rows,
+            decoder=decoder,
+            stages=stages,
+            revise=revise,
             keep=keep,
             judge=judge,
             progress=progress,

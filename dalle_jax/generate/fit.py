@@ -15,16 +15,25 @@ from dalle_jax.generate.folder import ModelError, Tensors
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.transformer import Prior, PriorConfig
 
+STYLES = {"prior": "autoregressive", "progressive": "progressive"}
+"""What each part that draws codes is called in `PriorConfig`."""
+
 Shapes = dict[str, jax.ShapeDtypeStruct]  # by the names that weights are stored by
 
 
-def check_parts(model: Any) -> None:
-    """Raises a ModelError if dVAE, prior and tokenizer of a model have other sizes."""
-    name, px, dvae, prior = model.name, model.px, model.dvae, model.prior
+def check_parts(model: Any, priors: dict[str, PriorConfig]) -> None:
+    """Raises a ModelError if dVAE, priors and tokenizer of a model have other sizes."""
+    name, px, dvae = model.name, model.px, model.dvae
     if px < 1 or px % dvae.factor:
         raise ModelError(f"model {name!r}: px is {px}, but must be a multiple of {dvae.factor}")
-    if prior is None:
-        return
+    for part, prior in priors.items():
+        _check_prior(model, part, prior)
+
+
+def _check_prior(model, part, prior):
+    name, dvae = model.name, model.dvae
+    if prior.style != STYLES[part]:
+        raise ModelError(f"model {name!r}: its {part} has the style {prior.style}")
     if model.tokenizer is None:
         raise ModelError(
             f"model {name!r} has a prior but no tokenizer; give the one it learned with"
@@ -59,6 +68,7 @@ def check_fingerprints(name: str, has: dict[str, str], wanted: dict[str, str]) -
         "dvae": f"the dVAE of model {name!r} is damaged or not the one it was trained with",
         "tokenizer": f"the tokenizer of model {name!r} is not the one it was trained with",
         "prior": f"the prior of model {name!r} is damaged",
+        "progressive": f"the progressive prior of model {name!r} is damaged",
     }
     for part, reason in reasons.items():
         if part in wanted and part in has and wanted[part] != has[part]:

@@ -1,12 +1,13 @@
 """A model folder: everything one model needs, its licence included, in one place.
 
-    config.json           format, name, px, sizes of the networks, fingerprints of the files
-    dvae.safetensors      weights, nested names joined by "/"; kernels in bfloat16, the rest and
-                          the kernels next to codes and tokens in float32
-    prior.safetensors     the same; absent if the folder holds a dVAE alone
-    tokenizer.model       SentencePiece; there if prior.safetensors is
-    clip                  folder of the CLIP that ranks its pictures, see `generate.clip`; optional
-    README.md, LICENSE    model card with the attribution of the data, and the terms of the weights
+    config.json              format, name, px, sizes of the networks, fingerprints of the files
+    dvae.safetensors         weights, nested names joined by "/"; kernels in bfloat16, the rest and
+                             the kernels next to codes and tokens in float32
+    prior.safetensors        the same, of the autoregressive prior; optional
+    progressive.safetensors  of the progressive prior; optional
+    tokenizer.model          SentencePiece; there if a prior is
+    clip                     folder of the CLIP that ranks its pictures (`generate.clip`); optional
+    README.md, LICENSE       model card with the attribution of the data, and terms of the weights
 
 A prior knows codes and ids only by number, so config.json names the very dVAE and tokenizer that it
 was trained with, and any other is refused.
@@ -31,12 +32,9 @@ import safetensors.numpy
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "pretrained"
-CONFIG, DVAE, PRIOR, TOKENIZER = (
-    "config.json",
-    "dvae.safetensors",
-    "prior.safetensors",
-    "tokenizer.model",
-)
+CONFIG, DVAE, TOKENIZER = "config.json", "dvae.safetensors", "tokenizer.model"
+PRIORS = {"prior": "prior.safetensors", "progressive": "progressive.safetensors"}
+"""Parts of a model that draw codes, and their files."""
 CARD, LICENSE = "README.md", "LICENSE"
 
 # The ends of the network, where rounding would choose other codes: with all kernels in bfloat16

@@ -9,19 +9,20 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Int32, Key, UInt8, UInt32
 
+from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate import folder as files
-from dalle_jax.generate.autoregressive import sample
 from dalle_jax.generate.batching import micro_batches, rectangles
 from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.fit import (
+    STYLES,
     check_fingerprints,
     check_parts,
     check_tensors,
@@ -36,9 +37,11 @@ from dalle_jax.models.dvae import DVAEConfig, pictures, tokens
 from dalle_jax.models.transformer import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 
+Decoder = Literal["autoregressive", "progressive"]
+
 
 class Model:
-    """A dVAE and, if it can draw, the prior and the tokenizer that belong to it; maybe a CLIP too.
+    """A dVAE and, if it can draw, the priors and the tokenizer that belong to it; maybe a CLIP too.
 
     Weights are rounded as they are stored and kept in float32, so that a model draws the same
     pictures before it is saved and after it is loaded.
@@ -53,6 +56,8 @@ class Model:
         dvae_params: Any,
         prior: PriorConfig | None = None,
         prior_params: Any = None,
+        progressive: PriorConfig | None = None,
+        progressive_params: Any = None,
         tokenizer: Tokenizer | None = None,
         clip: Clip | Path | None = None,
         card: str = "",
@@ -66,9 +71,11 @@ class Model:
           px: side R of its pictures, in pixels.
           dvae: sizes of the dVAE.
           dvae_params: its nested parameters.
-          prior: sizes of the prior; None for a dVAE alone.
+          prior: sizes of the autoregressive prior; None for none.
           prior_params: its nested parameters.
-          tokenizer: the tokenizer it was trained with.
+          progressive: sizes of the progressive prior; None for none.
+          progressive_params: its nested parameters.
+          tokenizer: the tokenizer that both were trained with.
           clip: ranks its pictures; a folder is opened when it is first needed.
           card: text of the model card, Markdown, with the attribution of the data.
           license: text of the terms for the weights.
@@ -76,21 +83,25 @@ class Model:
         Raises:
           ModelError: if a part is missing, has other sizes, or does not belong.
         """
-        self.name, self.px, self.dvae, self.prior = name, px, dvae, prior
+        self.name, self.px, self.dvae = name, px, dvae
         self.tokenizer, self.card, self.license = tokenizer, card, license
         self._clip = clip
-        check_parts(self)
+        given = {"prior": (prior, prior_params), "progressive": (progressive, progressive_params)}
+        given = {part: both for part, both in given.items() if both[0] is not None}
+        check_parts(self, {part: sizes for part, (sizes, _) in given.items()})
 
         tensors = files.to_tensors(dvae_params)
         check_tensors("dVAE", tensors, dvae_shapes(dvae))
         self.fingerprints = {"dvae": files.fingerprint(tensors)}
         self.dvae_params = jax.device_put(files.to_params(tensors))
-        if prior is not None:
-            tensors = files.to_tensors(prior_params)
-            check_tensors("prior", tensors, prior_shapes(prior))
-            self.fingerprints["prior"] = files.fingerprint(tensors)
+        self.priors: dict[str, tuple[PriorConfig, Any]] = {}
+        """Sizes and parameters of the parts that draw codes: "prior", "progressive", or both."""
+        for part, (sizes, params) in given.items():
+            tensors = files.to_tensors(params)
+            check_tensors(part, tensors, prior_shapes(sizes))
+            self.fingerprints[part] = files.fingerprint(tensors)
             self.fingerprints["tokenizer"] = tokenizer.fingerprint
-            self.prior_params = jax.device_put(files.to_params(tensors))
+            self.priors[part] = sizes, jax.device_put(files.to_params(tensors))
         check_fingerprints(name, self.fingerprints, fingerprints or {})
 
     @classmethod
@@ -106,13 +117,14 @@ class Model:
             raise ModelError(f"{folder} holds a CLIP, which cannot draw; open it with Clip.load")
         try:
             parts = {"name": config["name"], "px": config["px"]}
-            dvae, prior, fingerprints = config["dvae"], config["prior"], config["fingerprints"]
+            dvae, fingerprints = config["dvae"], config["fingerprints"]
         except KeyError as error:
             raise ModelError(f"{folder / files.CONFIG} lacks {error}; restore it") from error
-        if prior is not None:
-            parts["prior"] = files.sizes(PriorConfig, prior, folder)
-            parts["prior_params"] = files.to_params(files.read_tensors(folder / files.PRIOR))
-            parts["tokenizer"] = Tokenizer.load(folder / files.TOKENIZER)
+        for part, file in files.PRIORS.items():
+            if config.get(part) is not None:
+                parts[part] = files.sizes(PriorConfig, config[part], folder)
+                parts[f"{part}_params"] = files.to_params(files.read_tensors(folder / file))
+                parts["tokenizer"] = Tokenizer.load(folder / files.TOKENIZER)
         if (folder / CLIP_FOLDER / files.CONFIG).is_file():
             parts["clip"] = folder / CLIP_FOLDER
         parts |= files.read_texts(folder)
@@ -135,12 +147,12 @@ class Model:
                 name=self.name,
                 px=self.px,
                 dvae=self.dvae,
-                prior=self.prior,
+                **{part: sizes for part, (sizes, _) in self.priors.items()},
                 fingerprints=self.fingerprints,
             )
             files.write_tensors(new / files.DVAE, files.to_tensors(self.dvae_params))
-            if self.prior is not None:
-                files.write_tensors(new / files.PRIOR, files.to_tensors(self.prior_params))
+            for part, (_, params) in self.priors.items():
+                files.write_tensors(new / files.PRIORS[part], files.to_tensors(params))
                 self.tokenizer.save(new / files.TOKENIZER)
             if self.clip is not None:
                 (new / CLIP_FOLDER).mkdir()
@@ -160,6 +172,16 @@ class Model:
         other._clip = clip
         return other
 
+    def with_priors_of(self, other: "Model") -> "Model":
+        """Gives this model with what it lacks of another's priors, if they know the same codes."""
+        for part in ("dvae", "tokenizer"):
+            if self.fingerprints.get(part) != other.fingerprints.get(part):
+                return self
+        joined = copy.copy(self)
+        joined.priors = other.priors | self.priors
+        joined.fingerprints = other.fingerprints | self.fingerprints
+        return joined
+
     @property
     def grid(self) -> int:
         """Side G of the square of codes."""
@@ -177,6 +199,9 @@ class Model:
         guidance: float | int = 1.0,
         image_prompt: str | os.PathLike | ArrayLike | None = None,
         keep_rows: int = 0,
+        decoder: Decoder | None = None,
+        stages: int | None = None,
+        revise: float | int | None = None,
         keep: int | None = None,
         judge: Clip | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -194,6 +219,11 @@ class Model:
           guidance: s in u + s * (c - u) of the logits with (c) and without (u) caption; 1 is off.
           image_prompt: a picture, as a file or uint8 [H, W, 3], of which the top rows are kept.
           keep_rows: rows of codes to keep, 1 to G - 1; 0 without image_prompt.
+          decoder: "autoregressive", code after code, or "progressive", in few passes from coarse to
+            fine; None for the first of these that the model can do.
+          stages: passes of the progressive decoder, 1 to the number of cells; None for 16.
+          revise: greatest share of the filled cells that a pass may change, in [0, 1], for the
+            progressive decoder; None for 0.1.
           keep: how many to keep, 1 to n: those that fit the caption best. Memory is that of these
             alone, however many are drawn. None: all, in the order of their numbers.
           judge: says how well a picture fits its caption; None for the model's own CLIP.
@@ -207,11 +237,8 @@ class Model:
         Source: Ramesh et al. 2021, section 2.6 (which keeps the best of 512); guidance: Ho and
           Salimans 2021.
         """
-        if self.prior is None:
-            raise ModelError(
-                f"model {self.name!r} holds a dVAE alone: it can encode and decode, but drawing "
-                "needs a prior trained on its codes"
-            )
+        part = self._part(decoder, stages, revise)
+        config, _ = self.priors[part]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_request(prompts, n=n, seed=seed)
         kept = self._kept_codes(image_prompt, keep_rows)
@@ -219,26 +246,27 @@ class Model:
         if judge is not None and keep is None:
             raise ValueError("a judge was given, but nothing to choose; say how many to keep")
 
-        slots = self.prior.text_length - 1
+        slots = config.text_length - 1
         text = self.tokenizer.encode(prompts, length=slots, overlong="error")
         hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
         hashes = np.asarray(hashes, np.uint32)
         all_images = None if best else np.empty((len(prompts), n, *(self.px,) * 2, 3), np.uint8)
         drawn = 0
-        for rows, columns in rectangles(len(prompts), n, self._bytes_to_sample(guidance)):
+        for rows, columns in rectangles(len(prompts), n, _bytes_to_sample(config, guidance)):
             u, w = len(rows.indices), len(columns.indices)
             numbers = columns.indices.astype(np.uint32)
-            codes = sample(
-                self.prior,
-                self.prior_params,
+            codes = self._drawn(
+                part,
                 text[rows.indices],
                 _keys(np.uint32(seed), hashes[rows.indices], numbers),
+                kept=None if kept is None else kept[None].repeat(u * w, axis=0),
+                keep_rows=keep_rows,
+                stages=stages,
+                revise=revise,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 guidance=guidance,
-                prompt_codes=None if kept is None else kept[None].repeat(u * w, axis=0),
-                keep_rows=keep_rows,
             )
             images = self.decode(np.asarray(codes)).reshape(u, w, self.px, self.px, 3)
             images = images[: rows.new, : columns.new]
@@ -295,10 +323,41 @@ class Model:
 
     def __repr__(self):
         sizes = f"{self.px} px, {self.grid} x {self.grid} of {self.dvae.codes} codes"
-        if self.prior is None:
-            return f"Model({self.name!r}: {sizes}, no prior)"
-        million = sum(leaf.size for leaf in jax.tree.leaves(self.prior_params)) / 1e6
-        return f"Model({self.name!r}: {sizes}, prior of {million:.1f}M parameters)"
+        parts = [
+            f"{part} of {sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f}M parameters"
+            for part, (_, params) in self.priors.items()
+        ]
+        return f"Model({self.name!r}: {sizes}, {', '.join(parts) or 'no prior'})"
+
+    def _part(self, decoder, stages, revise):
+        if not self.priors:
+            raise ModelError(
+                f"model {self.name!r} holds a dVAE alone: it can encode and decode, but drawing "
+                "needs a prior trained on its codes"
+            )
+        part = {style: part for part, style in STYLES.items()}.get(decoder, next(iter(self.priors)))
+        if part not in self.priors:
+            able = " or ".join(STYLES[part] for part in self.priors)
+            raise ModelError(f"model {self.name!r} has no {decoder} prior; its decoder is {able}")
+        if part != "progressive" and (stages, revise) != (None, None):
+            raise ValueError(
+                f"stages is {stages} and revise {revise}, but only the progressive decoder has them"
+            )
+        return part
+
+    def _drawn(self, part, text, keys, *, kept, keep_rows, stages, revise, **options):
+        config, params = self.priors[part]
+        if part == "prior":
+            options |= {"prompt_codes": kept, "keep_rows": keep_rows}
+            return autoregressive.sample(config, params, text, keys, **options)
+        if kept is not None:
+            rows = np.arange(config.grid)[:, None]
+            options["given"] = np.where(rows < keep_rows, kept, config.codes)
+        if stages is not None:
+            options["stages"] = stages
+        if revise is not None:
+            options["revise"] = revise
+        return progressive.sample(config, params, text, keys, **options).cells[-1]
 
     def _best(self, prompts, n, keep, judge):
         if not 1 <= keep <= n:
@@ -325,16 +384,18 @@ class Model:
             image_prompt = pixels.decode(image_prompt, min_px=self.grid)
         return self.encode([image_prompt])[0]
 
-    def _bytes_to_sample(self, guidance):
-        c = self.prior
-        plans = (layout(kind, grid=c.grid, kernel=c.kernel) for kind in c.kinds)
-        slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
-        text = c.depth * c.text_length  # as if each picture had a caption of its own
-        branches = 1 if guidance == 1 else 2
-        return int(2 * 4 * c.width * (slots + text) * branches)  # keys and values in float32
-
     def _bytes_to_convolve(self):
         return 4 * 4 * self.px**2 * self.dvae.width  # about four feature maps live at a time
+
+
+def _bytes_to_sample(config, guidance):
+    branches = 1 if guidance == 1 else 2
+    if config.style == "progressive":  # logits and weights of attention, twice, are the most
+        return 4 * 4 * config.heads * config.image_length * config.length * branches
+    plans = (layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds)
+    slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
+    text = config.depth * config.text_length  # as if each picture had a caption of its own
+    return int(2 * 4 * config.width * (slots + text) * branches)  # keys and values in float32
 
 
 def _check_request(prompts, *, n, seed):

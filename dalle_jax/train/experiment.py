@@ -35,6 +35,7 @@ from dalle_jax.train.encode import EncodedBatches, encoded, redrawn
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
+from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, in_progressive_style
 from dalle_jax.train.window import NonFiniteError
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def main(
       name: of the experiment and of its models.
       data: options of the data.
       dvae: settings of the dVAE's run, unless the command line says otherwise.
-      prior: settings of the prior's run, likewise.
+      prior: settings of the prior's run, likewise; those of the progressive one are the same.
       clip: settings of the CLIP's run, likewise.
       args: the command line; None for the process's own.
     Raises:
@@ -89,10 +90,16 @@ def main(
     commands = (
         _command("dvae", "Train the dVAE.", data, {"dvae": dvae}),
         _command("prior", "Train the prior on the codes of the dVAE.", data, {"prior": prior}),
+        _command(
+            "progressive",
+            "Train the progressive prior on the codes of the dVAE.",
+            data,
+            {"progressive": in_progressive_style(prior)},
+        ),
         _command("clip", "Train the CLIP that ranks pictures.", data, {"clip": clip}),
         _command(
             "all",
-            "Train every stage in turn.",
+            "Train dVAE, prior and CLIP in turn.",
             data,
             {"dvae": dvae, "prior": prior, "clip": clip},
         ),
@@ -141,13 +148,13 @@ def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
 
 
 def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> Model:
-    """Trains the prior, or goes on with it; gives the whole model, not yet saved."""
+    """Trains a prior of either style, or goes on with it; gives the whole model, not yet saved."""
     run, tokenizer = _with_tokenizer(run, data)
     text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
     # Validation codes are needed again and again, so they are always made once.
     with leader_first("validation codes"):
         validation = encoded(data.validation, tokens, workdir / "codes" / "validation")
-    stage = PriorStage(
+    stage = (ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage)(
         run,
         tokens=tokens,
         tokenizer=tokenizer,
@@ -182,7 +189,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         must_agree=["run", "fingerprints"],
     )
     stages = [line for line in tokens.card.splitlines() if line.startswith("- dvae:")]
-    card = _card(tokens.name, data, [*stages, _summary("prior", run, workdir)])
+    card = _card(tokens.name, data, [*stages, _summary(stage.name, run, workdir)])
     return stage.to_model(jax.device_get(whole(state.average)), card=card, license=data.license)
 
 
@@ -264,19 +271,21 @@ def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
 
 
 def _run(name: str, options: Any) -> None:
-    dvae, prior, clip = (getattr(options, stage, None) for stage in ("dvae", "prior", "clip"))
+    dvae, clip = (getattr(options, stage, None) for stage in ("dvae", "clip"))
+    priors = {stage: getattr(options, stage, None) for stage in ("prior", "progressive")}
+    priors = {stage: run for stage, run in priors.items() if run is not None}
     workdir: Path = options.workdir
     if dvae is not None:
-        if prior is not None:
+        for prior in priors.values():
             _check_fit(prior, px=dvae.px, dvae=dvae.model)
         data = _opened(options.data, dvae.px)
         train_dvae(dvae, data, name=name, workdir=workdir / "dvae")
         log.info("the dVAE is in %s", workdir / "dvae" / "model")
-    if prior is not None:
+    for stage, prior in priors.items():
         tokens = Model.load(workdir / "dvae" / "model")
         _check_fit(prior, px=tokens.px, dvae=tokens.dvae)
         data = _opened(options.data, tokens.px)
-        model = train_prior(prior, data, tokens, workdir=workdir / "prior")
+        model = train_prior(prior, data, tokens, workdir=workdir / stage)
         if is_leader():
             _save(model, workdir)
             sheet = workdir / "sheet.png"
@@ -292,7 +301,9 @@ def _run(name: str, options: Any) -> None:
 
 
 def _save(model: Model, workdir: Path) -> None:
-    """Writes the model folder, with the CLIP of the workdir if there is one."""
+    """Writes the model folder, with what the workdir has of CLIP and of other priors."""
+    if (workdir / "model" / CONFIG).is_file():
+        model = model.with_priors_of(Model.load(workdir / "model"))
     clip = workdir / CLIP_FOLDER / "model"
     if (clip / CONFIG).is_file():
         model = model.with_clip(Clip.load(clip))

@@ -168,14 +168,14 @@ class PriorStage(Stage):
 
     def to_model(self, params, **changes) -> Model:
         """Puts the prior together with its tokenizer and dVAE; `changes` as in `Model`."""
-        tokens = self._tokens
+        tokens, part = self._tokens, self.name  # stages have the names of the model's parts
         parts = {
             "name": tokens.name,
             "px": tokens.px,
             "dvae": tokens.dvae,
             "dvae_params": tokens.dvae_params,
-            "prior": self.config,
-            "prior_params": params,
+            part: self.config,
+            f"{part}_params": params,
             "tokenizer": self._tokenizer,
         }
         return Model(**(parts | changes))

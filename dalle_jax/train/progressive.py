@@ -3,6 +3,7 @@
 Source: Fei et al. 2022 in our reading, docs/progressive.md.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from dalle_jax.generate.progressive import DOUBT, Schedule, doubts, filled
 from dalle_jax.losses import progressive_loss
 from dalle_jax.models.transformer import PriorConfig
 from dalle_jax.train.orders import Order, order_scores, ranks
-from dalle_jax.train.prior import PriorRun, PriorStage, short_prior_run
+from dalle_jax.train.prior import PriorRun, PriorStage
 
 WRONG = 0.1  # share of a held-out picture's codes that are replaced to see what is mended
 
@@ -47,11 +48,16 @@ class ProgressiveRun(PriorRun):
             raise ValueError(f"greatest_noise is {self.greatest_noise}, but has to be in [0, 1)")
 
 
-def short_progressive_run(**changes) -> ProgressiveRun:
-    """Our recipe for runs of thousands of updates, as for the autoregressive style."""
-    recipe = vars(short_prior_run())
-    del recipe["model"]
-    return ProgressiveRun(**(recipe | changes))
+def in_progressive_style(run: PriorRun, **changes) -> ProgressiveRun:
+    """The same run in the progressive style, so that only the way of drawing differs.
+
+    Args:
+      run: of a prior; its sizes, schedules and lengths are kept.
+      changes: fields to replace.
+    """
+    fields = {name: value for name, value in vars(run).items() if name != "model"}
+    model = dataclasses.replace(run.model, style="progressive")
+    return ProgressiveRun(**(fields | {"model": model} | changes))
 
 
 class ProgressiveStage(PriorStage):

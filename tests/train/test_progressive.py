@@ -14,7 +14,8 @@ from dalle_jax.generate.progressive import filled
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.orders import order_scores, ranks
-from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, short_progressive_run
+from dalle_jax.train.prior import short_prior_run
+from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, in_progressive_style
 
 CONFIG = dataclasses.replace(tiny.parts()["prior"], style="progressive")
 K = CONFIG.codes
@@ -23,9 +24,9 @@ CODES = np.random.default_rng(0).integers(0, K, (3, 4, 4), np.int32)
 
 
 def stage(validation=(), **changes):
-    run = short_progressive_run(
-        model=CONFIG, loop=LoopConfig(steps=10), batch_size=3, warmup_steps=1, stages=4, **changes
-    )
+    settings = {"loop": LoopConfig(steps=10), "batch_size": 3, "warmup_steps": 1, "stages": 4}
+    prior = short_prior_run(model=tiny.parts()["prior"])
+    run = in_progressive_style(prior, **(settings | changes))
     tokens = tiny.model(prior=None, prior_params=None, tokenizer=None)
     return ProgressiveStage(
         run,
@@ -126,6 +127,31 @@ def test_evaluation_counts_what_revision_would_mend():
     mended = s.evaluate(stubborn)
     assert mended["damaged"] == pytest.approx((codes != 0).mean(), abs=0.1)
     assert mended["repaired"] == pytest.approx((codes == 0).mean(), abs=0.35)  # of few
+
+
+def test_the_model_draws_with_either_prior_and_keeps_both(tmp_path):
+    s = stage()
+    alone = s.to_model(jax.jit(s.init)(jax.random.key(0)))
+    assert list(alone.priors) == ["progressive"]
+    both = alone.with_priors_of(tiny.model())
+    both.save(tmp_path / "model")
+    loaded = type(both).load(tmp_path / "model")
+    assert sorted(loaded.priors) == ["prior", "progressive"]
+    drawn = [
+        loaded.generate("red apple", seed=1, decoder=d) for d in ("progressive", "autoregressive")
+    ]
+    chex.assert_trees_all_equal(drawn[0], alone.generate("red apple", seed=1))
+    chex.assert_trees_all_equal(drawn[1], tiny.model().generate("red apple", seed=1))
+    kept = loaded.generate(
+        "red apple", decoder="progressive", stages=2, image_prompt=drawn[1][0, 0], keep_rows=2
+    )
+    assert kept.shape == (1, 1, tiny.PX, tiny.PX, 3)
+    codes = loaded.encode(drawn[1][0])
+    assert codes.shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="has no progressive prior; its decoder is autoregressive"):
+        tiny.model().generate("red apple", decoder="progressive")
+    with pytest.raises(ValueError, match="stages is 4 .* but only the progressive decoder has"):
+        tiny.model().generate("red apple", stages=4)
 
 
 @pytest.mark.parametrize(
