@@ -116,6 +116,23 @@ def kernel_distance_of_subsets(
     return float(np.mean(distances)), float(np.std(distances))
 
 
+def kernel_distance_and_error(
+    first: Features, second: Others, *, seed: int = 0
+) -> tuple[float, float]:
+    """The KID as a report gives it, and how far chance may move it.
+
+    With 1,000 pictures or more in both sets it is `kernel_distance_of_subsets` of the usual size.
+    With fewer it is taken over all pairs; the error is the deviation over 50 random halves, which
+    estimates the standard error of the whole.
+    """
+    fewest = min(len(first), len(second))
+    if fewest >= KID_SIZE:
+        return kernel_distance_of_subsets(first, second, seed=seed)
+    size = max(2, fewest // 2)
+    _, error = kernel_distance_of_subsets(first, second, subsets=50, size=size, seed=seed)
+    return kernel_distance(first, second), error
+
+
 def _kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
     """Sum of the kernel over all pairs; if x is y, over those of two different pictures."""
     x, y = x.astype(np.float64), y.astype(np.float64)

@@ -1,0 +1,360 @@
+"""A report: a folder with every number, how to get it again, plots and sheets.
+
+report.json     request and numbers; the same request gives the same file
+report.md       the same for people, with the pictures below
+*.png           plots and sheets
+kept/           drawn pictures and features, so that a stopped evaluation goes on
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dalle_jax.evaluate import studies
+from dalle_jax.evaluate.composition import Judge
+from dalle_jax.evaluate.drawing import Sampling, decoded, drawn, gathered, real, singles
+from dalle_jax.evaluate.features import Network
+from dalle_jax.evaluate.kept import Kept
+from dalle_jax.evaluate.likelihood import prior_nats, tokenizer_quality
+from dalle_jax.evaluate.studies import RADII, Bench, Row
+from dalle_jax.evaluate.suites import Suite
+from dalle_jax.generate.model import Model
+from dalle_jax.image.sheet import contact_sheet, save_png
+
+STUDIES = ("blur", "sampling", "rerank")
+SHOWN = 12  # captions on a sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much to draw; `quick_plan` is the small one.
+
+    Attributes:
+      captions: of the suite for the main numbers; None for all.
+      swept: captions for each setting of sampling; None for as many as above.
+      reranked: captions for the study of reranking.
+      samples: pictures of each of those.
+      temperatures, top_ps, guidances: the settings, one changed at a time.
+    """
+
+    captions: int | None = None
+    swept: int | None = None
+    reranked: int = 64
+    samples: int = 512
+    temperatures: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0)
+    top_ps: tuple[float, ...] = (0.8, 0.9, 0.95)
+    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+
+    def settings(self, usual: Sampling) -> list[Sampling]:
+        """Each way of sampling once, the usual one first."""
+        changed = {
+            "temperature": self.temperatures,
+            "top_p": self.top_ps,
+            "guidance": self.guidances,
+        }
+        every = [
+            dataclasses.replace(usual, **{name: value})
+            for name, values in changed.items()
+            for value in values
+        ]
+        return list(dict.fromkeys([usual, *every]))
+
+
+def quick_plan() -> Plan:
+    """Small enough for some minutes on two cores with the shipped model."""
+    return Plan(
+        captions=256,
+        swept=128,
+        reranked=16,
+        samples=32,
+        temperatures=(0.7, 1.0),
+        top_ps=(0.9,),
+        guidances=(1.0, 2.0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One part of a report.
+
+    Attributes:
+      key: its name in report.json.
+      title: its heading.
+      note: what is to be known about it.
+      rows: the numbers.
+      plotted: the column along which all others are drawn; "" for no plot.
+      sheet: pictures to look at.
+    """
+
+    key: str
+    title: str
+    note: str = ""
+    rows: list[Row] = field(default_factory=list)
+    plotted: str = ""
+    sheet: UInt8[np.ndarray, "H W 3"] | None = None
+
+
+def evaluate(
+    model: Model,
+    suite: Suite,
+    *,
+    out: str | os.PathLike,
+    plan: Plan,
+    networks: Sequence[Network],
+    chosen: Sequence[str] = STUDIES,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    reranker: Judge | None = None,
+    judge: Judge | None = None,
+    show: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+) -> list[Section]:
+    """Measures a model on a suite and writes the report.
+
+    Args:
+      model: has a prior.
+      suite: what to draw and what to compare with.
+      out: folder of the report, made if need be.
+      plan: how much to draw.
+      networks: what pictures are compared by.
+      chosen: which studies.
+      sampling: how to draw where no study says otherwise; None for as trained.
+      seed: of everything that is drawn.
+      reranker: chooses among pictures; without it that study is left out.
+      judge: gives CLIP scores; never the reranker, which finds what it chose good.
+      show: gives a progress bar for what is being done, such as `terminal.bar`.
+    Returns:
+      The sections of the report.
+    Raises:
+      ValueError: if a study is unknown, or matplotlib, which plots, is not installed.
+    """
+    if unknown := set(chosen) - set(STUDIES):
+        raise ValueError(
+            f"there is no study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}"
+        )
+    _matplotlib()
+    out = Path(out)
+    kept = Kept(out / "kept")
+    usual = sampling or Sampling()
+    small = suite.head(plan.captions)
+    px = model.px
+
+    with show("Reading") as progress:
+        truth = list(real(suite, small.truth, px))
+        everything = list(real(suite, suite.real, px))
+        progress(1, 1)
+    with show("Drawing") as progress:
+        parts = list(singles(drawn(model, small.captions, usual, n=1, seed=seed, kept=kept)))
+        done = 0
+        for part in parts:
+            done += len(part.images())
+            progress(done, len(small.captions))
+
+    sections = [_request(model, suite, small, plan, usual, seed, networks)]
+    with show("Measuring") as progress:
+        bench = Bench(networks=networks, kept=kept, judge=judge, progress=progress)
+        through = list(decoded(model, truth))
+        sections.append(
+            Section(
+                key="distances",
+                title="Distance from the real pictures",
+                note=f"{len(small.captions)} drawn pictures, {usual}, against "
+                f"{len(suite.real)} real ones. Through the tokenizer are the true pictures of the "
+                "same captions, encoded and decoded: what no drawing can surpass.",
+                rows=[
+                    {"pictures": name} | bench.compare(everything, kind, captions=small.captions)
+                    for name, kind in (("drawn", parts), ("through the tokenizer", through))
+                ],
+            )
+        )
+        sections += [
+            Section(
+                key="tokenizer",
+                title="Tokenizer",
+                note="PSNR in dB; foreground is what is not white.",
+                rows=[tokenizer_quality(model, everything)],
+            ),
+            _samples(small, truth, through, parts),
+        ]
+        if model.prior.style == "autoregressive":  # the other style has no one order to measure
+            nats = prior_nats(model, truth, small.captions, small.families)
+            sections.append(
+                Section(
+                    key="prior",
+                    title="Prior",
+                    note="Nats per token on the true captions and pictures.",
+                    rows=[{"family": family} | found for family, found in nats.items()],
+                )
+            )
+        if "blur" in chosen:
+            sections.append(
+                Section(
+                    key="blur",
+                    title="Through a blur",
+                    note="Radius: standard deviation of the Gaussian in pixels of a picture of "
+                    f"256, on both sides; at {px} px it is radius x {px} / 256.",
+                    rows=studies.blur_study(bench, everything, parts, RADII),
+                    plotted="radius",
+                )
+            )
+        if "sampling" in chosen:
+            captions = small.captions[: plan.swept]
+            settings = plan.settings(usual)
+            rows = studies.sampling_study(
+                bench, everything, model, captions, settings, seed=seed, kept=kept
+            )
+            sections.append(
+                Section(
+                    key="sampling",
+                    title="Ways of sampling",
+                    note=f"{len(captions)} captions, one picture each.",
+                    rows=rows,
+                    sheet=_of_settings(model, captions, settings, seed, kept),
+                )
+            )
+        if "rerank" in chosen and reranker is not None:
+            captions = small.captions[: plan.reranked]
+            many = list(drawn(model, captions, usual, n=plan.samples, seed=seed, kept=kept))
+            scored = studies.scores(reranker, many, captions)
+            sections.append(
+                Section(
+                    key="rerank",
+                    title="The best of N",
+                    note=f"{len(captions)} captions, the highest scored of the first N pictures.",
+                    rows=studies.rerank_study(bench, everything, many, scored, captions),
+                    plotted="N",
+                    sheet=_of_counts(many, scored, captions),
+                )
+            )
+    _write(out, sections)
+    return sections
+
+
+def _request(model, suite, small, plan, usual, seed, networks) -> Section:
+    row = {
+        "model": model.name,
+        "fingerprints": model.fingerprints,
+        "suite": suite.name,
+        "captions": len(small.captions),
+        "real pictures": len(suite.real),
+        "px": model.px,
+        "seed": seed,
+        "sampling": dataclasses.asdict(usual),
+        "plan": dataclasses.asdict(plan),
+        "networks": {network.name: network.fingerprint for network in networks},
+    }
+    return Section(key="request", title="What was asked", rows=[row])
+
+
+def _samples(small, truth, through, parts) -> Section:
+    columns = [gathered(kind[: SHOWN + 1])[:SHOWN] for kind in (truth, through, parts)]
+    sheet = contact_sheet(np.stack(columns, axis=1), small.captions[: len(columns[0])])
+    return Section(
+        key="samples",
+        title="Samples",
+        note="The first captions, none chosen: true, through the tokenizer, drawn.",
+        sheet=sheet,
+    )
+
+
+def _of_settings(model, captions, settings, seed, kept):
+    captions = captions[: min(len(captions), 8)]
+    rows = []
+    for sampling in settings:
+        parts = singles(drawn(model, captions, sampling, n=1, seed=seed, kept=kept))
+        rows.append(gathered(parts))
+    return contact_sheet(np.stack(rows), [str(sampling) for sampling in settings])
+
+
+def _of_counts(parts, scored, captions):
+    n = scored.shape[1]
+    counts = sorted({max(1, n // 64), max(1, n // 8), n, 1})
+    shown = captions[: min(len(captions), SHOWN)]
+    best = [gathered(studies.best_of(parts, scored, count))[: len(shown)] for count in counts]
+    labels = [f"{caption}: best of {', '.join(map(str, counts))}" for caption in shown]
+    return contact_sheet(np.stack(best, axis=1), labels)
+
+
+def _write(out: Path, sections: Sequence[Section]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    pages = []
+    for section in sections:
+        page = [f"## {section.title}", section.note, _table(section.rows)]
+        if section.plotted and len(section.rows) > 1:
+            _plot(out / f"{section.key}.png", section.rows, section.plotted)
+            page.append(f"![{section.title}]({section.key}.png)")
+        if section.sheet is not None:
+            save_png(out / f"{section.key}-sheet.png", section.sheet)
+            page.append(f"![{section.title}]({section.key}-sheet.png)")
+        pages += [part for part in page if part]
+    numbers = {section.key: section.rows for section in sections if section.rows}
+    _replace(out / "report.json", json.dumps(numbers, indent=2) + "\n")
+    request = sections[0].rows[0]
+    title = f"# {request['model']} on {request['suite']}"
+    _replace(out / "report.md", "\n\n".join([title, *pages]) + "\n")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Markdown; a single row with many columns stands upright."""
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if len(rows) == 1:
+        head, body = ["", ""], [[name, _shown(rows[0][name])] for name in names]
+    else:
+        head, body = names, [[_shown(row.get(name, "")) for name in names] for row in rows]
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+    return str(value)
+
+
+def _plot(path: Path, rows: Sequence[Row], along: str) -> None:
+    columns = [name for name in rows[0] if name != along and not name.endswith("+-")]
+    figure_class, canvas_class = _matplotlib()
+    figure = figure_class(figsize=(3 * len(columns), 2.6))
+    canvas_class(figure)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.2, top=0.88, wspace=0.3)
+    for name, axes in zip(columns, figure.subplots(1, len(columns), squeeze=False)[0], strict=True):
+        errors = [row.get(f"{name} +-", 0) for row in rows]
+        axes.errorbar(
+            [row[along] for row in rows], [row[name] for row in rows], errors, marker=".", capsize=2
+        )
+        axes.set_title(name, fontsize=8)
+        axes.set_xlabel(along, fontsize=8)
+        axes.tick_params(labelsize=7)
+        if along == "N":
+            axes.set_xscale("log", base=2)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=110)
+    os.replace(partial, path)
+
+
+def _matplotlib():
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "plots need the package matplotlib: pip install dalle_jax[evaluate]"
+        ) from error
+    return Figure, FigureCanvasAgg
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
