@@ -1,0 +1,90 @@
+"""Two sides to compare: a model that draws, or a folder of pictures that something else drew."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dalle_jax.data.sources import FolderSource
+from dalle_jax.generate.folder import CONFIG, shipped
+from dalle_jax.generate.model import Model
+from dalle_jax.image.pixels import crop_center, decode
+
+FOLDER_PX = 256  # side that pictures of a folder are shown at
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painter:
+    """One side.
+
+    Attributes:
+      name: as it was given.
+      known: the captions it has pictures for; None for any.
+      paint: captions to uint8 [M, R, R, 3], telling what is done.
+    """
+
+    name: str
+    known: frozenset[str] | None
+    paint: Callable[[Sequence[str], Progress | None], UInt8[np.ndarray, "M R R 3"]]
+
+
+def open_painter(name: str, **options: Any) -> Painter:
+    """Opens a shipped model, a model folder, or a folder of captioned pictures.
+
+    Args:
+      name: of the model or folder.
+      options: of `Model.generate`, for a model.
+    Raises:
+      ModelError: if the model cannot be used.
+      SourceError: if the folder holds no captioned pictures.
+    """
+    if name in shipped() or (Path(name) / CONFIG).is_file() or not Path(name).is_dir():
+        model = Model.load(name)
+
+        def draw(captions, progress=None):
+            return model.generate(captions, n=1, progress=progress, **options)[:, 0]
+
+        return Painter(name=name, known=None, paint=draw)
+
+    source = FolderSource(name)
+    records = {source[i]["captions"][0]: source[i]["image"] for i in range(len(source))}
+
+    def show(captions, progress=None):
+        del progress
+        return np.stack([crop_center(decode(records[text]), FOLDER_PX) for text in captions])
+
+    return Painter(name=name, known=frozenset(records), paint=show)
+
+
+def shared_captions(painters: Sequence[Painter], file: Path, *, must: bool) -> list[str]:
+    """The captions to compare on.
+
+    Args:
+      painters: both sides.
+      file: a caption a line, for models.
+      must: whether these captions and no others are wanted; else folders of pictures decide.
+    Raises:
+      ValueError: if there are none, or a folder has no picture for one that is wanted.
+    """
+    known = [painter.known for painter in painters if painter.known is not None]
+    if known and not must:
+        asked = sorted(frozenset.intersection(*known))
+    else:
+        asked = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        asked = [caption for caption in dict.fromkeys(asked) if caption]
+        for painter in painters:
+            missing = [c for c in asked if painter.known is not None and c not in painter.known]
+            if missing:
+                raise ValueError(
+                    f"{painter.name} has no picture for {len(missing)} of {len(asked)} captions, "
+                    f"such as {missing[0]!r}; its first captions have to be the same, letter by "
+                    "letter"
+                )
+    if not asked:
+        raise ValueError("there are no captions that both sides have pictures for")
+    return asked

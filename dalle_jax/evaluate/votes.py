@@ -1,0 +1,231 @@
+"""Human votes: a page that shows two models blind, and the count of what people said.
+
+The page is one file that needs no server and asks nothing of the network. It knows neither which
+model a picture is of nor their names: left and right are drawn for each pair, and the key to that
+stays with whoever made the page. Whoever votes saves a small JSON file and sends it back.
+
+Source: Ramesh et al. 2021, section 3.1 and appendix E (figure 7), for the questions and the count.
+"""
+
+import base64
+import collections
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dalle_jax.evaluate.kept import digest
+from dalle_jax.evaluate.suites import digest_of
+from dalle_jax.image.pixels import encode_png
+
+QUESTIONS = {
+    "realism": "Which picture looks more realistic?",
+    "caption": "Which picture matches the caption better?",
+}
+NEITHER = {"caption"}  # may be answered with "neither"
+HASTY = 4.0  # seconds; the paper left a worker out who often took less
+_CONFIDENCE = 1.96  # normal quantile of 95 %
+
+
+class VotesError(ValueError):
+    """Votes that cannot be counted, said in one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What people said about one question.
+
+    Attributes:
+      question: its key.
+      names: of the two models.
+      pairs: how many pairs were voted on.
+      majorities: pairs that went to the first, to the second, to "neither", and to none (ties).
+      share: of the pairs that went to either model, the part of the first, and its interval.
+      unanimous: of the pairs with most votes for either, how many had all votes the same.
+    """
+
+    question: str
+    names: tuple[str, str]
+    pairs: int
+    majorities: tuple[int, int, int, int]
+    share: tuple[float, float, float]
+    unanimous: int
+
+    def __str__(self) -> str:
+        """One line for people."""
+        first, second, neither, ties = self.majorities
+        share, low, high = (100 * part for part in self.share)
+        return (
+            f"{self.question}: {self.names[0]} {first}, {self.names[1]} {second}, neither "
+            f"{neither}, tied {ties} of {self.pairs} pairs; {self.names[0]} is preferred in "
+            f"{share:.1f} % ({low:.1f} to {high:.1f} %), {self.unanimous} times by everyone"
+        )
+
+
+def write_page(
+    path: str | os.PathLike,
+    captions: Sequence[str],
+    first: UInt8[np.ndarray, "M R R 3"],
+    second: UInt8[np.ndarray, "M R2 R2 3"],
+    *,
+    names: tuple[str, str],
+    seed: int = 0,
+) -> Path:
+    """Writes a page for voters, and the key to it beside.
+
+    Args:
+      path: of the page, ending in .html; the key goes to the same name with .key.json.
+      captions: of M pairs.
+      first: a picture of each, by the first model.
+      second: by the second.
+      names: of the models, for the key.
+      seed: of the order of pairs and of left and right.
+    Returns:
+      The path of the key.
+    Raises:
+      VotesError: if the name does not end in .html, or there are no pairs.
+    """
+    path = Path(path)
+    if path.suffix != ".html":
+        raise VotesError(f"the page is {path}; its name must end in .html")
+    if not captions:
+        raise VotesError("a page needs at least one pair of pictures, got none")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(captions))
+    flipped = rng.random(len(captions)) < 0.5
+    page = digest([digest_of(first), digest_of(second), list(captions), seed])[:12]
+    pairs, key = [], []
+    for number, (i, flip) in enumerate(zip(order, flipped, strict=True)):
+        sides = (second[i], first[i]) if flip else (first[i], second[i])
+        pairs.append({"caption": captions[i], "left": _uri(sides[0]), "right": _uri(sides[1])})
+        key.append({"pair": number, "caption": captions[i], "first": "right" if flip else "left"})
+    content = {"page": page, "pairs": pairs, "questions": QUESTIONS, "neither": sorted(NEITHER)}
+    safe = json.dumps(content).replace("<", "\\u003c")  # a caption cannot end the script
+    template = Template(Path(__file__).with_name("votes.html").read_text(encoding="utf-8"))
+    text = template.substitute(content=safe, count=len(pairs), title=html.escape(page))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    key_path = path.with_suffix(".key.json")
+    key_path.write_text(
+        json.dumps({"page": page, "names": names, "pairs": key}, indent=1) + "\n", encoding="utf-8"
+    )
+    return key_path
+
+
+def count_votes(
+    key: str | os.PathLike, votes: Sequence[str | os.PathLike]
+) -> tuple[list[Tally], list[str]]:
+    """Counts the votes of several people by majority.
+
+    Args:
+      key: written beside the page.
+      votes: what voters saved.
+    Returns:
+      A tally for each question, and remarks on voters who should perhaps be left out: those who
+      mostly took less than 4 seconds, or mostly disagree with the majority. Nobody is left out.
+    Raises:
+      VotesError: if a file is damaged, belongs to another page, or comes twice.
+    """
+    secret = _read(key)
+    first_side = {row["pair"]: row["first"] for row in secret["pairs"]}
+    ballots = {}
+    for path in votes:
+        cast = _read(path)
+        if cast["page"] != secret["page"]:
+            raise VotesError(
+                f"{path} votes on page {cast['page']}, but the key is of {secret['page']}; "
+                "count it with its own key"
+            )
+        if cast["voter"] in ballots:
+            raise VotesError(f"{path}: voter {cast['voter']!r} comes twice; keep one of the files")
+        ballots[cast["voter"]] = cast["votes"]
+    if not ballots:
+        raise VotesError("no votes were given; name the files that voters saved")
+
+    chosen = collections.defaultdict(dict)  # (question, pair): voter: choice
+    for voter, rows in ballots.items():
+        for row in rows:
+            for question in QUESTIONS:
+                choice = row[question]
+                if choice != "neither":
+                    choice = "first" if choice == first_side[row["pair"]] else "second"
+                chosen[question, row["pair"]][voter] = choice
+    majority = {place: _majority(choices.values()) for place, choices in chosen.items()}
+    tallies = [_tally(question, tuple(secret["names"]), majority, chosen) for question in QUESTIONS]
+    return tallies, _remarks(ballots, chosen, majority)
+
+
+def wilson(hits: int, total: int) -> tuple[float, float, float]:
+    """A share with its 95 % interval; NaN without any trial.
+
+    Source: Wilson 1927.
+    """
+    if not total:
+        return (float("nan"),) * 3
+    share, z2 = hits / total, _CONFIDENCE**2
+    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
+    reach = np.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
+    return share, float(middle - _CONFIDENCE * reach), float(middle + _CONFIDENCE * reach)
+
+
+def _tally(question, names, majority, chosen) -> Tally:
+    won = {pair: winner for (asked, pair), winner in majority.items() if asked == question}
+    counts = collections.Counter(won.values())
+    all_same = [
+        pair
+        for pair, winner in won.items()
+        if winner in ("first", "second") and len({*chosen[question, pair].values()}) == 1
+    ]
+    return Tally(
+        question=question,
+        names=names,
+        pairs=len(won),
+        majorities=tuple(counts[kind] for kind in ("first", "second", "neither", "tie")),
+        share=wilson(counts["first"], counts["first"] + counts["second"]),
+        unanimous=len(all_same),
+    )
+
+
+def _majority(choices) -> str:
+    """What most said, more than anything else; else "tie"."""
+    (winner, most), *others = collections.Counter(choices).most_common(2)
+    return "tie" if others and others[0][1] == most else winner
+
+
+def _remarks(ballots, chosen, majority) -> list[str]:
+    remarks = []
+    for voter, rows in ballots.items():
+        hasty = np.mean([row["seconds"] < HASTY for row in rows]) if rows else 0
+        if hasty > 0.5:
+            remarks.append(f"{voter} answered {100 * hasty:.0f} % of pairs in under {HASTY:g} s")
+        if len(ballots) > 2:
+            decided = [
+                choices[voter] != majority[place]
+                for place, choices in chosen.items()
+                if voter in choices and majority[place] != "tie"
+            ]
+            if decided and np.mean(decided) > 0.5:
+                remarks.append(f"{voter} is against the majority in {100 * np.mean(decided):.0f} %")
+    return remarks
+
+
+def _uri(image: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
+
+
+def _read(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        wanted = {"page", "names", "pairs"} if "names" in content else {"page", "voter", "votes"}
+        if not wanted <= set(content):
+            raise KeyError(*(wanted - set(content)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise VotesError(f"{path} holds no votes nor a key to them ({error!r})") from error
+    return content

@@ -1,0 +1,167 @@
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from dalle_jax.evaluate.votes import VotesError, count_votes, wilson, write_page
+
+CAPTIONS = ["red apple", "blue </script> heart", "crying cat", "a tree"]
+FIRST, SECOND = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "page.html"
+    return path, write_page(path, CAPTIONS, FIRST, SECOND, names=("ours", "theirs"), seed=1)
+
+
+def content(page):
+    (found,) = re.findall(r"^const content = (.*);$", page.read_text(), re.MULTILINE)
+    return json.loads(found)
+
+
+def ballot(folder, key, voter, choices, seconds=9.0):
+    """Votes for "first", "second" or "neither" in both questions of each pair."""
+    secret = json.loads(key.read_text())
+    votes = []
+    for row, choice in zip(secret["pairs"], choices, strict=True):
+        other = {"left": "right", "right": "left"}[row["first"]]
+        caption = {"first": row["first"], "second": other}.get(choice, "neither")
+        realism = row["first"] if choice == "neither" else caption
+        votes.append({"pair": row["pair"], "seconds": seconds, "realism": realism})
+        votes[-1]["caption"] = caption
+    path = folder / f"{voter}.json"
+    path.write_text(json.dumps({"page": secret["page"], "voter": voter, "votes": votes}))
+    return path
+
+
+def test_the_page_is_blind_and_asks_nothing_of_the_network(page):
+    path, _ = page
+    text = path.read_text()
+    for word in ("ours", "theirs", "http://", "https://", 'src="http'):
+        assert word not in text
+    assert text.count("</script>") == 1
+    pairs = content(path)["pairs"]
+    assert sorted(pair["caption"] for pair in pairs) == sorted(CAPTIONS)
+    for pair in pairs:
+        assert pair["left"].startswith("data:image/png;base64,")
+
+
+def test_left_and_right_are_drawn_anew_for_each_pair_and_the_key_knows(tmp_path, page):
+    key = json.loads(page[1].read_text())
+    assert key["names"] == ["ours", "theirs"]
+    assert [row["caption"] for row in key["pairs"]] == [
+        pair["caption"] for pair in content(page[0])["pairs"]
+    ]
+    many = np.repeat(FIRST, 25, axis=0)
+    write_page(tmp_path / "many.html", ["x"] * 100, many, many, names=("a", "b"))
+    sides = [r["first"] for r in json.loads((tmp_path / "many.key.json").read_text())["pairs"]]
+    assert 30 < sides.count("left") < 70
+    before = page[0].read_text()
+    write_page(page[0], CAPTIONS, FIRST, SECOND, names=("ours", "theirs"), seed=1)
+    assert page[0].read_text() == before
+    write_page(page[0], CAPTIONS, FIRST, SECOND, names=("ours", "theirs"), seed=2)
+    assert page[0].read_text() != before
+
+
+def test_votes_are_counted_by_majority(tmp_path, page):
+    key = page[1]
+    votes = [
+        ballot(tmp_path, key, "ann", ["first", "first", "second", "neither"]),
+        ballot(tmp_path, key, "bob", ["first", "second", "second", "neither"]),
+        ballot(tmp_path, key, "cy", ["first", "first", "first", "second"]),
+    ]
+    (realism, caption), remarks = count_votes(key, votes)
+    assert realism.majorities == (3, 1, 0, 0)
+    assert caption.majorities == (2, 1, 1, 0)
+    assert caption.share == pytest.approx((2 / 3, 0.2077, 0.9385), abs=1e-4)
+    assert (realism.unanimous, caption.unanimous) == (1, 1)
+    assert str(caption).startswith("caption: ours 2, theirs 1, neither 1, tied 0 of 4 pairs; ours")
+    assert remarks == []
+    two = count_votes(key, votes[:2])[0][1]
+    assert two.majorities == (1, 1, 1, 1)
+
+
+def test_hasty_and_contrary_voters_are_remarked_upon(tmp_path, page):
+    key = page[1]
+    votes = [ballot(tmp_path, key, voter, ["first"] * 4) for voter in ("ann", "bob")]
+    votes.append(ballot(tmp_path, key, "cy", ["second"] * 4, seconds=1.0))
+    _, remarks = count_votes(key, votes)
+    assert remarks == [
+        "cy answered 100 % of pairs in under 4 s",
+        "cy is against the majority in 100 %",
+    ]
+
+
+def test_votes_that_do_not_belong_are_refused(tmp_path, page):
+    path, key = page
+    mine = ballot(tmp_path, key, "ann", ["first"] * 4)
+    with pytest.raises(VotesError, match="voter 'ann' comes twice"):
+        count_votes(key, [mine, mine])
+    with pytest.raises(VotesError, match="no votes were given"):
+        count_votes(key, [])
+    with pytest.raises(VotesError, match=r"page.html holds no votes nor a key"):
+        count_votes(key, [path])
+    other = write_page(tmp_path / "o.html", CAPTIONS, SECOND, FIRST, names=("a", "b"))
+    with pytest.raises(VotesError, match="but the key is of .*; count it with its own key"):
+        count_votes(other, [mine])
+    with pytest.raises(VotesError, match=r"its name must end in .html"):
+        write_page(tmp_path / "page.txt", CAPTIONS, FIRST, SECOND, names=("a", "b"))
+
+
+def test_intervals_are_wilsons():
+    assert wilson(9, 10) == pytest.approx((0.9, 0.5958, 0.9821), abs=1e-4)
+    assert wilson(0, 5)[1] == pytest.approx(0, abs=1e-12)
+    assert np.isnan(wilson(0, 0)).all()
+
+
+CLICKS = """
+const nodes = {};
+const node = () => ({ children: [], setAttribute() {}, focus() {},
+  append(...more) { this.children.push(...more); },
+  replaceChildren(...more) { this.children = more; } });
+let saved, stored = {};
+globalThis.document = {
+  getElementById: id => nodes[id] ||= node(),
+  createElement: kind => ({ ...node(), click() {} }),
+};
+globalThis.localStorage = {
+  setItem: (key, text) => { stored[key] = text; }, getItem: key => stored[key] ?? null };
+globalThis.Blob = class { constructor(parts) { saved = parts[0]; } };
+URL.createObjectURL = () => "";
+PAGE
+const press = (row, text) => nodes.questions.children[row].children
+  .find(child => child.textContent === text && child.onclick).onclick();
+nodes.voter = { ...node(), value: "ann b." };
+nodes.begin.onclick();
+for (let pair = 0; pair < content.pairs.length; pair++) {
+  if (!nodes.next.disabled) throw "next before an answer";
+  press(0, "left");
+  if (nodes.next.disabled !== true) throw "next before both answers";
+  press(1, pair === 0 ? "neither" : "right");
+  nodes.next.onclick();
+  if (pair === 1) { state.votes = []; nodes.begin.onclick(); }
+}
+nodes.save.onclick();
+console.log(saved);
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
+def test_a_voter_clicks_through_the_page_and_comes_back_to_it(tmp_path, page):
+    path, key = page
+    (script,) = re.findall(r"<script>(.*)</script>", path.read_text(), re.DOTALL)
+    program = tmp_path / "clicks.js"
+    program.write_text(CLICKS.replace("PAGE", script))
+    run = subprocess.run(["node", program], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    votes = json.loads(run.stdout)
+    assert votes["voter"] == "ann b."
+    assert [vote["pair"] for vote in votes["votes"]] == [0, 1, 2, 3]
+    assert [vote["caption"] for vote in votes["votes"]] == ["neither", "right", "right", "right"]
+    (tmp_path / "votes.json").write_text(run.stdout)
+    tallies, _ = count_votes(key, [tmp_path / "votes.json"])
+    assert sum(tallies[0].majorities) == 4
