@@ -1,5 +1,6 @@
 """The command `dalle-jax`: one function per subcommand, whose docstring is its help."""
 
+import dataclasses
 import re
 import time
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from dalle_jax.terminal import bar, complaints, show_log_lines
 
 # What takes a second to import (jax, the data readers) waits for the command that needs it.
 
-_app, _data = SubcommandApp(), SubcommandApp()
+_app, _data, _votes = SubcommandApp(), SubcommandApp(), SubcommandApp()
 _app.command(_data, name="data", help="Look after your own pictures.")
+_app.command(_votes, name="votes", help="Let people compare two models.")
 
 _LISTED = Path(__file__).parent / "pretrained" / "captions.txt"
 _DEMO = 6  # captions of that list, from its head
@@ -111,6 +113,87 @@ def generate(
     print(f"{drawn} in {took:.0f} s: {out.resolve()}")
 
 
+@_app.command
+def evaluate(
+    *,
+    model: str = "emoji",
+    suite: Literal["emoji", "coco", "cub", "folder"] = "emoji",
+    data: Path | None = None,
+    split: str | None = None,
+    out: Path = Path("report"),
+    quick: bool = False,
+    n: int | None = None,
+    studies: tuple[Literal["blur", "sampling", "rerank"], ...] = ("blur", "sampling", "rerank"),
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    inception: Path | None = None,
+    clip: Path | None = None,
+    judge: Path | None = None,
+) -> None:
+    """Measure a model: distances to real pictures, and studies of blur, sampling and reranking.
+
+    The same command goes on where it was stopped. Writes report.md, report.json, plots and sheets.
+
+    Args:
+      model: A shipped model by name, or the path of a model folder.
+      suite: Captions and real pictures: emoji; or coco (30,000 captions), cub (all captions) or
+        folder (a caption a picture), of the set that --data names.
+      data: Folder of captioned pictures, or one that TensorFlow Datasets prepared.
+      split: Part of the data; by default validation, of CUB test, of a plain folder all of it.
+      out: Folder for the report, and for what is kept to go on from.
+      quick: Draw and compare less: minutes instead of hours with the shipped model on two cores.
+      n: Captions of the suite to draw, a random choice; None for all (256 with --quick).
+      studies: Which studies to make besides the main numbers.
+      seed: Number from 0 to 4294967295; the same one gives the same numbers.
+      temperature: Divides the logits; see `dalle-jax generate`.
+      top_k: Draw from this many likeliest codes only; None for all of them.
+      top_p: Draw from the likeliest codes that hold this probability, above 0 and up to 1.
+      guidance: Weight of the caption against none; 1 is off.
+      inception: File pt_inception-2015-12-05-6726825d.pth, for the FID, KID and IS that others
+        publish; without it EfficientNet-Lite0 takes its place, and the numbers carry its name.
+      clip: Folder of the CLIP that reranks; by default the model's own, if it has one.
+      judge: Folder of another CLIP, which scores how well pictures fit their captions.
+    """
+    import dalle_jax
+    from dalle_jax.evaluate.drawing import Sampling
+    from dalle_jax.evaluate.features import efficientnet_network, inception_network
+    from dalle_jax.evaluate.report import Plan, evaluate, quick_plan
+    from dalle_jax.evaluate.suites import open_suite
+
+    plan = quick_plan() if quick else Plan()
+    if n is not None:
+        plan = dataclasses.replace(plan, captions=n)
+    start = time.monotonic()
+    drawing = dalle_jax.load(model)
+    network = efficientnet_network() if inception is None else inception_network(inception)
+    sections = evaluate(
+        drawing,
+        open_suite(suite, data=data, split=split, px=drawing.px, seed=seed),
+        out=out,
+        plan=plan,
+        networks=[network],
+        chosen=studies,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance),
+        seed=seed,
+        reranker=drawing.clip if clip is None else dalle_jax.Clip.load(clip),
+        judge=None if judge is None else dalle_jax.Clip.load(judge),
+        show=bar,
+    )
+    took = time.monotonic() - start
+    for section in sections:
+        if section.key == "distances":
+            for row in section.rows:
+                print(", ".join(f"{name} {_short(value)}" for name, value in row.items()))
+    print(f"measured in {took:.0f} s: {(out / 'report.md').resolve()}")
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 @_data.command
 def check(folder: Positional[Path], *, px: int = 64) -> None:
     """Look through a folder of captioned pictures for what would spoil training.
@@ -124,6 +207,110 @@ def check(folder: Positional[Path], *, px: int = 64) -> None:
     with bar("Looking") as progress:
         report = look_through(folder, px=px, progress=progress)
     print(report)
+
+
+@_data.command
+def overlap(
+    training: Positional[str],
+    held: Positional[str],
+    *,
+    threshold: float | None = None,
+    remove_list: Path | None = None,
+    sheet: Path | None = None,
+    clip: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Find held-out pictures that are nearly the same as training pictures.
+
+    Args:
+      training: Folder of the pictures of which some may have to go; or emoji:train.
+      held: Folder of the pictures that should be new; or emoji:validation and the like.
+      threshold: Least cosine of a pair; None to learn it from changed copies of the held-out ones.
+      remove_list: File for the names of the training pictures to leave out, one a line.
+      sheet: PNG file for the least similar pairs, where the threshold decides.
+      clip: Folder of a CLIP to compare by; None for EfficientNet-Lite0.
+      seed: Of the changed copies.
+    """
+    from dalle_jax.evaluate import overlap as finder
+
+    if clip is None:
+        from dalle_jax.evaluate.features import efficientnet_network
+
+        network = efficientnet_network()
+
+        def embed(images):
+            return network(images)[0]
+
+    else:
+        from dalle_jax import Clip
+
+        embed = Clip.load(clip).images
+    sets = finder.open_pictures(training), finder.open_pictures(held)
+    with bar("Looking") as progress:
+        found = finder.find_overlap(*sets, embed, threshold=threshold, seed=seed, progress=progress)
+    print(found)
+    if remove_list is not None:
+        remove_list.parent.mkdir(parents=True, exist_ok=True)
+        remove_list.write_text("".join(f"{name}\n" for name in found.remove), encoding="utf-8")
+    if sheet is not None and found.pairs:
+        from dalle_jax.image.sheet import save_png
+
+        save_png(sheet, finder.sheet(found, *sets))
+
+
+@_votes.command
+def page(
+    first: Positional[str],
+    second: Positional[str],
+    *,
+    captions: Path | None = None,
+    out: Path = Path("votes.html"),
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+) -> None:
+    """Write a web page on which people compare two models blind, and the key to it.
+
+    The page is one file that works without a network; voters save a file with their votes.
+
+    Args:
+      first: A shipped model, a model folder, or a folder of pictures with captions.
+      second: The other one.
+      captions: Text file, one caption a line; None for a shipped list, or for all that both have
+        if one of them is a folder of pictures.
+      out: The page, ending in .html; the key goes beside it, to .key.json.
+      seed: Of the drawings, the order of pairs, and of left and right.
+      temperature: Divides the logits, for models.
+      top_p: Draw from the likeliest codes that hold this probability, for models.
+      guidance: Weight of the caption against none, for models.
+    """
+    from dalle_jax.evaluate.pairs import open_painter, shared_captions
+    from dalle_jax.evaluate.votes import write_page
+
+    options = {"seed": seed, "temperature": temperature, "top_p": top_p, "guidance": guidance}
+    painters = [open_painter(name, **options) for name in (first, second)]
+    file = captions or _LISTED
+    asked = shared_captions(painters, file, must=captions is not None)
+    with bar("Drawing") as progress:
+        pictures = [painter.paint(asked, progress) for painter in painters]
+    key = write_page(out, asked, *pictures, names=(first, second), seed=seed)
+    print(f"{len(asked)} pairs: {out.resolve()}; keep {key} to yourself")
+
+
+@_votes.command
+def count(key: Positional[Path], votes: Positional[tuple[Path, ...]]) -> None:
+    """Count votes by majority, with 95 % intervals.
+
+    Args:
+      key: The file .key.json beside the page.
+      votes: The files that voters saved.
+    """
+    from dalle_jax.evaluate.votes import count_votes
+
+    tallies, remarks = count_votes(key, votes)
+    for line in (*tallies, *remarks):
+        print(line)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -180,3 +180,74 @@ def test_data_check_of_a_folder_without_pictures_is_an_error(dalle, tmp_path):
     assert status == 2
     assert complained.startswith("dalle-jax: ")
     assert str(tmp_path) in complained
+
+
+def test_evaluate_hands_its_options_on(dalle, folder, tmp_path, monkeypatch):
+    from dalle_jax.evaluate import features, report
+
+    asked = {}
+
+    def evaluate(model, suite, **options):
+        asked.update(options, model=model.name, captions=suite.captions)
+        rows = [{"pictures": "drawn", "FD X": 1.23456}]
+        return [report.Section(key="distances", title="", rows=rows)]
+
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    monkeypatch.setattr(features, "efficientnet_network", lambda: "network")
+    Image.new("RGB", (99, 99), "red").save(tmp_path / "red.png")
+    (tmp_path / "red.txt").write_text("a red square\n")
+    status, said, _ = dalle(
+        *("evaluate", "--model", folder, "--suite", "folder", "--data", tmp_path, "--quick"),
+        *("--n", 7, "--guidance", 2, "--studies", "blur", "--out", tmp_path / "report"),
+    )
+    assert status == 0
+    assert said.startswith("pictures drawn, FD X 1.235\nmeasured in ")
+    assert (asked["model"], asked["captions"]) == ("tiny", ("a red square",))
+    assert asked["plan"].captions == 7
+    assert asked["plan"].samples == report.quick_plan().samples
+    assert asked["sampling"].guidance == 2.0
+    assert (asked["networks"], asked["chosen"], asked["judge"]) == (["network"], ("blur",), None)
+
+
+def test_data_overlap_writes_what_to_leave_out(dalle, tmp_path, monkeypatch):
+    from dalle_jax.evaluate import features
+
+    class Network:
+        def __call__(self, images):
+            return images[:, ::50, ::50].reshape(len(images), -1).astype(np.float32), None
+
+    monkeypatch.setattr(features, "efficientnet_network", Network)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    for i in range(4):
+        image = Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8))
+        image.save(tmp_path / "a" / f"{i}.png")
+        if i == 2:
+            image.save(tmp_path / "b" / "same.png")
+    args = (
+        "--threshold",
+        0.9,
+        "--remove-list",
+        tmp_path / "out.txt",
+        "--sheet",
+        tmp_path / "s.png",
+    )
+    status, said, _ = dalle("data", "overlap", tmp_path / "a", tmp_path / "b", *args)
+    assert status == 0
+    assert said.startswith("1 of 1 pictures (100.0 %) are nearly in the other 4")
+    assert (tmp_path / "out.txt").read_text() == "2.png\n"
+    assert decode(tmp_path / "s.png").ndim == 3
+
+
+def test_votes_page_and_count_belong_together(dalle, folder, tmp_path):
+    (tmp_path / "captions.txt").write_text("red apple\n")
+    out = tmp_path / "page.html"
+    status, said, _ = dalle(
+        *("votes", "page", folder, folder, "--captions", tmp_path / "captions.txt", "--out", out)
+    )
+    assert status == 0
+    assert said == f"1 pairs: {out}; keep {tmp_path / 'page.key.json'} to yourself\n"
+    status, _, complained = dalle("votes", "count", tmp_path / "page.key.json", out)
+    assert status == 2
+    assert "page.html holds no votes nor a key to them" in complained
