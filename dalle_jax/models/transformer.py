@@ -134,6 +134,8 @@ class Prior(nn.Module):
     """Keep only what enters each layer for the backward pass and compute the rest again."""
     settle: Callable[[Array], Array] = lambda x: x
     """Says where the residual stream [B, T, D] lies, if it is spread over devices."""
+    look_up: Callable[[Array, Array], Array] = lambda table, ids: table[ids]
+    """Takes rows [B, T, D] of an embedding table [V, D], which may be spread too."""
 
     def setup(self):
         """Declares the parameters: weight matrices are named kernel, their biases bias."""
@@ -334,7 +336,7 @@ class Prior(nn.Module):
         return step
 
     def _through_layers(self, x, scales):
-        config = self.config
+        config, x = self.config, self.settle(x)
         sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
         def through(x, stack, kind):
@@ -382,17 +384,18 @@ class Prior(nn.Module):
 
     def _embed_text(self, text):
         V = self.config.text_vocabulary
-        token = self.embed["text"][jnp.minimum(text, V - 1)] + self.embed["slot"][None]
+        token = self.look_up(self.embed["text"], jnp.minimum(text, V - 1))
+        token = token + self.embed["slot"][None]
         slots = jnp.where((text < V)[..., None], token, self.embed["pad"][None])
         return self._start("start_of_text", slots)  # B P D
 
     def _embed_image(self, codes):
-        tokens = self._start("start_of_image", self.embed["code"][codes[:, :-1]])
+        tokens = self._start("start_of_image", self.look_up(self.embed["code"], codes[:, :-1]))
         return tokens + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
 
     def _embed_cells(self, cells):
         K = self.config.codes
-        token = self.embed["code"][jnp.minimum(cells, K - 1)]
+        token = self.look_up(self.embed["code"], jnp.minimum(cells, K - 1))
         token = jnp.where((cells < K)[..., None], token, self.embed["mask"][None, None])
         return token + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
 

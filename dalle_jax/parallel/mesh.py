@@ -92,6 +92,18 @@ def along_batch(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def look_up(table: Array, ids: Array) -> Array:
+    """Rows [B, T, D] of a table [V, D] that is cut across D, cut as it is.
+
+    Every device looks up its part of the rows for all pictures of its group, so that no table
+    travels. Left free, the compiler gathers the rows' gradients of all pictures everywhere.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[ids]
+    ids = jax.lax.with_sharding_constraint(ids, PartitionSpec(DATA))
+    return jax.lax.with_sharding_constraint(table[ids], PartitionSpec(DATA, None, FSDP))
+
+
 def whole(tree: PyTree) -> PyTree:
     """Arrays that every process can read: as they are, or gathered on the host from all processes.
 

@@ -79,7 +79,7 @@ class _Kernel(NamedTuple):
 
 
 _KERNELS = {
-    "qkv": _Kernel((0, 2), (1,), (3, 4), cut=4),  # L D 3 N H
+    "qkv": _Kernel((0, 2), (1,), (3, 4), cut=1),  # L D 3 N H
     "attention_out": _Kernel((0,), (1, 2), (3,), cut=3),  # L N H D
     "mlp_in": _Kernel((0,), (1,), (2,), cut=2),  # L D F
     "mlp_out": _Kernel((0,), (1,), (2,), cut=1),  # L F D

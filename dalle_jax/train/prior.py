@@ -18,7 +18,7 @@ from dalle_jax.losses import prior_loss
 from dalle_jax.models.transformer import Prior, PriorConfig
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
-from dalle_jax.parallel.mesh import along_batch
+from dalle_jax.parallel.mesh import along_batch, look_up
 from dalle_jax.parallel.rules import PRIOR
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
@@ -90,8 +90,9 @@ class PriorStage(Stage):
 
     Args:
       run: the settings.
-      tokens: the dVAE and everything else of the model folder but the prior.
-      tokenizer: belongs to the captions in the batches.
+      tokens: the dVAE and everything else of the model folder but the prior; None where nothing is
+        to be drawn or written.
+      tokenizer: belongs to the captions in the batches; None as well.
       validation: a function giving one pass over the validation set, in batches with int32
         "text" [B, P - 1] and "codes" [B, G, G].
       captions: drawn on the sample sheets.
@@ -104,8 +105,8 @@ class PriorStage(Stage):
         self,
         run: PriorRun,
         *,
-        tokens: Model,
-        tokenizer: Tokenizer,
+        tokens: Model | None,
+        tokenizer: Tokenizer | None,
         validation: Callable[[], Iterable[dict[str, np.ndarray]]],
         captions: Sequence[str],
     ):
@@ -117,6 +118,7 @@ class PriorStage(Stage):
             scan=run.scan_layers,
             remat=run.remat,
             settle=along_batch,
+            look_up=look_up,
         )
         if run.precision == "float16":
             examples = run.batch_size // run.loop.accumulate
