@@ -23,7 +23,7 @@ from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorStage, short_prior_run
 
 LOOP = LoopConfig(steps=100)
-PRIOR = {"width": 32, "depth": 5, "heads": 4, "text_vocabulary": 40, "text_length": 8}
+PRIOR = {"width": 32, "depth": 4, "heads": 4, "text_vocabulary": 40, "text_length": 8}
 PRIOR |= {"grid": 4, "codes": 32, "kernel": 3}
 CLIP = {"px": 16, "patch": 8, "image_width": 16, "image_depth": 2, "image_heads": 2}
 CLIP |= {"text_width": 16, "text_depth": 2, "text_heads": 2, "text_length": 9, "features": 16}

@@ -339,32 +339,38 @@ class Prior(nn.Module):
         config, x = self.config, self.settle(x)
         sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
-        def through(x, stack, kind):
+        def through(x, stack, last, kinds):
             weights, scale = stack
 
             def look(qkv):
-                return blocked(*_parted(qkv), kind=kind, **sizes), None
+                usual, final = (
+                    partial(blocked, *_parted(qkv), kind=kind, **sizes) for kind in kinds
+                )
+                return usual() if kinds[0] == kinds[1] else jax.lax.cond(last, final, usual), None
 
             return layer(weights, self.settle(x), look, dtype=self.dtype, scale=scale)[0]
 
         if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
-            through = jax.checkpoint(through, static_argnums=2, prevent_cse=not self.scan)
+            through = jax.checkpoint(through, static_argnums=3, prevent_cse=not self.scan)
         period = 4 if len(set(config.kinds)) > 1 else 1
-        scanned = (config.depth - 1) // period * period if self.scan else 0
+        scanned = config.depth // period * period if self.scan else 0
         stack = (self.layers, scales)  # both [L, ...]
         if scanned:
 
-            def periods(array):
+            def periods(array):  # scanning but a part of the layers would copy their weights
                 return array[:scanned].reshape(-1, period, *array.shape[1:])
 
-            def run(x, stack):
+            def run(x, item):
+                last, stack = item  # the last period ends with a kind of its own
                 for i in range(period):
-                    x = through(x, cut(stack, i), config.kinds[i])
+                    kinds = (config.kinds[i], config.kinds[scanned - period + i])
+                    x = through(x, cut(stack, i), last, kinds)
                 return x, None
 
-            x, _ = jax.lax.scan(run, x, jax.tree.map(periods, stack))
+            last = jnp.arange(period, scanned + 1, period) == scanned
+            x, _ = jax.lax.scan(run, x, (last, jax.tree.map(periods, stack)))
         for i in range(scanned, config.depth):
-            x = through(x, cut(stack, i), config.kinds[i])
+            x = through(x, cut(stack, i), True, (config.kinds[i],) * 2)
         return x
 
     def _unstacked(self):

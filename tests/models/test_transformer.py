@@ -245,8 +245,9 @@ def test_scanned_and_rematerialised_layers_have_the_gradients_of_a_plain_stack(o
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_scanned_periods_keep_the_order_of_the_layers():
-    config = dataclasses.replace(TINY, depth=9)  # two periods and the convolution
+@pytest.mark.parametrize("depth", [8, 9])  # two periods, the convolution in the last or after
+def test_scanned_periods_keep_the_order_of_the_layers(depth):
+    config = dataclasses.replace(TINY, depth=depth)
     text, codes = _batch(config, 2)
     variables = {"params": _parameters(config)}
     got = jax.jit(Prior(config, scan=True).apply)(variables, text, codes)
