@@ -38,15 +38,7 @@ PRIOR: Rules = (
     ("head/*/kernel", Spec(FSDP, TENSOR)),
 )
 DVAE: Rules = (("*", Spec()),)  # 98 million parameters: every device has all of them
-CLIP: Rules = (
-    *(rule for rule in PRIOR if rule[0].startswith("layers/")),
-    ("image/patch/kernel", Spec(None, FSDP)),
-    ("image/class", Spec()),
-    ("text/token", Spec(None, FSDP)),
-    ("*/position", Spec()),
-    ("*_norm/*", Spec()),
-    ("*/projection/kernel", Spec(FSDP, TENSOR)),
-)
+CLIP: Rules = DVAE  # ViT-B/32 has 151 million
 
 SMALL = 2**18  # numbers; an array below this that cannot be cut evenly stays whole
 
