@@ -83,13 +83,13 @@ def prior() -> PriorRun:
 
 
 def clip() -> ClipRun:
-    """16 patches of 16 px and 30 caption slots: 1.7M parameters."""
+    """16 patches of 16 px and 30 caption slots: 1.6M parameters."""
     image = {"px": 64, "patch": 16, "image_width": 128, "image_depth": 4, "image_heads": 4}
     text = {"text_width": 128, "text_depth": 2, "text_heads": 4, "text_length": 32}
     return short_clip_run(
         model=CLIPConfig(**image, **text, text_vocabulary=2048, features=128),
         loop=LoopConfig(
-            steps=1_000, save_every=100, evaluate_every=100, sheet_every=None, average_decay=0.99
+            steps=800, save_every=100, evaluate_every=100, sheet_every=None, average_decay=0.99
         ),
     )
 

@@ -145,3 +145,15 @@ def test_a_config_that_does_not_fit_is_refused(copy):
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="lacks 'name'; restore it"):
         Clip.load(copy)
+
+
+def test_the_shipped_clip_tells_colours_apart():
+    clip = Clip.load("emoji")
+    y, x = np.mgrid[:64, :64] - 31.5
+    disc = (y**2 + x**2 < 28**2)[..., None]
+    red, blue = (
+        np.where(disc, np.uint8(c), np.uint8(255)) for c in ((220, 50, 50), (60, 120, 200))
+    )
+    red_fits, blue_fits = clip.score(["red circle", "blue circle"], np.array([[red, blue]] * 2))
+    assert red_fits[0] > red_fits[1] + 0.2
+    assert blue_fits[1] > blue_fits[0] + 0.2
