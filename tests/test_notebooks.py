@@ -1,10 +1,17 @@
 """The notebooks run, on a tiny model with random weights and without Jupyter."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+
+from dalle_jax.evaluate.features import Network
+from dalle_jax.evaluate.report import Plan, evaluate
+from dalle_jax.evaluate.suites import Suite
+from dalle_jax.image.pixels import encode_png
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -45,3 +52,31 @@ def test_rerank_runs(tmp_path, monkeypatch):
     assert names["best"].images.shape == (3, 8, tiny.PX, tiny.PX, 3)
     curve = list(names["curve"].values())
     assert curve == sorted(curve)
+
+
+def test_evaluate_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the evaluate extra is not installed")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    source = [{"image": encode_png(np.full((16, 16, 3), 40 * i, np.uint8))} for i in range(4)]
+    suite = Suite(
+        name="stand-in",
+        source=source,
+        captions=("red apple", "blue heart", "crying cat", "a cat"),
+        truth=(0, 1, 2, 3),
+        families=("all",) * 4,
+        real=(0, 1, 2, 3),
+    )
+    network = Network(
+        name="Corner",
+        apply=lambda params, images: (images[:, 0, :4, 0] / 99.0, images[:, 1, :4, 1] / 99.0),
+        params=None,
+        prepare=lambda image: image,
+        fingerprint="c",
+    )
+    plan = Plan(temperatures=(0.5,), top_ps=(), guidances=())
+    options = {"plan": plan, "networks": [network], "show": lambda doing: nullcontext(print)}
+    evaluate(tiny.model(), suite, out=tmp_path, **options)
+    monkeypatch.setenv("DALLE_JAX_REPORT", str(tmp_path))
+    names = run("evaluate", tmp_path, monkeypatch)
+    assert len(names["ways"]) == 2
+    assert names["samples"].size[0] > 3 * tiny.PX
