@@ -129,6 +129,8 @@ def evaluate(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float = 1.0,
+    decoder: Literal["autoregressive", "progressive"] | None = None,
+    stages: int | None = None,
     inception: Path | None = None,
     clip: Path | None = None,
     judge: Path | None = None,
@@ -152,6 +154,8 @@ def evaluate(
       top_k: Draw from this many likeliest codes only; None for all of them.
       top_p: Draw from the likeliest codes that hold this probability, above 0 and up to 1.
       guidance: Weight of the caption against none; 1 is off.
+      decoder: Which prior draws; None for the first that the model has.
+      stages: Passes of the progressive decoder; None for 16.
       inception: File pt_inception-2015-12-05-6726825d.pth, for the FID, KID and IS that others
         publish; without it EfficientNet-Lite0 takes its place, and the numbers carry its name.
       clip: Folder of the CLIP that reranks; by default the model's own, if it has one.
@@ -176,7 +180,14 @@ def evaluate(
         plan=plan,
         networks=[network],
         chosen=studies,
-        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance),
+        sampling=Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+            decoder=decoder,
+            stages=stages,
+        ),
         seed=seed,
         reranker=drawing.clip if clip is None else dalle_jax.Clip.load(clip),
         judge=None if judge is None else dalle_jax.Clip.load(judge),

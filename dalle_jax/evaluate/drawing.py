@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -27,13 +28,15 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     guidance: float = 1.0
+    decoder: Literal["autoregressive", "progressive"] | None = None
+    stages: int | None = None
 
     def __str__(self) -> str:
         """Says what is not as usual."""
         fields = dataclasses.fields(self)
         changed = {f.name: getattr(self, f.name) for f in fields}
         changed = {f.name: changed[f.name] for f in fields if changed[f.name] != f.default}
-        return ", ".join(f"{name} {value:g}" for name, value in changed.items()) or "as trained"
+        return ", ".join(f"{name} {value}" for name, value in changed.items()) or "as trained"
 
 
 @dataclass(frozen=True, kw_only=True)

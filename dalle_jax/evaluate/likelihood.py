@@ -49,7 +49,7 @@ def prior_nats(
     """Measures how likely the prior finds true captions and the codes of their pictures.
 
     Args:
-      model: has a prior.
+      model: has an autoregressive prior.
       parts: the true picture of each caption.
       captions: one of each picture; those too long for the model are cut.
       families: kind of each.
@@ -57,16 +57,17 @@ def prior_nats(
       "text_nats" and "image_nats" per token for "all" and, if there are several, each family.
     Source: Ramesh et al. 2021, section 2.2.
     """
+    config, params = model.priors["prior"]
     rows, found = [], []
     for part in parts:
         texts = model.tokenizer.encode(
             [captions[row] for row in part.rows],
-            length=model.prior.text_length - 1,
+            length=config.text_length - 1,
             overlong="truncate",
         )
         filled = np.minimum(np.arange(PART), len(part.rows) - 1)  # one shape to compile
         codes = model.encode(part.images()).reshape(len(part.rows), -1)
-        measured = _nats(model.prior, model.prior_params, texts[filled], codes[filled])
+        measured = _nats(config, params, texts[filled], codes[filled])
         rows.extend(part.rows)
         found.append(np.stack(measured, axis=1)[: len(part.rows)])
     text, image, tokens = np.concatenate(found).astype(float).T

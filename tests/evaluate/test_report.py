@@ -236,7 +236,8 @@ def test_likelihood_equals_what_training_measures(model, suite):
 
     text = jnp.asarray(model.tokenizer.encode(CAPTIONS, length=63))
     codes = jnp.asarray(model.encode(pictures(6)).reshape(6, -1))
-    logits = jax.jit(Prior(model.prior).apply)({"params": model.prior_params}, text, codes)
+    config, params = model.priors["prior"]
+    logits = jax.jit(Prior(config).apply)({"params": params}, text, codes)
     _, expected = prior_loss(*logits, text, codes)
     for name in ("text_nats", "image_nats"):
         assert nats["all"][name] == pytest.approx(float(expected[name]), rel=1e-5)
@@ -253,9 +254,9 @@ def test_settings_change_one_thing_at_a_time():
         Sampling(guidance=2.0)
     )
     assert [str(sampling) for sampling in settings] == [
-        "guidance 2",
-        "temperature 0.5, guidance 2",
-        "top_p 0.9, guidance 2",
+        "guidance 2.0",
+        "temperature 0.5, guidance 2.0",
+        "top_p 0.9, guidance 2.0",
         "as trained",
     ]
 
