@@ -1,0 +1,315 @@
+"""What a training run of the prior asks of its devices, before any is rented.
+
+The real update is compiled for as many virtual devices as there will be, from shapes alone, so that
+what they send is read and not guessed. Memory is counted array by array; step times follow from
+published peaks of the hardware by a formula.
+
+Letters: B pictures of a backward pass on one device, T positions, D width, F mlp, L layers.
+"""
+
+import dataclasses
+import math
+import tempfile
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
+
+from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.parallel import powersgd
+from dalle_jax.parallel.collectives import Collective, collectives
+from dalle_jax.parallel.mesh import BATCH, DATA, FSDP, TENSOR, make_mesh
+from dalle_jax.parallel.powersgd import PowerSGDConfig
+from dalle_jax.parallel.rules import shardings
+from dalle_jax.train import state as state_lib
+from dalle_jax.train.prior import PriorRun, PriorStage
+
+GiB = 2**30  # what data sheets call GB of memory
+USABLE = 0.9  # of a device's memory; the rest goes to the runtime, its programs and fragments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A device by its data sheet: dense 16-bit products, and bytes that it sends in one direction.
+
+    The links are those that a ring uses: on a TPU the two of one axis of the torus.
+    """
+
+    memory: int
+    """Bytes."""
+    flops: float
+    """16-bit FLOP/s."""
+    near: float
+    """Bytes/s to devices of the same machine, or along an axis of a TPU's torus."""
+    far: float
+    """Bytes/s to devices of other machines; ours for the V100, 100 Gbit/s for each machine of 8."""
+    machine: int | None = 8
+    """Devices that are near one another; None for all."""
+
+
+CHIPS = {
+    "V100-16GB": Chip(memory=16 * GiB, flops=125e12, near=150e9, far=100e9 / 8 / 8),
+    "A100-80GB": Chip(memory=80 * GiB, flops=312e12, near=300e9, far=25e9),
+    "H100-80GB": Chip(memory=80 * GiB, flops=989e12, near=450e9, far=50e9),
+    "H200-141GB": Chip(memory=141 * GiB, flops=989e12, near=450e9, far=50e9),
+    "TPU-v4": Chip(memory=32 * GiB, flops=275e12, near=100e9, far=100e9, machine=None),
+    "TPU-v5e": Chip(memory=16 * GiB, flops=197e12, near=100e9, far=100e9, machine=None),
+    "TPU-v5p": Chip(memory=95 * GiB, flops=459e12, near=200e9, far=200e9, machine=None),
+}
+
+
+def parameters(run: PriorRun) -> int:
+    """Number of parameters, embeddings and heads included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(_shapes(run).params))
+
+
+def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
+    """Counts what one device holds when an update needs most.
+
+    Args:
+      run: the settings; its own mesh is not looked at.
+      mesh: sizes of data, fsdp and tensor.
+    Returns:
+      Bytes by kind: "weights", "gradients", "moments" and "average", in float32 and cut as
+      `parallel.rules` says; "kept", what each picture leaves for the backward pass; "recomputed",
+      what one layer adds to that when it is computed again, or nothing without `remat`; "gathered",
+      the kernels of two layers in the precision of the products, one in use and one on its way,
+      one layer's gradient before it is cut, and both heads with their gradients; "total".
+      Activations are counted whole for tensor > 1.
+    Raises:
+      ValueError: if a large parameter or the batch cannot be cut evenly.
+    Source: ours.
+    """
+    state = _shapes(run)
+    places = shardings(state, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
+
+    def held(tree, places):
+        sizes = jax.tree.map(_part_bytes, tree, places)
+        return sum(jax.tree.leaves(sizes))
+
+    weights = held(state.params, places.params)
+    pictures = pictures_per_device(run, mesh)
+    shallow = dataclasses.replace(run.model, depth=1)
+    inside = picture_bytes(shallow, run) - picture_bytes(shallow, run, remat=True)
+    layer = _kernel_sizes(state.params["layers"]) // run.model.depth // mesh[TENSOR]
+    heads = _kernel_sizes(state.params["head"]) // mesh[TENSOR]
+    number = jnp.dtype(run.precision).itemsize
+    whole = (3 * layer * number + 2 * heads * 4) if mesh[FSDP] > 1 else (layer + heads) * number
+    sizes = {
+        "weights": weights,
+        "gradients": weights * (2 if run.loop.accumulate > 1 else 1),
+        "moments": held(state.opt_state, places.opt_state),
+        "average": held(state.average, places.average),
+        "kept": pictures * picture_bytes(run.model, run, remat=run.remat),
+        "recomputed": pictures * inside if run.remat else 0,
+        "gathered": whole,
+    }
+    return sizes | {"total": sum(sizes.values())}
+
+
+def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
+    """Counts as `bytes_per_device` what the formats of the paper would take.
+
+    Kernels of layers have 2 bytes, and so do their mean, variance (6-10 bits) and error buffer,
+    which the gradient is added to; all else has 4. The average lies with the CPU.
+
+    Source: Ramesh et al. 2021, section 2.4 and appendices D and E.
+    """
+    ours = bytes_per_device(run, mesh)
+    params = _shapes(run).params
+    places = shardings(params, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
+    parts = [
+        (_part_bytes(leaf, place) // 4, path[0].key == "layers" and path[-1].key == "kernel")
+        for (path, leaf), place in zip(
+            jax.tree.leaves_with_path(params), jax.tree.leaves(places), strict=True
+        )
+    ]
+    small = sum(numbers for numbers, is_kernel in parts if is_kernel)
+    large = sum(numbers for numbers, is_kernel in parts if not is_kernel)
+    sizes = {
+        "weights": 2 * small + 4 * large,
+        "gradients": 2 * small + 4 * large,
+        "moments": 4 * small + 8 * large,
+        "average": 0,
+    } | {name: ours[name] for name in ("kept", "recomputed", "gathered")}
+    return sizes | {"total": sum(sizes.values())}
+
+
+def pictures_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
+    """Pictures of one backward pass on one device.
+
+    Raises:
+      ValueError: if the batch cannot be spread evenly.
+    """
+    parts = mesh[DATA] * mesh[FSDP] * run.loop.accumulate
+    if run.batch_size % parts:
+        raise ValueError(
+            f"a batch of {run.batch_size} pictures cannot be spread over data={mesh[DATA]} x "
+            f"fsdp={mesh[FSDP]} devices in {run.loop.accumulate} micro-batches; choose a multiple "
+            f"of {parts}, or more of tensor"
+        )
+    return run.batch_size // parts
+
+
+@cache
+def picture_bytes(config: PriorConfig, run: PriorRun, *, remat: bool = False) -> int:
+    """Bytes that one picture leaves between the forward and the backward pass, by JAX's own count.
+
+    It is the difference between two pictures and one, so that weights do not count.
+    """
+    options = {"dtype": jnp.dtype(run.precision), "scan": remat and run.scan_layers}
+    prior = Prior(config, remat=remat, **options)
+
+    def kept(pictures):
+        text = jax.ShapeDtypeStruct((pictures, config.text_length - 1), jnp.int32)
+        codes = jax.ShapeDtypeStruct((pictures, config.image_length), jnp.int32)
+        params = jax.eval_shape(prior.init, jax.random.key(0), text, codes)["params"]
+
+        def forward(params, text, codes):
+            return jax.vjp(lambda p: prior.apply({"params": p}, text, codes), params)
+
+        logits, backward = jax.eval_shape(forward, params, text, codes)
+        leaves = jax.tree.leaves((logits, backward))
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
+    return kept(2) - kept(1)
+
+
+def all_reduce_bytes(run: PriorRun, mesh: dict[str, int], *, rank: int) -> dict[str, int]:
+    """Sizes of what one device averages with those of other groups in an update.
+
+    Args:
+      run: the settings; its precision is that of what is sent of the kernels' gradients.
+      mesh: sizes of data, fsdp and tensor.
+      rank: of PowerSGD, for the parts of all devices of a group together, as in the paper.
+    Returns:
+      "plain", without compression, and "powersgd"; 0 for one group alone.
+    Source: Ramesh et al. 2021, appendix E, table 2.
+    """
+    if mesh[DATA] == 1:
+        return {"plain": 0, "powersgd": 0}
+    shards = mesh[FSDP] * mesh[TENSOR]
+    sizes = powersgd.sent_bytes(
+        _shapes(run).params,
+        config=PowerSGDConfig(rank=max(rank // shards, 1)),
+        shards=shards,
+        bytes_per_number=jnp.dtype(run.precision).itemsize,
+    )
+    sent = sizes["p"] + sizes["q"] + sizes["uncompressed"]
+    return {"plain": sizes["plain"] // shards, "powersgd": sent // shards}
+
+
+def compiled_update(run: PriorRun) -> tuple[list[Collective], dict[str, int]]:
+    """Compiles the update on the mesh of the run, for all devices of this process, from shapes.
+
+    Args:
+      run: the settings; nothing of them is made smaller.
+    Returns:
+      What its devices send, and bytes of one of them by this machine's compiler: "arguments", the
+      state and the batch, and "temporaries". A CPU's compiler computes bfloat16 in float32 and
+      does not mind to gather many layers at once, so that its temporaries are no forecast.
+    """
+    stage, mesh = _stage(run), make_mesh(run.loop.mesh)
+    shapes = _shapes(run)
+    places = shardings(shapes, mesh, stage.rules)
+    batch = {
+        "text": ((run.batch_size, run.model.text_length - 1), jnp.int32),
+        "codes": ((run.batch_size, run.model.grid, run.model.grid), jnp.int32),
+    }
+    spread = NamedSharding(mesh, BATCH)
+    batch = {name: jax.ShapeDtypeStruct(*x, sharding=spread) for name, x in batch.items()}
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    update = state_lib.update_step(
+        stage,
+        accumulate=run.loop.accumulate,
+        average_every=run.loop.average_every,
+        average_decay=run.loop.average_decay,
+    )
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        placed = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        compiled = placed.lower(state, batch).compile(compiler_options=options)
+        (text,) = Path(folder).glob("*.after_spmd-partitioning.*")
+        sent = collectives(text.read_text(), dict(mesh.shape))
+    memory = compiled.memory_analysis()
+    return sent, {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+
+
+def step_flops(run: PriorRun) -> float:
+    """FLOP of an update over all devices: 2 for each multiplication with a weight.
+
+    A backward pass has twice those of a forward pass; with `remat` the layers' is done once more.
+    Attention is left out: at the published sizes it adds 1 to 3 %.
+    """
+    c = run.model
+    layers = (4 + 2 * c.mlp_ratio) * c.width**2 * c.depth * c.length
+    heads = c.width * ((c.text_length - 1) * c.text_vocabulary + c.image_length * c.codes)
+    return 2.0 * run.batch_size * (layers * (4 if run.remat else 3) + heads * 3)
+
+
+def step_seconds(
+    run: PriorRun,
+    mesh: dict[str, int],
+    sent: list[Collective],
+    chip: Chip,
+    *,
+    efficiency: float,
+    saved: int = 0,
+) -> dict[str, float]:
+    """Estimates the time of an update from peaks.
+
+    compute = FLOP / (devices x peak x efficiency); within = bytes that a device sends along fsdp
+    and tensor / its link, the near one if such a group fits into a machine; between = bytes along
+    data / the far link. An update takes at least the greatest of the three and, if nothing
+    overlaps, their sum; it waits for nothing else in this estimate.
+
+    Args:
+      run: the settings.
+      mesh: sizes of data, fsdp and tensor.
+      sent: from `compiled_update`.
+      chip: one device.
+      efficiency: share of the peak that products reach, in (0, 1].
+      saved: bytes that PowerSGD takes off the arrays that go along data.
+    Returns:
+      "compute", "within", "between", "least" and "most", in seconds.
+    Source: ours.
+    """
+    group, devices = mesh[FSDP] * mesh[TENSOR], math.prod(mesh.values())
+    in_machine = chip.machine is None or group <= chip.machine
+    all_near = chip.machine is None or devices <= chip.machine
+    along_data = sum(x.sent_bytes for x in sent if DATA in x.axes)
+    along_data -= 2 * saved * (mesh[DATA] - 1) / mesh[DATA]
+    along_group = sum(x.sent_bytes for x in sent if DATA not in x.axes)
+    parts = {
+        "compute": step_flops(run) / (devices * chip.flops * efficiency),
+        "within": along_group / (chip.near if in_machine else chip.far),
+        "between": along_data / (chip.near if all_near else chip.far),
+    }
+    return parts | {"least": max(parts.values()), "most": sum(parts.values())}
+
+
+def _stage(run):
+    return PriorStage(run, tokens=None, tokenizer=None, validation=lambda: (), captions=())
+
+
+@cache
+def _shapes(run):
+    return jax.eval_shape(partial(state_lib.create, _stage(run)), jax.random.key(0))
+
+
+def _part_bytes(leaf, place):
+    itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    return math.prod(place.shard_shape(leaf.shape)) * itemsize
+
+
+def _kernel_sizes(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return sum(math.prod(x.shape) for path, x in leaves if path[-1].key == "kernel")
