@@ -123,7 +123,12 @@ def evaluate(
     out: Path = Path("report"),
     quick: bool = False,
     n: int | None = None,
-    studies: tuple[Literal["blur", "sampling", "rerank"], ...] = ("blur", "sampling", "rerank"),
+    studies: tuple[Literal["blur", "sampling", "rerank", "composition"], ...] = (
+        "blur",
+        "sampling",
+        "rerank",
+        "composition",
+    ),
     seed: int = 0,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -159,7 +164,8 @@ def evaluate(
       inception: File pt_inception-2015-12-05-6726825d.pth, for the FID, KID and IS that others
         publish; without it EfficientNet-Lite0 takes its place, and the numbers carry its name.
       clip: Folder of the CLIP that reranks; by default the model's own, if it has one.
-      judge: Folder of another CLIP, which scores how well pictures fit their captions.
+      judge: Folder of another CLIP, which scores how well pictures fit their captions, and without
+        which composition (of emoji) is not studied.
     """
     import dalle_jax
     from dalle_jax.evaluate.drawing import Sampling

@@ -7,29 +7,29 @@ kept/           drawn pictures and features, so that a stopped evaluation goes o
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from dalle_jax.evaluate import studies
 from dalle_jax.evaluate.composition import Judge
+from dalle_jax.evaluate.composition_study import NOTE, composition_study
 from dalle_jax.evaluate.drawing import Sampling, decoded, drawn, gathered, real, singles
 from dalle_jax.evaluate.features import Network
 from dalle_jax.evaluate.kept import Kept
 from dalle_jax.evaluate.likelihood import prior_nats, tokenizer_quality
-from dalle_jax.evaluate.studies import RADII, Bench, Row
-from dalle_jax.evaluate.suites import Suite
+from dalle_jax.evaluate.page import Section, plotting, write
+from dalle_jax.evaluate.studies import RADII, Bench
+from dalle_jax.evaluate.suites import Suite, open_emoji
 from dalle_jax.generate.model import Model
-from dalle_jax.image.sheet import contact_sheet, save_png
+from dalle_jax.image.sheet import contact_sheet
 
-STUDIES = ("blur", "sampling", "rerank")
+STUDIES = ("blur", "sampling", "rerank", "composition")
 SHOWN = 12  # captions on a sheet
 
 
@@ -43,6 +43,8 @@ class Plan:
       reranked: captions for the study of reranking.
       samples: pictures of each of those.
       temperatures, top_ps, guidances: the settings, one changed at a time.
+      pairs: held-out cases of each family of the composition study; None for all.
+      composed: pictures of each of them.
     """
 
     captions: int | None = None
@@ -52,6 +54,8 @@ class Plan:
     temperatures: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0)
     top_ps: tuple[float, ...] = (0.8, 0.9, 0.95)
     guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    pairs: int | None = None
+    composed: int = 4
 
     def settings(self, usual: Sampling) -> list[Sampling]:
         """Each way of sampling once, the usual one first."""
@@ -78,28 +82,9 @@ def quick_plan() -> Plan:
         temperatures=(0.7, 1.0),
         top_ps=(0.9,),
         guidances=(1.0, 2.0),
+        pairs=40,
+        composed=2,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """One part of a report.
-
-    Attributes:
-      key: its name in report.json.
-      title: its heading.
-      note: what is to be known about it.
-      rows: the numbers.
-      plotted: the column along which all others are drawn; "" for no plot.
-      sheet: pictures to look at.
-    """
-
-    key: str
-    title: str
-    note: str = ""
-    rows: list[Row] = field(default_factory=list)
-    plotted: str = ""
-    sheet: UInt8[np.ndarray, "H W 3"] | None = None
 
 
 def evaluate(
@@ -128,7 +113,8 @@ def evaluate(
       sampling: how to draw where no study says otherwise; None for as trained.
       seed: of everything that is drawn.
       reranker: chooses among pictures; without it that study is left out.
-      judge: gives CLIP scores; never the reranker, which finds what it chose good.
+      judge: gives CLIP scores, and verdicts on composition, which is left out without it; never
+        the reranker, which finds what it chose good.
       show: gives a progress bar for what is being done, such as `terminal.bar`.
     Returns:
       The sections of the report.
@@ -139,7 +125,7 @@ def evaluate(
         raise ValueError(
             f"there is no study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}"
         )
-    _matplotlib()
+    plotting()  # says so before hours of work if it is missing
     out = Path(out)
     kept = Kept(out / "kept")
     usual = sampling or Sampling()
@@ -233,7 +219,21 @@ def evaluate(
                     sheet=_of_counts(many, scored, captions),
                 )
             )
-    _write(out, sections)
+    if "composition" in chosen and judge is not None and suite.name == "emoji":
+        with show("Composing") as progress:
+            rows = composition_study(
+                model,
+                judge,
+                partial(open_emoji, px=px),
+                sampling=usual,
+                n=plan.composed,
+                pairs=plan.pairs,
+                seed=seed,
+                kept=kept,
+                progress=progress,
+            )
+        sections.append(Section(key="composition", title="Composition", note=NOTE, rows=rows))
+    write(out, sections)
     return sections
 
 
@@ -280,81 +280,3 @@ def _of_counts(parts, scored, captions):
     best = [gathered(studies.best_of(parts, scored, count))[: len(shown)] for count in counts]
     labels = [f"{caption}: best of {', '.join(map(str, counts))}" for caption in shown]
     return contact_sheet(np.stack(best, axis=1), labels)
-
-
-def _write(out: Path, sections: Sequence[Section]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    pages = []
-    for section in sections:
-        page = [f"## {section.title}", section.note, _table(section.rows)]
-        if section.plotted and len(section.rows) > 1:
-            _plot(out / f"{section.key}.png", section.rows, section.plotted)
-            page.append(f"![{section.title}]({section.key}.png)")
-        if section.sheet is not None:
-            save_png(out / f"{section.key}-sheet.png", section.sheet)
-            page.append(f"![{section.title}]({section.key}-sheet.png)")
-        pages += [part for part in page if part]
-    numbers = {section.key: section.rows for section in sections if section.rows}
-    _replace(out / "report.json", json.dumps(numbers, indent=2) + "\n")
-    request = sections[0].rows[0]
-    title = f"# {request['model']} on {request['suite']}"
-    _replace(out / "report.md", "\n\n".join([title, *pages]) + "\n")
-
-
-def _table(rows: Sequence[Row]) -> str:
-    """Markdown; a single row with many columns stands upright."""
-    if not rows:
-        return ""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if len(rows) == 1:
-        head, body = ["", ""], [[name, _shown(rows[0][name])] for name in names]
-    else:
-        head, body = names, [[_shown(row.get(name, "")) for name in names] for row in rows]
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
-    return str(value)
-
-
-def _plot(path: Path, rows: Sequence[Row], along: str) -> None:
-    columns = [name for name in rows[0] if name != along and not name.endswith("+-")]
-    figure_class, canvas_class = _matplotlib()
-    figure = figure_class(figsize=(3 * len(columns), 2.6))
-    canvas_class(figure)
-    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.2, top=0.88, wspace=0.3)
-    for name, axes in zip(columns, figure.subplots(1, len(columns), squeeze=False)[0], strict=True):
-        errors = [row.get(f"{name} +-", 0) for row in rows]
-        axes.errorbar(
-            [row[along] for row in rows], [row[name] for row in rows], errors, marker=".", capsize=2
-        )
-        axes.set_title(name, fontsize=8)
-        axes.set_xlabel(along, fontsize=8)
-        axes.tick_params(labelsize=7)
-        if along == "N":
-            axes.set_xscale("log", base=2)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
-
-
-def _matplotlib():
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "plots need the package matplotlib: pip install dalle_jax[evaluate]"
-        ) from error
-    return Figure, FigureCanvasAgg
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

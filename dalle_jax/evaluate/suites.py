@@ -75,9 +75,7 @@ def open_suite(
     if name == "emoji":
         if data is not None:
             raise SourceError("the emoji need no --data; choose --suite folder for your pictures")
-        from dalle_jax.data.emoji import emoji_source
-
-        source = emoji_source(split or "validation", px=px)
+        source = open_emoji(split or "validation", px=px)
     elif data is None:
         raise SourceError(f"suite {name} needs --data: the folder that holds its pictures")
     else:
@@ -98,6 +96,13 @@ def open_suite(
         families=families,
         real=tuple(range(len(records))),
     )
+
+
+def open_emoji(split: str, *, px: int) -> DataSource:
+    """Opens a split of the emoji; see `data.emoji`, which takes a while to import."""
+    from dalle_jax.data.emoji import emoji_source
+
+    return emoji_source(split, px=px)
 
 
 def _open(folder: Path, split: str | None, usual: str | None) -> DataSource:

@@ -1,11 +1,28 @@
-import pytest
+import itertools
+import zlib
 
+import numpy as np
+import pytest
+import tiny
+
+from dalle_jax.evaluate.composition_study import composition_study
+from dalle_jax.evaluate.drawing import Sampling
 from dalle_jax.evaluate.emoji_cases import emoji_cases
+from dalle_jax.evaluate.kept import Kept
+from dalle_jax.image.pixels import encode_png
+
+_greys = itertools.count(10, 30)
 
 
 def record(style, codes, *names):
+    """Every picture is of another grey."""
     captions = [form for name in names for form in (name, f"{name}, {style} style")]
-    return {"id": f"{style}/{codes}", "style": style, "captions": [*captions, "some, keywords"]}
+    return {
+        "id": f"{style}/{codes}",
+        "image": encode_png(np.full((tiny.PX, tiny.PX, 3), next(_greys), np.uint8)),
+        "style": style,
+        "captions": [*captions, "some, keywords"],
+    }
 
 
 SPLITS = {
@@ -66,3 +83,47 @@ def test_a_caption_that_is_right_too_is_no_alternative():
     alike = {"train": [], "heldout_style": [twins], "heldout_cell": []}
     (case,) = emoji_cases(alike.get)
     assert "green apple, twemoji style" not in case.alternatives["concept"]
+
+
+class Connoisseur:
+    """Knows the grey of each true caption, and of nothing else."""
+
+    def __init__(self):
+        records = itertools.chain(*SPLITS.values())
+        self._number = {r["captions"][1]: i for i, r in enumerate(records)}
+
+    def texts(self, captions):
+        numbers = [self._number.get(c, 6 + zlib.crc32(c.encode()) % 50) for c in captions]
+        return np.eye(56)[numbers]
+
+    def images(self, images):
+        return np.eye(56)[(images[:, 0, 0, 0].astype(int) - 10) // 30]
+
+
+def test_the_study_draws_each_case_and_finds_true_pictures_right():
+    done = []
+    rows = composition_study(
+        tiny.model(),
+        Connoisseur(),
+        SPLITS.get,
+        sampling=Sampling(),
+        n=2,
+        pairs=1,
+        seed=0,
+        kept=Kept(None),
+        progress=lambda *counts: done.append(counts),
+    )
+    assert done == [(4, 4)]
+    held_out, seen = ("drawn", "nearest caption", "decoded", "true"), ("drawn", "decoded", "true")
+    assert [(row["family"], row.get("cases"), row["pictures"]) for row in rows] == [
+        (family, cases, pictures)
+        for family in ("cell", "style")
+        for cases, kinds in (("1 held out", held_out), ("1 seen", seen))
+        for pictures in kinds
+    ] + [("style", None, "chance"), ("cell", None, "chance")]
+    for row in rows:
+        if row["pictures"] == "true":
+            assert row["all"] == [1, 1, 1]
+        if row["pictures"] == "nearest caption":
+            assert row["all"] == [0, 0, 0]
+    assert rows[-2]["style"] == [0.5] * 3
