@@ -1,7 +1,7 @@
 """In which order the cells of a picture are filled while the progressive prior learns.
 
 Letters: B batch, I = G * G cells, G grid side. A low score comes first. Source: Fei et al. 2022 for
-scores by quantisation error and by dynamic importance, in our reading; the others are controls.
+dynamic importance, in our reading; the others are controls.
 """
 
 import math
@@ -12,25 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-Order = Literal["dynamic", "certain", "uncertain", "random", "raster", "centre"]
+Order = Literal["dynamic", "random", "raster", "centre"]
 
 
 def order_scores(
-    order: Order,
-    key: Key[Array, ""],
-    *,
-    difficulty: Float[Array, "B I"],
-    error: Float[Array, "B I"] | None,
+    order: Order, key: Key[Array, ""], difficulty: Float[Array, "B I"]
 ) -> Float[Array, "B I"]:
     """Scores the cells of each picture; those with a low one are filled first.
 
     Args:
       order: "dynamic": what the model in training finds easiest, given the caption alone;
-        "certain": least quantisation error first; "uncertain": greatest first; "random"; "raster";
-        "centre": from the middle of the grid outwards.
+        "random"; "raster"; "centre": from the middle of the grid outwards.
       key: for "random".
       difficulty: nats of each code, given the caption alone.
-      error: quantisation error of each cell, as the tokenizer gives it.
     """
     shape = difficulty.shape
     cell = np.arange(shape[1])
@@ -42,9 +36,7 @@ def order_scores(
         return jnp.broadcast_to(jnp.asarray(from_middle, jnp.float32), shape)
     if order == "random":
         return jax.random.uniform(key, shape)
-    if order == "dynamic":
-        return difficulty
-    return error if order == "certain" else -error
+    return difficulty
 
 
 def ranks(scores: Float[Array, "B I"]) -> Int[Array, "B I"]:

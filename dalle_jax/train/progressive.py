@@ -27,8 +27,7 @@ class ProgressiveRun(PriorRun):
 
     model: PriorConfig = field(default_factory=lambda: PriorConfig(style="progressive"))
     order: Order = "dynamic"
-    """Which cells are filled first: what the model finds easiest, those with the least (certain)
-    or the greatest (uncertain) quantisation error, or a control."""
+    """Which cells are filled first: what the model finds easiest, or a control."""
     stages: int = 16
     """Partial pictures of each picture; one of them is shown each time."""
     schedule: Schedule = "linear"
@@ -129,8 +128,7 @@ class ProgressiveStage(PriorStage):
         blind, _ = self._predict(params, batch["text"], jnp.full_like(codes, K))
         blind = jax.lax.stop_gradient(blind)
         nats = -jnp.take_along_axis(jax.nn.log_softmax(blind), codes[..., None], axis=-1)[..., 0]
-        error = _in_a_row(batch["error"]) if "error" in batch else None
-        rank = ranks(order_scores(run.order, key_order, difficulty=nats, error=error))
+        rank = ranks(order_scores(run.order, key_order, nats))
 
         after = filled(codes.shape[1], run.stages, run.schedule)
         stage = jax.random.randint(key_stage, (len(codes), 1), 0, run.stages)
