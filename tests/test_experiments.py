@@ -79,6 +79,19 @@ def test_clip_measures_true_and_redrawn_pictures(workdir):
     assert 0 <= lines[-1]["eval/image_to_text_1"] <= 1
 
 
+@pytest.mark.slow
+def test_a_progressive_prior_learns_and_joins_the_model(workdir, monkeypatch):
+    run("debug", "progressive", "--workdir", workdir, monkeypatch=monkeypatch)
+    lines = metrics(workdir / "progressive")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert 0 <= lines[-1]["eval/repaired"] <= 1
+    model = dalle_jax.load(workdir / "model")
+    assert list(model.priors) == ["prior", "progressive"]
+    for decoder in ("autoregressive", "progressive"):
+        assert model.generate("a red circle", decoder=decoder).shape == (1, 1, 16, 16, 3)
+
+
 def test_a_contrastive_loss_is_not_accumulated(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run("debug", "clip", "--workdir", tmp_path, "--accumulate", 2, monkeypatch=monkeypatch)
