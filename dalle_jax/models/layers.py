@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from dalle_jax.precision import float16
 from dalle_jax.precision.grad_scale import enter, leave
 
 NORM_EPSILON = 1e-6  # a prior's activations start near 0.125 / sqrt(D); squared 4e-6 at D = 3968
@@ -133,6 +134,8 @@ def _linear(weights, x):
     B, T, *_ = x.shape
     kernel, bias = weights["kernel"], weights["bias"]
     # one plain matrix product: XLA copies a kernel that is contracted along two axes
-    y = x.reshape(B, T, -1) @ kernel.reshape(-1, bias.size).astype(x.dtype)
+    x, kernel = x.reshape(B, T, -1), kernel.reshape(-1, bias.size)
+    half = x.dtype == jnp.float16
+    y = float16.product(x, kernel) if half else x @ kernel.astype(x.dtype)
     y = y + bias.reshape(1, 1, -1)  # in float32, so that its gradient is summed there
     return y.astype(x.dtype).reshape(B, T, *bias.shape)
