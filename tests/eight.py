@@ -14,8 +14,9 @@ import tiny
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
-from dalle_jax.parallel.rules import shardings
+from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.clip import ClipStage, short_clip_run
 from dalle_jax.train.dvae import DVAEStage, short_dvae_run
@@ -27,12 +28,13 @@ PRIOR = {"width": 32, "depth": 4, "heads": 4, "text_vocabulary": 40, "text_lengt
 PRIOR |= {"grid": 4, "codes": 32, "kernel": 3}
 CLIP = {"px": 16, "patch": 8, "image_width": 16, "image_depth": 2, "image_heads": 2}
 CLIP |= {"text_width": 16, "text_depth": 2, "text_heads": 2, "text_length": 9, "features": 16}
-# case: stage, data x fsdp x tensor, micro-batches
+# case: stage, data x fsdp x tensor, micro-batches, rank of gradients
 CASES = {
-    "dvae": ("dvae", (2, 4, 1), 1),
-    "prior fsdp": ("prior", (2, 4, 1), 1),
-    "prior all, accumulated": ("prior", (2, 2, 2), 2),
-    "clip": ("clip", (2, 2, 2), 1),
+    "dvae": ("dvae", (2, 4, 1), 1, None),
+    "prior fsdp": ("prior", (2, 4, 1), 1, None),
+    "prior all, accumulated": ("prior", (2, 2, 2), 2, None),
+    "prior at full rank": ("prior", (2, 4, 1), 1, 8),  # 32 columns in 4 slices
+    "clip": ("clip", (2, 2, 2), 1, None),
 }
 
 
@@ -66,23 +68,26 @@ def batch(name):
     return {"text": text, "codes": rng.integers(0, 32, (16, 4, 4)).astype(np.int32)}
 
 
-def two_updates(name, mesh=None, accumulate=1):
+def two_updates(name, mesh=None, accumulate=1, rank=None):
     """State and metrics after them; without a mesh on one device."""
-    this, data, places = stage(name), batch(name), None
-    key = jax.random.key(0)
+    this, data, places, key = stage(name), batch(name), None, jax.random.key(0)
+    groups = Groups(PowerSGDConfig(rank=rank), mesh) if rank else None
+
+    def create(key):
+        return state_lib.create(this, key, groups)
+
     if mesh is None:
-        state = jax.jit(lambda key: state_lib.create(this, key))(key)
+        state = jax.jit(create)(key)
     else:
-        places = shardings(
-            jax.eval_shape(lambda key: state_lib.create(this, key), key), mesh, this.rules
-        )
-        state = jax.jit(lambda key: state_lib.create(this, key), out_shardings=places)(key)
+        places = state_lib.shardings(jax.eval_shape(create, key), mesh, this.rules, groups)
+        state = jax.jit(create, out_shardings=places)(key)
         data = place_batch(mesh, data)
-    update = state_lib.update_step(this, places=places, accumulate=accumulate)
+    update = state_lib.update_step(this, places=places, groups=groups, accumulate=accumulate)
     for _ in range(2):
         state, metrics = update(state, data)
     if places is not None:
         jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), state, places)
+    assert metrics.pop("skipped", 0) == 0
     return {"params": state.params, "average": state.average, "metrics": metrics}
 
 
@@ -91,9 +96,9 @@ def _check(sharding, place, ndim):
 
 
 def main(folder):
-    for case, (name, sizes, accumulate) in CASES.items():
+    for case, (name, sizes, *options) in CASES.items():
         mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
-        leaves = jax.tree.leaves(two_updates(name, mesh, accumulate))
+        leaves = jax.tree.leaves(two_updates(name, mesh, *options))
         np.savez(folder / f"{case}.npz", *[np.asarray(x) for x in leaves])
 
 

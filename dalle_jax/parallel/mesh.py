@@ -87,9 +87,7 @@ def along_batch(x: Array) -> Array:
 
     Left free, the compiler may spread activations as the weights are and send them around instead.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    return _kept(x, *BATCH)
 
 
 def look_up(table: Array, ids: Array) -> Array:
@@ -98,10 +96,20 @@ def look_up(table: Array, ids: Array) -> Array:
     Every device looks up its part of the rows for all pictures of its group, so that no table
     travels. Left free, the compiler gathers the rows' gradients of all pictures everywhere.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return table[ids]
-    ids = jax.lax.with_sharding_constraint(ids, PartitionSpec(DATA))
-    return jax.lax.with_sharding_constraint(table[ids], PartitionSpec(DATA, None, FSDP))
+    return _kept(table[_kept(ids, DATA)], DATA, None, FSDP)
+
+
+def _kept(x, *axes):
+    """Keeps x spread over axes of the mesh, if there is one, but for those already divided."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def free(names):
+        names = names if isinstance(names, tuple) else (names,)
+        return tuple(name for name in names if name not in (None, *mesh.manual_axes))
+
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(free, axes)))
 
 
 def whole(tree: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ Source: Vogels et al. 2019; Ramesh et al. 2021, section 2.5 and appendix E.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,11 @@ FORMAT = "1-6-9"
 
 @dataclass(frozen=True, kw_only=True)
 class PowerSGDConfig:
-    """How gradients are compressed; the defaults are those of the 12-billion-parameter model."""
+    """How gradients are compressed."""
 
-    rank: int = 112
-    """Columns of P for each slice of each matrix; the paper's 896 is 112 for each of 8 slices."""
+    rank: int | None = None
+    """Columns of P for each slice of each matrix; None averages whole gradients. The paper's 896
+    for 12 billion parameters is 112 for each of 8 slices."""
     epsilon: float = 1e-6
     """Times the identity, added to P before its columns are made orthonormal."""
     seed: int = 0
@@ -49,7 +50,7 @@ class PowerSGDConfig:
     """The new Q is multiplied by this before it is rounded and sent, and divided after."""
 
     def __post_init__(self):
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank}, but must be at least 1")
         for name in ("epsilon", "p_scale", "q_scale"):
             value = getattr(self, name)
@@ -163,10 +164,16 @@ def create(params: PyTree, *, config: PowerSGDConfig, shards: int = 1) -> PowerS
     Returns:
       The state.
     Raises:
-      ValueError: if a matrix cannot be cut, or has fewer rows or columns than the rank.
+      ValueError: if there is no rank, a matrix cannot be cut or has fewer rows or columns than the
+        rank, or nothing is to be compressed.
     Source: Ramesh et al. 2021, appendix E.
     """
-    kernels, _ = _parted(params)
+    kernels = compressed(params)
+    if not kernels:
+        raise ValueError(
+            'powersgd compresses stacked kernels below "layers", but there are none here; leave '
+            "powersgd.rank out for this model"
+        )
     error, q = {}, {}
     for i, (path, leaf) in enumerate(sorted(kernels.items())):
         batch, _, n = _matrix_shape(path, leaf, config, shards)
@@ -224,7 +231,8 @@ def reduce(
     def mean(tree):
         """What arrives, and for each matrix whether it is finite."""
         sent = {path: _stored(x, config) for path, x in tree.items()}
-        received = {path: _stored(x, config) for path, x in jax.lax.pmean(sent, axis_name).items()}
+        received = _mean_at_once(sent, axis_name, shards)
+        received = {path: _stored(x, config) for path, x in received.items()}
         bound = largest(FORMAT) if config.reduced else jnp.inf
         clamped = {path: jnp.clip(x, -bound, bound) for path, x in received.items()}
         return clamped, {path: _finite(x) for path, x in received.items()}
@@ -255,38 +263,6 @@ def reduce(
     means = others | whole(approximate)
     means = jax.tree_util.tree_map_with_path(lambda path, _: means[_path(path)], grads)
     return means, error, norm, finite
-
-
-def save_form(error: dict[str, Array], *, axis_name: str) -> dict[str, Array]:
-    """What a checkpoint keeps of the error buffers: their sum over members, the same for all.
-
-    Only that sum has any bearing on the gradients to come.
-
-    Args:
-      error: buffers of this member, within the mapped axis.
-      axis_name: the mapped axis.
-    Returns:
-      The sums.
-    Source: Ramesh et al. 2021, appendix E.
-    """
-    return jax.lax.psum(error, axis_name)
-
-
-def resume_form(total: dict[str, Array], members: int) -> dict[str, Array]:
-    """Error buffers with which each member goes on from a checkpoint.
-
-    Args:
-      total: from `save_form`.
-      members: how many there are now, at least 1; not necessarily as many as there were.
-    Returns:
-      An equal part of the sums.
-    Raises:
-      ValueError: if there are no members.
-    Source: Ramesh et al. 2021, appendix E.
-    """
-    if members < 1:
-        raise ValueError(f"members is {members}, but must be at least 1")
-    return jax.tree.map(lambda x: x / members, total)
 
 
 def sent_bytes(
@@ -323,18 +299,32 @@ def sent_bytes(
     }
 
 
-def _parted(tree):
-    """Kernels of the layers, and everything else, both by path."""
-    leaves = {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+def _mean_at_once(tree, axis_name, shards):
+    """The means of all arrays, sent as one; what lies on several devices by slices stays there."""
+    flat = [x.reshape(shards, -1) for x in tree.values()]
+    ends = np.cumsum([x.shape[1] for x in flat])[:-1]
+    parts = jnp.split(jax.lax.pmean(jnp.concatenate(flat, axis=1), axis_name), ends, axis=1)
+    return {path: y.reshape(x.shape) for (path, x), y in zip(tree.items(), parts, strict=True)}
+
+
+def compressed(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree like the parameters that are compressed, by path: kernels of layers."""
 
     def is_compressed(path):
         keys = path.split("/")
         return "layers" in keys[:-2] and keys[-1] == "kernel"
 
-    return (
-        {path: leaf for path, leaf in leaves.items() if is_compressed(path)},
-        {path: leaf for path, leaf in leaves.items() if not is_compressed(path)},
-    )
+    return {path: leaf for path, leaf in _leaves(tree).items() if is_compressed(path)}
+
+
+def _parted(tree):
+    """Kernels of the layers, and everything else, both by path."""
+    kernels = compressed(tree)
+    return kernels, {path: leaf for path, leaf in _leaves(tree).items() if path not in kernels}
+
+
+def _leaves(tree):
+    return {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _path(keys):
@@ -348,6 +338,8 @@ def _name(path):
 def _matrix_shape(path, leaf, config, shards):
     _, stacked, m, n = _plan(leaf.shape, _name(path), shards)
     m, n = sorted((m, n))
+    if config.rank is None:
+        raise ValueError("rank is None, which stands for no compression; give PowerSGD a number")
     if config.rank > m:
         raise ValueError(
             f"rank is {config.rank}, but {path} {list(leaf.shape)} gives matrices of {m} x {n} in "

@@ -265,6 +265,7 @@ class Checkpoints:
                 opt_state=items["optimizer"],
                 key=items["rng"]["key"],
                 scales=items.get("scales", ()),
+                powersgd=items.get("errors", ()),
             )
             return step, state, json.loads((path / "data.json").read_text()), saved
         return None
@@ -294,12 +295,13 @@ def read_params(folder: str | Path, step: int | None = None, *, average: bool = 
 
 
 def _items(state: TrainState) -> dict[str, Any]:
+    optional = {"scales": state.scales, "errors": state.powersgd}
     return {
         "params": state.params,
         "average": state.average,
         "optimizer": state.opt_state,
         "rng": {"key": state.key},
-    } | ({"scales": state.scales} if state.scales else {})
+    } | {name: item for name, item in optional.items() if item}
 
 
 def _steps(folder: Path) -> list[int]:

@@ -61,6 +61,12 @@ class ClipRun:
                 f"accumulate is {self.loop.accumulate}, but a contrastive loss compares all of a "
                 "batch; leave it at 1 and give a micro_batch to save memory"
             )
+        if self.loop.powersgd.rank is not None:
+            raise ValueError(
+                f"powersgd.rank is {self.loop.powersgd.rank}, but with compressed gradients every "
+                "group has a loss of its own, and a contrastive loss compares all of a batch; "
+                "leave it out"
+            )
         if self.micro_batch is not None and (
             self.micro_batch < 1 or self.batch_size % self.micro_batch
         ):

@@ -16,9 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from dalle_jax.image.sheet import save_png
+from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, greatest, make_mesh, place_batch, whole
+from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.processes import is_leader
-from dalle_jax.parallel.rules import shardings
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.log import MetricsLog, ProgressLog
@@ -71,6 +72,8 @@ class LoopConfig:
     """Seed of the first weights and of all noise in training."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How the state and the batch are spread over devices."""
+    powersgd: PowerSGDConfig = dataclasses.field(default_factory=PowerSGDConfig)
+    """How groups of the mesh compress the gradients that they send each other; needs a rank."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -121,16 +124,18 @@ def train(
     settings = {"stage": stage.name} | settings
     fixed = {k: v for k, v in settings.items() if must_agree is None or k in (*must_agree, "stage")}
     mesh = make_mesh(config.mesh)
-    create, key = partial(state_lib.create, stage), jax.random.key(config.seed)
+    groups = None if config.powersgd.rank is None else Groups(config.powersgd, mesh)
+    create, key = partial(state_lib.create, stage, groups=groups), jax.random.key(config.seed)
     shapes = jax.eval_shape(create, key)
-    places = shardings(shapes, mesh, stage.rules)
+    places = state_lib.shardings(shapes, mesh, stage.rules, groups)
     alone = jax.process_count() == 1
     with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _Signals() as signals:
         checkpoints.prepare(shapes)
         state = jax.jit(create, out_shardings=places)(key)
         step = stop = 0
-        if found := checkpoints.restore(state, settings=fixed):
-            step, state, position, _ = found
+        if found := checkpoints.restore(state_lib.saved(state, groups), settings=fixed):
+            step, kept, position, _ = found
+            state = state_lib.resumed(kept, state, groups)
             iterator.set_state(position)
             log.info("%s goes on from step %d of %s", stage.name, step, checkpoints.folder)
         else:
@@ -138,6 +143,7 @@ def train(
         update = state_lib.update_step(
             stage,
             places=places,
+            groups=groups,
             accumulate=config.accumulate,
             average_every=config.average_every,
             average_decay=config.average_decay,
@@ -165,7 +171,10 @@ def train(
                 stop = signals.caught if alone else window.vote
                 if last or stop or step % config.save_every == 0:
                     window.read_all()  # a state whose metrics are not finite is never saved
-                    checkpoints.save(step, state, iterator.get_state(), settings)
+                    kept = state_lib.saved(state, groups)
+                    checkpoints.save(step, kept, iterator.get_state(), settings)
+                    # go on as a resumed run does, which cannot tell the errors of groups apart
+                    state = state_lib.resumed(kept, state, groups)
                 if stop:
                     break
 

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from dalle_jax.parallel import rules as rules_lib
+from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.rules import Rules
 from dalle_jax.train.scaling import ResblockScaling
 
@@ -89,9 +92,11 @@ class TrainState:
     """Typed key scalar, never changed: the key of a step is fold_in(key, step)."""
     scales: PyTree = ()
     """Gradient scales, a ScaleState; empty for none."""
+    powersgd: PyTree = ()
+    """Of all groups, a PowerSGDState; in a checkpoint the sum of their errors; empty for none."""
 
 
-def create(stage: Stage, key: Key[Array, ""]) -> TrainState:
+def create(stage: Stage, key: Key[Array, ""], groups: Groups | None = None) -> TrainState:
     """Makes the state before the first update; the average starts as a copy of the parameters."""
     key_init, key_steps = jax.random.split(key)
     params = stage.init(key_init)
@@ -102,6 +107,27 @@ def create(stage: Stage, key: Key[Array, ""]) -> TrainState:
         opt_state=stage.optimizer.init(params),
         key=key_steps,
         scales=stage.scaling.create() if stage.scaling else (),
+        powersgd=groups.create(params) if groups else (),
+    )
+
+
+def shardings(
+    state: TrainState, mesh: Mesh, rules: Rules, groups: Groups | None = None
+) -> TrainState:
+    """Says where each array of a state lies; takes the state or its shapes."""
+    places = rules_lib.shardings(state.replace(powersgd=()), mesh, rules)
+    return places.replace(powersgd=groups.places(places.params) if groups else ())
+
+
+def saved(state: TrainState, groups: Groups | None) -> TrainState:
+    """What a checkpoint keeps of a state."""
+    return state.replace(powersgd=groups.total(state.powersgd)) if groups else state
+
+
+def resumed(saved: TrainState, state: TrainState, groups: Groups | None) -> TrainState:
+    """Turns what a checkpoint kept into a state; `state` is any other one, on the mesh of today."""
+    return (
+        saved.replace(powersgd=groups.resumed(state.powersgd, saved.powersgd)) if groups else saved
     )
 
 
@@ -116,6 +142,7 @@ def update_step(
     stage: Stage,
     *,
     places: TrainState | None = None,
+    groups: Groups | None = None,
     accumulate: int = 1,
     average_every: int = 1,
     average_decay: float = 0.999,
@@ -129,7 +156,9 @@ def update_step(
 
     Args:
       stage: gives the loss and the optimizer.
-      places: where the state lies, as `parallel.rules.shardings` says; None for one device.
+      places: where the state lies, as `shardings` says; None for one device.
+      groups: which send each other compressed gradients; None to average whole ones. The losses of
+        groups have equal weight, as those of micro-batches have.
       accumulate: micro-batches k per update, at least 1.
       average_every: updates between two moves of the weight average.
       average_decay: d in average = d * average + (1 - d) * params, in [0, 1).
@@ -137,36 +166,53 @@ def update_step(
     Returns:
       The update. Its metrics are the stage's own and loss, grad_norm (after accumulation, before
       the optimizer clips), update_norm and param_norm (after the update): f32 scalars. With
-      gradient scales there are the least and the greatest of them too, and skipped: 1 for an update
-      with a gradient that was not finite, which changes nothing but the scales.
+      gradient scales there are the least and the greatest of them too; with these or groups,
+      skipped: 1 for an update with a gradient that was not finite, which changes nothing but the
+      scales and what groups keep of the gradients.
     """
     scaling = stage.scaling
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
+    def gradients(params, batch, key, step, scales):
+        """Loss and metrics, which resblocks are finite, and gradients without their scales."""
         differentiate = jax.value_and_grad(stage.loss, has_aux=True)
         if scaling:
-            differentiate = partial(differentiate, scales=state.scales.scale)
+            differentiate = partial(differentiate, scales=scales.scale)
         if accumulate == 1:
-            (loss, metrics), grads = differentiate(state.params, batch, key, state.step)
+            measures, grads = differentiate(params, batch, key, step)
         else:
-            (loss, metrics), grads = _accumulated(
-                differentiate, accumulate, state.params, batch, key, state.step
-            )
-        scales = state.scales
-        if scaling:
-            grads, finite = scaling.unscale(grads, scales)
-            scales = scaling.update(scales, finite)
-            skipped = ~(finite.all() & jnp.isfinite(optax.global_norm(grads)))
-            grads = _unless(skipped, grads, jax.tree.map(jnp.zeros_like, grads))
+            measures, grads = _accumulated(differentiate, accumulate, params, batch, key, step)
+        grads, finite = scaling.unscale(grads, scales) if scaling else (grads, ())
+        return measures, finite, grads
+
+    def of_group(params, batch, key, step, scales):
+        if scaling:  # the mean over a part of the batch has gradients that are larger by as much
+            scales = scales.replace(scale=scales.scale / groups.count)
+        return gradients(params, batch, key, step, scales)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        given = (state.params, batch, key, state.step, state.scales)
+        powersgd = state.powersgd
+        if groups:
+            told, grads, powersgd, norm, well = groups.reduce(of_group, powersgd, *given)
+            (loss, metrics), finite = told
+        else:
+            (loss, metrics), finite, grads = gradients(*given)
+            norm = optax.global_norm(grads)
+            well = jnp.isfinite(norm) & finite.all() if scaling else None
+        scales = scaling.update(state.scales, finite) if scaling else ()
+        if well is not None:
+            grads = _unless(~well, grads, jax.tree.map(jnp.zeros_like, grads))
+            norm = jnp.where(well, norm, 0)
         updates, opt_state = stage.optimizer.update(
             grads, state.opt_state, state.params, value=loss
         )
+        if well is not None:
+            updates = _unless(~well, updates, grads)
+            opt_state = _unless(~well, opt_state, state.opt_state)
+            metrics = metrics | {"skipped": 1 - well.astype(jnp.float32)}
         if scaling:
-            updates = _unless(skipped, updates, grads)
-            opt_state = _unless(skipped, opt_state, state.opt_state)
             metrics = metrics | {
-                "skipped": skipped.astype(jnp.float32),
                 "least_scale": scales.scale.min(),
                 "greatest_scale": scales.scale.max(),
             }
@@ -182,12 +228,17 @@ def update_step(
         )
         metrics = metrics | {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": norm,
             "update_norm": optax.global_norm(updates),
             "param_norm": optax.global_norm(params),
         }
         return state.replace(
-            step=step, params=params, average=average, opt_state=opt_state, scales=scales
+            step=step,
+            params=params,
+            average=average,
+            opt_state=opt_state,
+            scales=scales,
+            powersgd=powersgd,
         ), metrics
 
     if places is None:

@@ -9,6 +9,7 @@ import tiny
 
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.data.sources import Joined
+from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.train.clip import ClipRun, ClipStage, _shifted, short_clip_run
 from dalle_jax.train.encode import redrawn
 from dalle_jax.train.loop import LoopConfig
@@ -48,6 +49,8 @@ def test_micro_batches_give_loss_and_gradient_of_the_whole_batch(key):
 def test_settings_that_would_change_the_loss_are_refused():
     with pytest.raises(ValueError, match="accumulate is 2, but a contrastive loss compares all of"):
         ClipRun(loop=LoopConfig(steps=1, accumulate=2))
+    with pytest.raises(ValueError, match="powersgd.rank is 4, but .* compares all of a batch"):
+        ClipRun(loop=LoopConfig(steps=1, powersgd=PowerSGDConfig(rank=4)))
     with pytest.raises(ValueError, match="batch_size is 8, but has to be a multiple of micro_ba"):
         short_clip_run(batch_size=8, micro_batch=3)
 
