@@ -1,0 +1,155 @@
+r"""What compressed gradients cost: a small prior trained by four groups, with PowerSGD and without.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python experiments/powersgd.py \
+        --out docs/powersgd.png
+
+Both see the same coloured shapes, as codes of the shipped dVAE, in the same order. Prints what a
+group sends in an update, means of the loss over tenths of the run, and by how much the last of
+them is off; draws both curves (needs matplotlib).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")  # a file is wanted, not a window
+
+import matplotlib.pyplot as plt
+
+import dalle_jax
+from dalle_jax.data.batches import batches
+from dalle_jax.data.shapes import ShapesSource
+from dalle_jax.generate.model import Model
+from dalle_jax.memory import keep_memory
+from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.parallel.groups import Groups
+from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+from dalle_jax.parallel.powersgd import PowerSGDConfig, sent_bytes
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import state as state_lib
+from dalle_jax.train.encode import EncodedBatches
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.prior import PriorStage, short_prior_run
+
+TEXT, PX = 24, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be chosen."""
+
+    steps: int = 300
+    """Updates of each run."""
+    ranks: tuple[int, ...] = (4,)
+    """Ranks to compress to, one run each."""
+    batch_size: int = 16
+    """Pictures in an update, over all groups."""
+    width: int = 64
+    """Width of the prior."""
+    depth: int = 4
+    """Layers."""
+    step_size: float = 1e-3
+    """Greatest learning rate."""
+    out: Path = Path("powersgd.png")
+    """Where the curves go."""
+
+
+def main(options: Options) -> None:
+    """Trains without compression and with each rank, and compares."""
+    keep_memory()
+    shipped = dalle_jax.load("emoji")
+    tokens = Model(name="shapes", px=PX, dvae=shipped.dvae, dvae_params=shipped.dvae_params)
+    source = ShapesSource("train", px=PX)
+    captions = [caption for i in range(len(source)) for caption in source[i]["captions"]]
+    tokenizer = Tokenizer.train(captions, vocabulary=320)
+    text = {"px": PX, "tokenizer": tokenizer, "text_length": TEXT}
+    iterator = batches(source, batch_size=options.batch_size, seed=0, crop="center", **text)
+    iterator = EncodedBatches(iterator, tokens)
+    data = [next(iterator) for _ in range(options.steps)]
+    curves = {}
+    for rank in (None, *options.ranks):
+        name = "whole gradients" if rank is None else f"rank {rank}"
+        curves[name] = train(stage_of(options, tokens, tokenizer), data, rank)
+        tenths = [part.mean() for part in np.array_split(curves[name], 10)]
+        away = tenths[-1] / np.mean(np.array_split(curves["whole gradients"], 10)[-1]) - 1
+        print(f"{name:<16}", *(f"{x:6.3f}" for x in tenths), f"{away:+8.2%}", flush=True)
+    draw(curves, options.out)
+
+
+def stage_of(options, tokens, tokenizer):
+    """The prior."""
+    model = PriorConfig(
+        width=options.width,
+        depth=options.depth,
+        heads=4,
+        text_vocabulary=tokenizer.vocabulary,
+        text_length=TEXT,
+        grid=PX // tokens.dvae.factor,
+        codes=tokens.dvae.codes,
+    )
+    run = short_prior_run(
+        model=model,
+        loop=LoopConfig(steps=options.steps),
+        batch_size=options.batch_size,
+        step_size=options.step_size,
+        warmup_steps=options.steps // 10,
+        clip_norm=1.0,
+    )
+    return PriorStage(
+        run, tokens=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()
+    )
+
+
+def train(stage, data, rank):
+    """The loss of every update."""
+    mesh = make_mesh(MeshConfig())
+    config = PowerSGDConfig(rank=rank)
+    groups = None if rank is None else Groups(config, mesh)
+
+    def create(key):
+        return state_lib.create(stage, key, groups)
+
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(create, key)
+    if groups:
+        say_bytes(shapes.params, config, groups.count)
+    places = state_lib.shardings(shapes, mesh, stage.rules, groups)
+    state = jax.jit(create, out_shardings=places)(key)
+    update = state_lib.update_step(stage, places=places, groups=groups)
+    curve = []
+    for batch in data:
+        state, metrics = update(state, place_batch(mesh, batch))
+        curve.append(float(metrics["loss"]))
+    return np.array(curve)
+
+
+def say_bytes(params, config, groups):
+    """What one of the groups sends in an update, in float32 with and without compression."""
+    sent = sent_bytes(params, config=config, bytes_per_number=4)
+    kernels, rest = sent["plain"] - sent["uncompressed"], sent["uncompressed"]
+    factors = sent["p"] + sent["q"]
+    print(
+        f"{groups} groups, rank {config.rank}: kernels {kernels / 1e3:.0f} kB -> "
+        f"{factors / 1e3:.0f} kB ({1 - factors / kernels:.1%} less), the rest {rest / 1e3:.0f} kB; "
+        f"in all {1 - (factors + rest) / sent['plain']:.1%} less",
+        flush=True,
+    )
+
+
+def draw(curves, path):
+    """One line for each, smoothed over ten updates."""
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot(np.convolve(curve, np.ones(10) / 10, "valid"), label=name)
+    axes.set(xlabel="updates", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
