@@ -31,7 +31,6 @@ CLIP |= {"text_width": 16, "text_depth": 2, "text_heads": 2, "text_length": 9, "
 # case: stage, data x fsdp x tensor, micro-batches, rank of gradients
 CASES = {
     "dvae": ("dvae", (2, 4, 1), 1, None),
-    "prior fsdp": ("prior", (2, 4, 1), 1, None),
     "prior all, accumulated": ("prior", (2, 2, 2), 2, None),
     "prior at full rank": ("prior", (2, 4, 1), 1, 8),  # 32 columns in 4 slices
     "clip": ("clip", (2, 2, 2), 1, None),

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dalle_jax.models.attention import blocked, dense
 from dalle_jax.models.cache import Cache, attend, create, layout
@@ -419,6 +419,11 @@ class Prior(nn.Module):
     def _logits(self, x, of):
         x = layer_norm(self.head["norm"], x)
         return jnp.einsum("BTD,DV->BTV", x, self.head[of]["kernel"])
+
+
+def draw_params(config: PriorConfig, key: Key[Array, ""]) -> PyTree:
+    """Draws the first parameters of either style, as `Prior` says, without tracing its passes."""
+    return Prior(config).init(key, method=lambda prior: prior.head)["params"]
 
 
 def _parted(qkv):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.collectives import Collective, collectives
 from dalle_jax.parallel.mesh import BATCH, DATA, FSDP, TENSOR, make_mesh
@@ -166,7 +166,7 @@ def picture_bytes(config: PriorConfig, run: PriorRun, *, remat: bool = False) ->
     def kept(pictures):
         text = jax.ShapeDtypeStruct((pictures, config.text_length - 1), jnp.int32)
         codes = jax.ShapeDtypeStruct((pictures, config.image_length), jnp.int32)
-        params = jax.eval_shape(prior.init, jax.random.key(0), text, codes)["params"]
+        params = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
 
         def forward(params, text, codes):
             return jax.vjp(lambda p: prior.apply({"params": p}, text, codes), params)

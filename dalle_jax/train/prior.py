@@ -15,7 +15,7 @@ import tyro
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.losses import prior_loss
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import along_batch, look_up
@@ -141,10 +141,7 @@ class PriorStage(Stage):
 
     def init(self, key):
         """Draws the parameters."""
-        c = self.config
-        text = jnp.zeros((1, c.text_length - 1), jnp.int32)
-        codes = jnp.zeros((1, c.image_length), jnp.int32)
-        return self.model.init(key, text, codes)["params"]
+        return draw_params(self.config, key)
 
     def loss(self, params, batch, key, step, *, scales=None):
         """1/8 of the text's and 7/8 of the picture's mean cross-entropy, in nats per token."""

@@ -70,10 +70,6 @@ class ProgressiveStage(PriorStage):
     name = "progressive"
     run: ProgressiveRun
 
-    def init(self, key):
-        """Draws the parameters."""
-        return self.model.init(key, method=lambda prior: prior.head)["params"]
-
     def loss(self, params, batch, key, step, *, scales=None):
         """Weighted nats of all codes, and of whether to fill each empty cell now."""
         del step

@@ -93,11 +93,10 @@ def test_same_key_draws_the_same_picture_in_any_batch_and_row():
     assert (draw(CAPTIONS, _keys(5, seed=1)) != batch).any()
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_samples_that_share_a_caption_equal_those_drawn_with_a_caption_each(guidance):
+def test_samples_that_share_a_caption_equal_those_drawn_with_a_caption_each():
     keys = _keys(15)
-    shared = draw(CAPTIONS, keys, guidance=guidance)
-    np.testing.assert_array_equal(shared, draw(CAPTIONS.repeat(3, 0), keys, guidance=guidance))
+    shared = draw(CAPTIONS, keys, guidance=2.5)
+    np.testing.assert_array_equal(shared, draw(CAPTIONS.repeat(3, 0), keys, guidance=2.5))
     assert len(np.unique(shared[:3].reshape(3, -1), axis=0)) == 3
 
 

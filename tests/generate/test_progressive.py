@@ -1,5 +1,5 @@
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import chex
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.generate.progressive import filled, sample
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
 
 CONFIG = PriorConfig(
     width=16, depth=2, heads=2, text_vocabulary=11, text_length=4, grid=4, codes=6,
@@ -20,10 +20,7 @@ TEXT = np.asarray([[1, 2, 13], [7, 12, 13]])
 
 @cache
 def params():
-    init = jax.eval_shape(
-        lambda key: Prior(CONFIG).init(key, method=lambda prior: prior.head)["params"],
-        jax.random.key(0),
-    )
+    init = jax.eval_shape(partial(draw_params, CONFIG), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), init)
 
@@ -147,7 +144,7 @@ def test_a_picture_depends_on_its_key_and_caption_alone():
 
 def test_guidance_moves_codes_and_none_of_an_empty_caption():
     assert (draw(guidance=3.0).cells != draw().cells).any()
-    empty = 11 + np.arange(3)[None]
+    empty = (11 + np.arange(3))[None].repeat(2, axis=0)
     plain, guided = (draw(text=empty, guidance=g) for g in (1.0, 3.0))
     chex.assert_trees_all_equal(plain, guided)
 

@@ -1,5 +1,5 @@
 import dataclasses
-from functools import cache
+from functools import cache, partial
 
 import chex
 import jax
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
 
 TINY = PriorConfig(
     width=16,
@@ -24,13 +24,9 @@ MASK = TINY.codes
 
 @cache
 def _parameters():
-    init = jax.eval_shape(_declare, jax.random.key(0))
+    init = jax.eval_shape(partial(draw_params, TINY), jax.random.key(0))
     generator = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.3 * generator.normal(size=x.shape).astype(x.dtype), init)
-
-
-def _declare(key):
-    return Prior(TINY).init(key, method=lambda prior: prior.head)["params"]
 
 
 @jax.jit
@@ -50,11 +46,9 @@ def _batch(size):
 
 
 def test_its_parameters_are_those_of_the_other_style_but_for_the_ends():
-    other = Prior(dataclasses.replace(TINY, style="autoregressive", attention="dense"))
-    other = jax.eval_shape(
-        lambda key: other.init(key, method=lambda prior: prior.head)["params"], jax.random.key(0)
-    )
-    own = jax.eval_shape(_declare, jax.random.key(0))
+    other = dataclasses.replace(TINY, style="autoregressive", attention="dense")
+    other = jax.eval_shape(partial(draw_params, other), jax.random.key(0))
+    own = jax.eval_shape(partial(draw_params, TINY), jax.random.key(0))
     assert own["embed"].keys() ^ other["embed"].keys() == {"mask", "start_of_image"}
     assert own["head"].keys() ^ other["head"].keys() == {"fill", "text"}
     chex.assert_trees_all_equal_shapes_and_dtypes(own["layers"], other["layers"])

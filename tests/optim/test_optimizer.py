@@ -63,10 +63,15 @@ def test_step_size_halves_on_a_plateau_five_times_at_most():
     params = {"kernel": jnp.zeros(1)}
     transform = adamw(optax.constant_schedule(1.0), b2=0.96, weight_decay=0.0, plateau_steps=2)
     state = transform.init(params)
+    grads = {"kernel": jnp.ones(1)}
+
+    @jax.jit
+    def update(state):
+        return transform.update(grads, state, params, value=jnp.float32(3.0))
+
     sizes = []
     for _ in range(80):
-        grads = {"kernel": jnp.ones(1)}
-        updates, state = transform.update(grads, state, params, value=jnp.float32(3.0))
+        updates, state = update(state)
         sizes.append(-float(updates["kernel"][0]))
     assert sizes[0] == pytest.approx(1.0, rel=1e-5)
     halvings = {round(np.log2(1 / size)) for size in sizes}

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import chex
 import eight
@@ -14,7 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.models.transformer import PUBLISHED, Prior
+from dalle_jax.models.transformer import PUBLISHED, draw_params
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh
 from dalle_jax.parallel.rules import PRIOR, shardings
 
@@ -56,9 +57,7 @@ def abstract(data, fsdp, tensor):
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_eight_devices_share_a_published_prior_evenly(size):
     config = PUBLISHED[size]
-    text = jax.ShapeDtypeStruct((1, config.text_length - 1), jnp.int32)
-    codes = jax.ShapeDtypeStruct((1, config.image_length), jnp.int32)
-    params = jax.eval_shape(Prior(config).init, jax.random.key(0), text, codes)["params"]
+    params = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
     places = shardings(params, abstract(128, 8, 1), PRIOR)
     held = jax.tree.map(lambda x, place: np.prod(place.shard_shape(x.shape)), params, places)
     whole = sum(x.size for x in jax.tree.leaves(params))

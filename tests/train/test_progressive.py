@@ -1,6 +1,7 @@
 """Orders of cells, partial pictures, and the stage that learns from them."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 import tiny
 
 from dalle_jax.generate.progressive import filled
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.transformer import draw_params
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.orders import order_scores, ranks
 from dalle_jax.train.prior import short_prior_run
@@ -22,10 +23,7 @@ TEXT = np.zeros((3, CONFIG.text_length - 1), np.int32)
 CODES = np.random.default_rng(0).integers(0, K, (3, 4, 4), np.int32)
 
 
-SHAPES = jax.eval_shape(
-    lambda key: Prior(CONFIG).init(key, method=lambda prior: prior.head)["params"],
-    jax.random.key(0),
-)
+SHAPES = jax.eval_shape(partial(draw_params, CONFIG), jax.random.key(0))
 PARAMS = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), SHAPES)  # all codes equally likely
 
 
