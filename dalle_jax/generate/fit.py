@@ -86,10 +86,10 @@ def dvae_shapes(config: DVAEConfig) -> Shapes:
 
 def prior_shapes(config: PriorConfig) -> Shapes:
     """What the weights of a prior look like."""
-    return files.flat(jax.eval_shape(partial(draw_params, config), jax.random.key(0)))
+    return shapes(partial(draw_params, config))
 
 
 def shapes(init: Callable, *inputs: Any) -> Shapes:
-    """What a module's `init` would draw for such inputs."""
-    key = jax.eval_shape(jax.random.key, 0)
-    return files.flat(jax.eval_shape(init, key, *inputs)["params"])
+    """What is drawn with a key for such inputs; not even the key is made."""
+    drawn = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), *inputs)
+    return files.flat(drawn.get("params", drawn))
