@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file is wanted, not a window
 
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
 
 from dalle_jax.train.log import read_metrics
@@ -43,6 +44,24 @@ def main(
         panel.grid(alpha=0.3)
     figure.savefig(out, dpi=110)
     print(out)
+
+
+def compare(curves: dict[str, np.ndarray], out: Path, *, dashed: str = "") -> None:
+    """Draws losses of several runs in one panel, smoothed over ten updates.
+
+    Args:
+      curves: nats per token at each update, by the names of the runs.
+      out: picture file to write.
+      dashed: name of one that lies on another.
+    """
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    for name, curve in curves.items():
+        smooth = np.convolve(curve, np.ones(10) / 10, "valid")
+        axes.plot(smooth, "--" if name == dashed else "-", label=name)
+    axes.set(xlabel="updates", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=110)
 
 
 if __name__ == "__main__":

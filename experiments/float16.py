@@ -13,13 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import matplotlib
 import numpy as np
 import tyro
-
-matplotlib.use("Agg")  # a file is wanted, not a window
-
-import matplotlib.pyplot as plt
+from curves import compare
 
 import dalle_jax
 from dalle_jax.data.batches import batches
@@ -86,7 +82,7 @@ def main(options: Options) -> None:
             f"{skipped} skipped",
             flush=True,
         )
-    draw(curves, options.out)
+    compare(curves, options.out, dashed="float16, scaled")
 
 
 def stage_of(options, tokens, tokenizer, precision, *, scaled):
@@ -129,17 +125,6 @@ def train(stage, data):
         curve.append(float(metrics["nats"]))
         skipped += int(metrics.get("skipped", 0))
     return np.array(curve), skipped
-
-
-def draw(curves, path):
-    """One line for each, smoothed over ten updates."""
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
-    for (name, curve), style in zip(curves.items(), ("-", "--", "-"), strict=True):
-        axes.plot(np.convolve(curve, np.ones(10) / 10, "valid"), style, label=name)
-    axes.set(xlabel="updates", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import matplotlib
 import numpy as np
 import tyro
-
-matplotlib.use("Agg")  # a file is wanted, not a window
-
-import matplotlib.pyplot as plt
+from curves import compare
 
 import dalle_jax
 from dalle_jax.data.batches import batches
@@ -77,7 +73,7 @@ def main(options: Options) -> None:
         tenths = [part.mean() for part in np.array_split(curves[name], 10)]
         away = tenths[-1] / np.mean(np.array_split(curves["whole gradients"], 10)[-1]) - 1
         print(f"{name:<16}", *(f"{x:6.3f}" for x in tenths), f"{away:+8.2%}", flush=True)
-    draw(curves, options.out)
+    compare(curves, options.out)
 
 
 def stage_of(options, tokens, tokenizer):
@@ -138,17 +134,6 @@ def say_bytes(params, config, groups):
         f"in all {1 - (factors + rest) / sent['plain']:.1%} less",
         flush=True,
     )
-
-
-def draw(curves, path):
-    """One line for each, smoothed over ten updates."""
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
-    for name, curve in curves.items():
-        axes.plot(np.convolve(curve, np.ones(10) / 10, "valid"), label=name)
-    axes.set(xlabel="updates", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
