@@ -78,6 +78,39 @@ def rare_code_penalty(
     return jnp.mean(jax.nn.relu(np.log(min_share / K) - log_share))
 
 
+def codebook_loss(
+    z: Float[Array, "B G G D"], entries: Float[Array, "B G G D"], *, commitment: float = 0.25
+) -> Float[Array, ""]:
+    """Mean squared distance of features to their codes: moves the codes, and features less so.
+
+    Args:
+      z: features of each cell.
+      entries: what stands in the codebook for the code of each.
+      commitment: weight beta of the part that moves the features.
+    Source: van den Oord et al. 2017, equation 3; the release of Esser et al. 2021 has the weight on
+      the other part by a slip that its authors name.
+    """
+    to_codes = jnp.square(jax.lax.stop_gradient(z) - entries).mean()
+    return to_codes + commitment * jnp.square(z - jax.lax.stop_gradient(entries)).mean()
+
+
+def unused_code_pull(
+    z: Float[Array, "B G G D"], table: Float[Array, "K D"], codes: Int[Array, "B G G"]
+) -> Float[Array, ""]:
+    """Mean squared distance of each code that no cell of the batch has chosen to its nearest cell.
+
+    Its gradient moves the codes alone, towards where features are, until cells choose them: what
+    the gradient of `codebook_loss` never does for a code without cells (ours).
+    """
+    K, D = table.shape
+    cells = jax.lax.stop_gradient(z).reshape(-1, D)
+    # |e|^2 is the same for all cells, so the nearest has the least |z|^2 - 2 e z
+    to_cells = jnp.square(cells).sum(-1)[None] - 2 * table @ cells.T
+    target = cells[to_cells.argmin(axis=1)]
+    unused = jnp.ones(K).at[codes.ravel()].set(0)
+    return jnp.mean(unused[:, None] * jnp.square(table - target))
+
+
 def prior_loss(
     text_logits: Float[Array, "B P V"],
     image_logits: Float[Array, "B I K"],

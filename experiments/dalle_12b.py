@@ -20,6 +20,7 @@ import tyro
 from folder import FolderOptions
 
 from dalle_jax.models.transformer import PUBLISHED
+from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR, MeshConfig
 from dalle_jax.terminal import complaints
 from dalle_jax.train import plan as planning
@@ -28,6 +29,7 @@ from dalle_jax.train.dvae import DVAERun
 from dalle_jax.train.experiment import main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun
+from dalle_jax.train.vqgan import VQGANRun
 
 RANKS = {"2.8B": 512, "5.6B": 640, "12B": 896}  # of PowerSGD, in all; table 1
 
@@ -35,6 +37,11 @@ RANKS = {"2.8B": 512, "5.6B": 640, "12B": 896}  # of PowerSGD, in all; table 1
 def dvae() -> DVAERun:
     """32 x 32 codes of 8,192 for pictures of 256 px; on 64 devices in the paper."""
     return DVAERun()
+
+
+def vqgan() -> VQGANRun:
+    """As many codes for as many pixels, by a network of the sizes released with f = 8."""
+    return VQGANRun(model=VQGANConfig(multipliers=(1, 1, 2, 4), attention=(8,), codes=8192))
 
 
 def prior() -> PriorRun:
@@ -224,4 +231,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["plan"]:
         plan(sys.argv[2:])
     else:
-        main("dalle_12b", data=FolderOptions, dvae=dvae(), prior=prior(), clip=ClipRun())
+        runs = {"dvae": dvae(), "vqgan": vqgan(), "prior": prior(), "clip": ClipRun()}
+        main("dalle_12b", data=FolderOptions, **runs)

@@ -11,11 +11,13 @@ from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.train.clip import ClipRun, short_clip_run
 from dalle_jax.train.dvae import DVAERun, short_dvae_run
 from dalle_jax.train.experiment import Data, main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun, short_prior_run
+from dalle_jax.train.vqgan import VQGANRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,18 @@ def dvae() -> DVAERun:
     """4 x 4 codes of 32."""
     return short_dvae_run(
         model=DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=32, residual_gain=0.3),
+        loop=_loop(steps=20),
+        px=16,
+        batch_size=8,
+        warmup_steps=5,
+    )
+
+
+def vqgan() -> VQGANRun:
+    """4 x 4 codes of 32."""
+    sizes = {"width": 8, "multipliers": (1, 1, 2), "blocks_per_group": 1, "attention": ()}
+    return VQGANRun(
+        model=VQGANConfig(**sizes, z_width=16, codes=32, code_width=8),
         loop=_loop(steps=20),
         px=16,
         batch_size=8,
@@ -80,4 +94,4 @@ def _loop(steps: int) -> LoopConfig:
 
 
 if __name__ == "__main__":
-    main("debug", data=ShapesOptions, dvae=dvae(), prior=prior(), clip=clip())
+    main("debug", data=ShapesOptions, dvae=dvae(), vqgan=vqgan(), prior=prior(), clip=clip())

@@ -17,11 +17,13 @@ from dalle_jax.generate.folder import SHIPPED
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.train.clip import ClipRun, short_clip_run
 from dalle_jax.train.dvae import DVAERun, short_dvae_run
 from dalle_jax.train.experiment import Data, main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun, short_prior_run
+from dalle_jax.train.vqgan import VQGANRun
 
 # The first of the list that `dalle-jax generate` draws when it is given no captions.
 CAPTIONS = (SHIPPED / "captions.txt").read_text(encoding="utf-8").splitlines()[:6]
@@ -71,6 +73,20 @@ def dvae() -> DVAERun:
     )
 
 
+def vqgan() -> VQGANRun:
+    """16 x 16 codes of 512: f = 4."""
+    sizes = {"width": 32, "multipliers": (1, 2, 2), "blocks_per_group": 1, "attention": ()}
+    return VQGANRun(
+        model=VQGANConfig(**sizes, z_width=64, codes=512, code_width=64),
+        loop=LoopConfig(
+            steps=4_000, log_every=100, save_every=500, evaluate_every=500, sheet_every=1000
+        ),
+        px=64,
+        crop_px=32,
+        batch_size=8,
+    )
+
+
 def prior() -> PriorRun:
     """32 text positions and 256 codes: 3.7M parameters."""
     sizes = {"width": 192, "depth": 6, "heads": 6, "text_vocabulary": 2048, "text_length": 32}
@@ -96,4 +112,4 @@ def clip() -> ClipRun:
 
 if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).parent))  # or this file would hide the package `emoji`
-    main("emoji", data=EmojiOptions, dvae=dvae(), prior=prior(), clip=clip())
+    main("emoji", data=EmojiOptions, dvae=dvae(), vqgan=vqgan(), prior=prior(), clip=clip())

@@ -93,8 +93,8 @@ def stage_of(options, tokens, tokenizer, precision, *, scaled):
         heads=4,
         text_vocabulary=tokenizer.vocabulary,
         text_length=TEXT,
-        grid=tokens.prior.grid,
-        codes=tokens.prior.codes,
+        grid=tokens.grid,
+        codes=tokens.codec.codes,
     )
     run = short_prior_run(
         model=model,

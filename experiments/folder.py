@@ -13,11 +13,13 @@ from dalle_jax.data.sources import FolderSource
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.train.clip import ClipRun, short_clip_run
 from dalle_jax.train.dvae import DVAERun, short_dvae_run
 from dalle_jax.train.experiment import Data, main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun, short_prior_run
+from dalle_jax.train.vqgan import VQGANRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,17 @@ def dvae() -> DVAERun:
     )
 
 
+def vqgan() -> VQGANRun:
+    """16 x 16 codes of 512 for pictures of 64 px."""
+    sizes = {"width": 32, "multipliers": (1, 2, 2), "blocks_per_group": 1, "attention": ()}
+    return VQGANRun(
+        model=VQGANConfig(**sizes, z_width=64, codes=512, code_width=64),
+        loop=LoopConfig(steps=10_000, log_every=100, save_every=1000),
+        px=64,
+        batch_size=8,
+    )
+
+
 def prior() -> PriorRun:
     """64 text positions and 256 codes."""
     sizes = {"width": 256, "depth": 8, "heads": 8, "text_vocabulary": 4096, "text_length": 64}
@@ -72,4 +85,4 @@ def clip() -> ClipRun:
 
 
 if __name__ == "__main__":
-    main("folder", data=FolderOptions, dvae=dvae(), prior=prior(), clip=clip())
+    main("folder", data=FolderOptions, dvae=dvae(), vqgan=vqgan(), prior=prior(), clip=clip())

@@ -58,7 +58,7 @@ def main(options: Options) -> None:
     """Trains without compression and with each rank, and compares."""
     keep_memory()
     shipped = dalle_jax.load("emoji")
-    tokens = Model(name="shapes", px=PX, dvae=shipped.dvae, dvae_params=shipped.dvae_params)
+    tokens = Model(name="shapes", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
     source = ShapesSource("train", px=PX)
     captions = [caption for i in range(len(source)) for caption in source[i]["captions"]]
     tokenizer = Tokenizer.train(captions, vocabulary=320)
@@ -84,8 +84,8 @@ def stage_of(options, tokens, tokenizer):
         heads=4,
         text_vocabulary=tokenizer.vocabulary,
         text_length=TEXT,
-        grid=PX // tokens.dvae.factor,
-        codes=tokens.dvae.codes,
+        grid=tokens.grid,
+        codes=tokens.codec.codes,
     )
     run = short_prior_run(
         model=model,

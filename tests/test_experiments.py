@@ -91,6 +91,19 @@ def test_a_progressive_prior_learns_and_joins_the_model(workdir, monkeypatch):
     assert list(model.priors) == ["prior", "progressive"]
 
 
+@pytest.mark.slow
+def test_a_vqgan_makes_the_codes_in_place_of_the_dvae(tmp_path, monkeypatch):
+    few = ("--steps", 2, "--evaluate-every", "None", "--sheet-every", "None")
+    run("debug", "vqgan", "--workdir", tmp_path, *few, monkeypatch=monkeypatch)
+    codec = ("--codec", "vqgan")
+    run("debug", "prior", "--workdir", tmp_path, *codec, *few, monkeypatch=monkeypatch)
+    model = dalle_jax.load(tmp_path / "model")
+    assert model.kind == "vqgan"
+    assert model.fingerprints.keys() == {"vqgan", "prior", "tokenizer"}
+    assert "- vqgan: 2 updates of 8 examples" in model.card
+    assert (tmp_path / "sheet.png").exists()
+
+
 def test_a_contrastive_loss_is_not_accumulated(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run("debug", "clip", "--workdir", tmp_path, "--accumulate", 2, monkeypatch=monkeypatch)
@@ -124,7 +137,7 @@ def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script", ["debug", "emoji", "folder", "dalle_12b"])
-@pytest.mark.parametrize("command", ["dvae", "prior", "clip", "all"])
+@pytest.mark.parametrize("command", ["dvae", "vqgan", "prior", "clip", "all"])
 def test_help_explains_every_option(script, command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(script, command, "--help", monkeypatch=monkeypatch)

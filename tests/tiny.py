@@ -11,10 +11,13 @@ from dalle_jax.generate.model import Model
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 from dalle_jax.text.bpe import Tokenizer
 
 PX = 16
 DVAE_CONFIG = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=12, code_width=8)
+VQGAN_SIZES = {"width": 4, "multipliers": (1, 1, 2), "blocks_per_group": 1, "attention": ()}
+VQGAN_CONFIG = VQGANConfig(**VQGAN_SIZES, z_width=8, codes=12, code_width=8)
 
 
 @functools.cache
@@ -37,8 +40,8 @@ def parts():
     text, codes = jnp.zeros((1, 63), jnp.int32), jnp.zeros((1, 16), jnp.int32)
     return {
         "px": PX,
-        "dvae": DVAE_CONFIG,
-        "dvae_params": dvae_params(0),
+        "codec": DVAE_CONFIG,
+        "codec_params": dvae_params(0),
         "prior": config,
         "prior_params": _drawn(1, Prior(config), text, codes),
         "tokenizer": tokenizer(),
@@ -47,6 +50,10 @@ def parts():
 
 def dvae_params(seed):
     return _drawn(seed, DVAE(DVAE_CONFIG), jnp.zeros((1, PX, PX, 3)))
+
+
+def vqgan_params(seed):
+    return _drawn(seed, VQGAN(VQGAN_CONFIG), jnp.zeros((1, PX, PX, 3)))
 
 
 def model(**changes):

@@ -106,7 +106,7 @@ def real(suite: Suite, records: Sequence[int], px: int) -> Iterator[Part]:
 def decoded(model: Model, parts: Iterable[Part]) -> Iterator[Part]:
     """The pictures as the model's tokenizer shows them, which no drawing can surpass."""
     for part in parts:
-        key = digest({"decoded by": model.fingerprints["dvae"], "pictures": part.key})
+        key = digest({"decoded by": model.codec_fingerprint, "pictures": part.key})
 
         def images(part=part):
             return model.decode(model.encode(part.images()))

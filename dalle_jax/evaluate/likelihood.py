@@ -14,7 +14,7 @@ from dalle_jax.evaluate.drawing import PART, Part
 from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import decibels
 from dalle_jax.losses import prior_loss
-from dalle_jax.models.dvae import code_use
+from dalle_jax.models.codec import code_use
 from dalle_jax.models.transformer import Prior, PriorConfig
 
 
@@ -25,7 +25,7 @@ def tokenizer_quality(model: Model, parts: Iterable[Part]) -> dict[str, float | 
       psnr, psnr_foreground: mean over pictures, in dB, see `image.pixels.decibels`;
       codes: distinct codes seen; perplexity: exp of the entropy of their frequencies.
     """
-    counts = np.zeros(model.dvae.codes, int)
+    counts = np.zeros(model.codec.codes, int)
     psnr, foreground = [], []
     for part in parts:
         images = part.images()

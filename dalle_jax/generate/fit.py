@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dalle_jax.generate import folder as files
 from dalle_jax.generate.folder import ModelError, Tensors
-from dalle_jax.models.dvae import DVAE, DVAEConfig
+from dalle_jax.models import codec as codecs
+from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.transformer import PriorConfig, draw_params
 
 STYLES = {"prior": "autoregressive", "progressive": "progressive"}
@@ -22,16 +22,16 @@ Shapes = dict[str, jax.ShapeDtypeStruct]  # by the names that weights are stored
 
 
 def check_parts(model: Any, priors: dict[str, PriorConfig]) -> None:
-    """Raises a ModelError if dVAE, priors and tokenizer of a model have other sizes."""
-    name, px, dvae = model.name, model.px, model.dvae
-    if px < 1 or px % dvae.factor:
-        raise ModelError(f"model {name!r}: px is {px}, but must be a multiple of {dvae.factor}")
+    """Raises a ModelError if codec, priors and tokenizer of a model have other sizes."""
+    name, px, factor = model.name, model.px, model.codec.factor
+    if px < 1 or px % factor:
+        raise ModelError(f"model {name!r}: px is {px}, but must be a multiple of {factor}")
     for part, prior in priors.items():
         _check_prior(model, part, prior)
 
 
 def _check_prior(model, part, prior):
-    name, dvae = model.name, model.dvae
+    name, owner_of_codes = model.name, codecs.TITLES[model.kind]
     if prior.style != STYLES[part]:
         raise ModelError(f"model {name!r}: its {part} has the style {prior.style}")
     if model.tokenizer is None:
@@ -39,8 +39,8 @@ def _check_prior(model, part, prior):
             f"model {name!r} has a prior but no tokenizer; give the one it learned with"
         )
     for owner, what, has, needs in (
-        ("dVAE", "grid", model.grid, prior.grid),
-        ("dVAE", "codes", dvae.codes, prior.codes),
+        (owner_of_codes, "grid", model.grid, prior.grid),
+        (owner_of_codes, "codes", model.codec.codes, prior.codes),
         ("tokenizer", "text vocabulary", model.tokenizer.vocabulary, prior.text_vocabulary),
     ):
         if has != needs:
@@ -65,7 +65,9 @@ def check_tensors(what: str, tensors: Tensors, shapes: Shapes) -> None:
 def check_fingerprints(name: str, has: dict[str, str], wanted: dict[str, str]) -> None:
     """Raises a ModelError if a part is another one than the prior was trained with."""
     reasons = {
-        "dvae": f"the dVAE of model {name!r} is damaged or not the one it was trained with",
+        kind: f"the {title} of model {name!r} is damaged or not the one it was trained with"
+        for kind, title in codecs.TITLES.items()
+    } | {
         "tokenizer": f"the tokenizer of model {name!r} is not the one it was trained with",
         "prior": f"the prior of model {name!r} is damaged",
         "progressive": f"the progressive prior of model {name!r} is damaged",
@@ -78,10 +80,9 @@ def check_fingerprints(name: str, has: dict[str, str], wanted: dict[str, str]) -
             )
 
 
-def dvae_shapes(config: DVAEConfig) -> Shapes:
-    """What the weights of a dVAE look like."""
-    picture = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
-    return shapes(DVAE(config).init, picture)
+def codec_shapes(config: CodecConfig) -> Shapes:
+    """What the weights of a dVAE or VQ-GAN look like."""
+    return shapes(partial(codecs.draw_params, config))
 
 
 def prior_shapes(config: PriorConfig) -> Shapes:

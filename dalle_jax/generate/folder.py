@@ -3,14 +3,15 @@
     config.json              format, name, px, sizes of the networks, fingerprints of the files
     dvae.safetensors         weights, nested names joined by "/"; kernels in bfloat16, the rest and
                              the kernels next to codes and tokens in float32
+    vqgan.safetensors        in place of it, if pictures become codes by a VQ-GAN
     prior.safetensors        the same, of the autoregressive prior; optional
     progressive.safetensors  of the progressive prior; optional
     tokenizer.model          SentencePiece; there if a prior is
     clip                     folder of the CLIP that ranks its pictures (`generate.clip`); optional
     README.md, LICENSE       model card with the attribution of the data, and terms of the weights
 
-A prior knows codes and ids only by number, so config.json names the very dVAE and tokenizer that it
-was trained with, and any other is refused.
+A prior knows codes and ids only by number, so config.json names the very dVAE or VQ-GAN, and the
+tokenizer, that it was trained with, and any other is refused.
 """
 
 import dataclasses
@@ -32,9 +33,11 @@ import safetensors.numpy
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "pretrained"
-CONFIG, DVAE, TOKENIZER = "config.json", "dvae.safetensors", "tokenizer.model"
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+CODECS = {"dvae": "dvae.safetensors", "vqgan": "vqgan.safetensors"}
+"""Parts that turn pictures into codes and back, one of which a model has, and their files."""
 PRIORS = {"prior": "prior.safetensors", "progressive": "progressive.safetensors"}
-"""Parts of a model that draw codes, and their files."""
+"""Parts that draw codes, and their files."""
 CARD, LICENSE = "README.md", "LICENSE"
 
 # The ends of the network, where rounding would choose other codes: with all kernels in bfloat16
@@ -125,9 +128,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def sizes(cls: type, fields: Any, path: Path) -> Any:
     """Makes a config dataclass from its saved fields; ModelError if they do not fit."""
-    try:
-        return cls(**fields)
-    except (TypeError, ValueError) as error:
+    try:  # of sequences JSON knows lists alone, configs tuples
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path / CONFIG} does not describe a {cls.__name__} of this version: {error}"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int, Int32, Key, UInt8, UInt32
+from jaxtyping import Array, Float16, Int, Int32, Key, UInt8, UInt32
 
 from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate import folder as files
@@ -26,14 +26,15 @@ from dalle_jax.generate.fit import (
     check_fingerprints,
     check_parts,
     check_tensors,
-    dvae_shapes,
+    codec_shapes,
     prior_shapes,
 )
 from dalle_jax.generate.folder import ModelError
 from dalle_jax.generate.rerank import Best, Ranked
 from dalle_jax.image import pixels
+from dalle_jax.models import codec as codecs
 from dalle_jax.models.cache import layout
-from dalle_jax.models.dvae import DVAEConfig, pictures, tokens
+from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.transformer import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 
@@ -41,7 +42,7 @@ Decoder = Literal["autoregressive", "progressive"]
 
 
 class Model:
-    """A dVAE and, if it can draw, the priors and the tokenizer that belong to it; maybe a CLIP too.
+    """A codec (dVAE or VQ-GAN) and, if it can draw, its priors and tokenizer; maybe a CLIP too.
 
     Weights are rounded as they are stored and kept in float32, so that a model draws the same
     pictures before it is saved and after it is loaded.
@@ -52,8 +53,8 @@ class Model:
         *,
         name: str,
         px: int,
-        dvae: DVAEConfig,
-        dvae_params: Any,
+        codec: CodecConfig,
+        codec_params: Any,
         prior: PriorConfig | None = None,
         prior_params: Any = None,
         progressive: PriorConfig | None = None,
@@ -69,8 +70,8 @@ class Model:
         Args:
           name: short name, shown to people.
           px: side R of its pictures, in pixels.
-          dvae: sizes of the dVAE.
-          dvae_params: its nested parameters.
+          codec: sizes of the dVAE or VQ-GAN that turns pictures into codes and back.
+          codec_params: its nested parameters.
           prior: sizes of the autoregressive prior; None for none.
           prior_params: its nested parameters.
           progressive: sizes of the progressive prior; None for none.
@@ -83,17 +84,19 @@ class Model:
         Raises:
           ModelError: if a part is missing, has other sizes, or does not belong.
         """
-        self.name, self.px, self.dvae = name, px, dvae
+        self.name, self.px, self.codec = name, px, codec
+        self.kind = codecs.kind(codec)
+        """Of the codec: "dvae" or "vqgan", as its file and its fingerprint are named."""
         self.tokenizer, self.card, self.license = tokenizer, card, license
         self._clip = clip
         given = {"prior": (prior, prior_params), "progressive": (progressive, progressive_params)}
         given = {part: both for part, both in given.items() if both[0] is not None}
         check_parts(self, {part: sizes for part, (sizes, _) in given.items()})
 
-        tensors = files.to_tensors(dvae_params)
-        check_tensors("dVAE", tensors, dvae_shapes(dvae))
-        self.fingerprints = {"dvae": files.fingerprint(tensors)}
-        self.dvae_params = jax.device_put(files.to_params(tensors))
+        tensors = files.to_tensors(codec_params)
+        check_tensors(codecs.TITLES[self.kind], tensors, codec_shapes(codec))
+        self.fingerprints = {self.kind: files.fingerprint(tensors)}
+        self.codec_params = jax.device_put(files.to_params(tensors))
         self.priors: dict[str, tuple[PriorConfig, Any]] = {}
         """Sizes and parameters of the parts that draw codes: "prior", "progressive", or both."""
         for part, (sizes, params) in given.items():
@@ -117,7 +120,9 @@ class Model:
             raise ModelError(f"{folder} holds a CLIP, which cannot draw; open it with Clip.load")
         try:
             parts = {"name": config["name"], "px": config["px"]}
-            dvae, fingerprints = config["dvae"], config["fingerprints"]
+            fingerprints = config["fingerprints"]
+            kind = next((kind for kind in files.CODECS if kind in config), "dvae")
+            parts["codec"] = files.sizes(codecs.KINDS[kind], config[kind], folder)
         except KeyError as error:
             raise ModelError(f"{folder / files.CONFIG} lacks {error}; restore it") from error
         for part, file in files.PRIORS.items():
@@ -129,8 +134,7 @@ class Model:
             parts["clip"] = folder / CLIP_FOLDER
         parts |= files.read_texts(folder)
         return cls(
-            dvae=files.sizes(DVAEConfig, dvae, folder),
-            dvae_params=files.to_params(files.read_tensors(folder / files.DVAE)),
+            codec_params=files.to_params(files.read_tensors(folder / files.CODECS[kind])),
             fingerprints=fingerprints,
             **parts,
         )
@@ -146,11 +150,11 @@ class Model:
                 new,
                 name=self.name,
                 px=self.px,
-                dvae=self.dvae,
+                **{self.kind: self.codec},
                 **{part: sizes for part, (sizes, _) in self.priors.items()},
                 fingerprints=self.fingerprints,
             )
-            files.write_tensors(new / files.DVAE, files.to_tensors(self.dvae_params))
+            files.write_tensors(new / files.CODECS[self.kind], files.to_tensors(self.codec_params))
             for part, (_, params) in self.priors.items():
                 files.write_tensors(new / files.PRIORS[part], files.to_tensors(params))
                 self.tokenizer.save(new / files.TOKENIZER)
@@ -174,7 +178,7 @@ class Model:
 
     def with_priors_of(self, other: "Model") -> "Model":
         """Gives this model with what it lacks of another's priors, if they know the same codes."""
-        for part in ("dvae", "tokenizer"):
+        for part in (*files.CODECS, "tokenizer"):
             if self.fingerprints.get(part) != other.fingerprints.get(part):
                 return self
         joined = copy.copy(self)
@@ -183,9 +187,14 @@ class Model:
         return joined
 
     @property
+    def codec_fingerprint(self) -> str:
+        """Of the weights of its dVAE or VQ-GAN: codes belong to these alone."""
+        return self.fingerprints[self.kind]
+
+    @property
     def grid(self) -> int:
         """Side G of the square of codes."""
-        return self.px // self.dvae.factor
+        return self.px // self.codec.factor
 
     def generate(
         self,
@@ -281,13 +290,20 @@ class Model:
         return all_images if best is None else best.ranked()
 
     def encode(self, images: ArrayLike | Sequence[ArrayLike]) -> Int32[np.ndarray, "B G G"]:
-        """Turns pictures into codes, the likeliest one of each cell.
+        """Turns pictures into codes; see `codes_and_errors`."""
+        return self.codes_and_errors(images)[0]
+
+    def codes_and_errors(
+        self, images: ArrayLike | Sequence[ArrayLike]
+    ) -> tuple[Int32[np.ndarray, "B G G"], Float16[np.ndarray, "B G G"]]:
+        """Turns pictures into codes, and says how badly the code of each cell fits it.
 
         Args:
           images: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3] of any sizes; those that are
             not R x R are scaled to a short side of R and cut to the middle square.
         Returns:
-          Codes in [0, K).
+          Codes in [0, K), and errors, greater where the fit is worse: of a VQ-GAN the squared
+          distance to the code, of a dVAE minus the greatest logit.
         Raises:
           ValueError: if a picture is not uint8 with three channels.
         """
@@ -295,9 +311,11 @@ class Model:
         for i, image in enumerate(images):
             squares[i] = pixels.square(np.asarray(image), self.px)
         codes = np.empty((len(images), self.grid, self.grid), np.int32)
+        errors = np.empty(codes.shape, np.float16)
         for batch, _ in micro_batches(len(images), self._bytes_to_convolve()):
-            codes[batch] = _encode(self.dvae, self.dvae_params, squares[batch])
-        return codes
+            made = _encode(self.codec, self.codec_params, squares[batch])
+            codes[batch], errors[batch] = made
+        return codes, errors
 
     def decode(self, codes: Int[ArrayLike, "B G G"]) -> UInt8[np.ndarray, "B R R 3"]:
         """Turns codes into pictures.
@@ -310,19 +328,19 @@ class Model:
           ValueError: if a code is not in the codebook.
         """
         codes = np.asarray(codes)
-        if codes.size and not 0 <= codes.min() <= codes.max() < self.dvae.codes:
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.codec.codes:
             raise ValueError(
                 f"codes go from {codes.min()} to {codes.max()}, but the codebook holds 0 to "
-                f"{self.dvae.codes - 1}; were they made by another dVAE?"
+                f"{self.codec.codes - 1}; were they made by another {codecs.TITLES[self.kind]}?"
             )
-        side = codes.shape[1] * self.dvae.factor
+        side = codes.shape[1] * self.codec.factor
         images = np.empty((len(codes), side, side, 3), np.uint8)
         for batch, _ in micro_batches(len(codes), self._bytes_to_convolve()):
-            images[batch] = _decode(self.dvae, self.dvae_params, codes[batch])
+            images[batch] = _decode(self.codec, self.codec_params, codes[batch])
         return images
 
     def __repr__(self):
-        sizes = f"{self.px} px, {self.grid} x {self.grid} of {self.dvae.codes} codes"
+        sizes = f"{self.px} px, {self.grid} x {self.grid} of {self.codec.codes} codes"
         parts = [
             f"{part} of {sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f}M parameters"
             for part, (_, params) in self.priors.items()
@@ -332,8 +350,8 @@ class Model:
     def _part(self, decoder, stages, revise):
         if not self.priors:
             raise ModelError(
-                f"model {self.name!r} holds a dVAE alone: it can encode and decode, but drawing "
-                "needs a prior trained on its codes"
+                f"model {self.name!r} holds a {codecs.TITLES[self.kind]} alone: it can encode and "
+                "decode, but drawing needs a prior trained on its codes"
             )
         part = {style: part for part, style in STYLES.items()}.get(decoder, next(iter(self.priors)))
         if part not in self.priors:
@@ -385,7 +403,7 @@ class Model:
         return self.encode([image_prompt])[0]
 
     def _bytes_to_convolve(self):
-        return 4 * 4 * self.px**2 * self.dvae.width  # about four feature maps live at a time
+        return 4 * 4 * self.px**2 * self.codec.width  # about four feature maps live at a time
 
 
 def _bytes_to_sample(config, guidance):
@@ -420,5 +438,5 @@ def _keys(
     return of_picture(of_caption, numbers).ravel()
 
 
-_encode = jax.jit(tokens, static_argnums=0)
-_decode = jax.jit(pictures, static_argnums=0)
+_encode = jax.jit(codecs.codes_and_errors, static_argnums=0)
+_decode = jax.jit(codecs.pictures, static_argnums=0)

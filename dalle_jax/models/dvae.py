@@ -5,7 +5,6 @@ Source: Ramesh et al. 2021, section 2.1 and appendix A, and the authors' release
 normalisation layers, ReLU only, zero "same" padding, a bias in every convolution.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -13,11 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
 from dalle_jax.image.pixels import map_pixels, unmap_pixels
-from dalle_jax.models.convolution import convolve, max_pool
+from dalle_jax.models.convolution import Conv, draw, enlarged, max_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,24 +61,6 @@ class DVAEConfig:
         return 1 / (self.groups * self.blocks_per_group) ** 2
 
 
-class Conv(nn.Module):
-    """A convolution with bias; its weights come from `draw_params`."""
-
-    features: int
-    size: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        """Convolves with zero "same" padding."""
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.zeros_init(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        if self.size == 1:  # one matrix product: on a CPU its kernel gradient takes a quarter
-            y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
-            return y.reshape(*x.shape[:-1], self.features) + bias[None, None, None]
-        return convolve(x, kernel) + bias[None, None, None]
-
-
 class Codebook(nn.Module):
     """The decoder's first convolution: a 1x1 kernel that holds one row for each code."""
 
@@ -118,15 +98,11 @@ class Block(nn.Module):
         ):
             y = Conv(features, size, name=f"conv_{i}")(nn.relu(y))
             # Whatever works on one pixel gives the same before as after it is copied four times.
-            y = _enlarged(y) if self.enlarge and i == 1 else y
+            y = enlarged(y) if self.enlarge and i == 1 else y
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, name="id_path")(x)
-        x = _enlarged(x) if self.enlarge else x
+        x = enlarged(x) if self.enlarge else x
         return x + self.gain * y
-
-
-def _enlarged(x):
-    return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class Encoder(nn.Module):
@@ -214,10 +190,7 @@ class DVAE(nn.Module):
 
 
 def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters: kernels from N(0, 1 / (C_in * size**2)), biases 0.
-
-    There is no factor for ReLU. One draw serves all kernels, since XLA takes about a second to
-    compile each draw of its own.
+    """Draws the first parameters, as `convolution.draw` does; there is no factor for ReLU.
 
     Args:
       config: sizes; `code_std` replaces the deviation of the decoder's first kernel.
@@ -229,17 +202,11 @@ def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
     side = config.factor
     init = DVAE(config).init
     shapes = jax.eval_shape(init, key, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    flat = flatten_dict(shapes["params"])
-    kernels = {path: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
-    ends = list(itertools.accumulate(math.prod(shape) for shape in kernels.values()))
-    noise = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
-    drawn = {path: jnp.zeros(leaf.shape) for path, leaf in flat.items()}
-    for (path, shape), part in zip(kernels.items(), noise, strict=True):
-        std = math.prod(shape[:-1]) ** -0.5
-        if path[:2] == ("decoder", "input") and config.code_std is not None:
-            std = config.code_std
-        drawn[path] = std * part.reshape(shape)
-    return unflatten_dict(drawn)
+    params = draw(shapes["params"], key)
+    if config.code_std is not None:
+        table = params["decoder"]["input"]
+        table["kernel"] *= config.code_std * math.sqrt(config.codes)
+    return params
 
 
 def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:
@@ -250,15 +217,16 @@ def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, 
     return map_pixels(images.astype(jnp.float32) / 255)
 
 
-def tokens(
+def codes_and_errors(
     config: DVAEConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
-) -> Int[Array, "B G G"]:
-    """Codes of pictures, the likeliest one of each cell, without noise.
+) -> tuple[Int[Array, "B G G"], Float16[Array, "B G G"]]:
+    """Codes of pictures, the likeliest one of each cell, without noise, and minus its logit.
 
-    Source: Ramesh et al. 2021, section 2.2.
+    Source: Ramesh et al. 2021, section 2.2; the logit says how sure a code is in Fei et al. 2022,
+    the first author's prototype.
     """
     logits = DVAE(config).apply({"params": params}, network_input(images), method="encode")
-    return logits.argmax(axis=-1)
+    return logits.argmax(axis=-1), (-logits.max(axis=-1)).astype(jnp.float16)
 
 
 def pictures(
@@ -275,13 +243,3 @@ def reconstruction(stats: Float[Array, "B R R 6"]) -> UInt8[Array, "B R R 3"]:
     """
     pixels = unmap_pixels(jax.nn.sigmoid(stats[..., :3]))
     return jnp.round(pixels * 255).astype(jnp.uint8)
-
-
-def code_use(counts: Int[np.ndarray, " K"]) -> tuple[int, float]:
-    """How many codes are in use, and the perplexity: exp of the entropy of their frequencies.
-
-    Args:
-      counts: how often each code was seen; some code at least once.
-    """
-    frequency = counts[counts > 0] / counts.sum()
-    return int((counts > 0).sum()), float(np.exp(-np.sum(frequency * np.log(frequency))))

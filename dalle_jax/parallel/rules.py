@@ -37,8 +37,8 @@ PRIOR: Rules = (
     ("head/norm/*", Spec()),
     ("head/*/kernel", Spec(FSDP, TENSOR)),
 )
-DVAE: Rules = (("*", Spec()),)  # 98 million parameters: every device has all of them
-CLIP: Rules = DVAE  # ViT-B/32 has 151 million
+CODEC: Rules = (("*", Spec()),)  # the dVAE has 98 million parameters: every device has them all
+CLIP: Rules = CODEC  # ViT-B/32 has 151 million
 
 SMALL = 2**18  # numbers; an array below this that cannot be cut evenly stays whole
 

@@ -1,17 +1,20 @@
-"""A start for the dVAE's codebook in which every code already means something.
+"""A start for the codebook in which every code already means something.
 
 Source: ours. Drawn at random, most codes never win a cell and die within a few hundred updates.
 Clusters of the untrained encoder's features give each of them a part of the pictures at once.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from dalle_jax.models.dvae import DVAE, DVAEConfig, network_input
+from dalle_jax.models import dvae, vqgan
+from dalle_jax.models.dvae import DVAE, DVAEConfig
+from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 
 ROUNDS = 10  # of k-means; the mean distance falls by less than 1 % in the last ones
 SHARPNESS = 2.0  # nats by which a cell at the mean distance prefers its own cluster's centre
@@ -38,17 +41,15 @@ def kmeans_start(
     Source: ours.
     """
     key_centres, key_rotation = jax.random.split(key)
-    cells = _different_cells(params, config, images)
-    if len(cells) < config.codes:
-        raise ValueError(
-            f"the {len(images)} pictures for the k-means start have {len(cells)} different cells, "
-            f"fewer than the {config.codes} codes; give more pictures or fewer codes"
-        )
-    chosen = jax.random.permutation(key_centres, len(cells))
-    cells = jnp.asarray(cells)[chosen]
-    centres = cells[: config.codes]
-    for _ in range(ROUNDS):
-        centres, distance = _lloyd(cells, centres)
+    D = params["encoder"]["output"]["kernel"].shape[2]
+    shown = DVAE(dataclasses.replace(config, codes=D))  # an identity at its end shows the features
+    output = {"kernel": jnp.eye(D)[None, None], "bias": jnp.zeros(D)}
+    encoder = {"params": {"encoder": {**params["encoder"], "output": output}}}
+
+    def features(x):
+        return shown.apply(encoder, dvae.network_input(x), method="encode")
+
+    centres, distance = _clusters(key_centres, features, config.codes, images)
     s = SHARPNESS / distance
     output = {"kernel": 2 * s * centres.T[None, None], "bias": -s * jnp.square(centres).sum(-1)}
     table = {**params["decoder"]["input"], "kernel": _spread(key_rotation, centres, config)}
@@ -58,19 +59,41 @@ def kmeans_start(
     }
 
 
-def _different_cells(params, config, images) -> Float[np.ndarray, "cells D"]:
-    """Features of all grid cells, without repeats, so that flat areas count once."""
-    D = params["encoder"]["output"]["kernel"].shape[2]
-    shown = DVAE(dataclasses.replace(config, codes=D))  # an identity at its end shows the features
-    output = {"kernel": jnp.eye(D)[None, None], "bias": jnp.zeros(D)}
-    encoder = {"params": {"encoder": {**params["encoder"], "output": output}}}
+def kmeans_table(
+    key: Key[Array, ""], params: PyTree, config: VQGANConfig, images: UInt8[np.ndarray, "B R R 3"]
+) -> PyTree:
+    """Sets the codebook of a VQ-GAN to clusters of the untrained encoder's features.
 
-    @jax.jit
+    Args, Returns and Raises are those of `kmeans_start`.
+    """
+
     def features(x):
-        return shown.apply(encoder, network_input(x), method="encode")
+        return VQGAN(config).apply({"params": params}, vqgan.network_input(x), method="encode")
 
+    centres, _ = _clusters(key, features, config.codes, images)
+    return {**params, "quantize": {"embedding": centres}}
+
+
+def _clusters(key, features: Callable, codes: int, images):
+    """Centres of the clusters of all cells, and their mean squared distance in the last round."""
+    cells = _different_cells(features, images)
+    if len(cells) < codes:
+        raise ValueError(
+            f"the {len(images)} pictures for the k-means start have {len(cells)} different cells, "
+            f"fewer than the {codes} codes; give more pictures or fewer codes"
+        )
+    cells = jnp.asarray(cells)[jax.random.permutation(key, len(cells))]
+    centres = cells[:codes]
+    for _ in range(ROUNDS):
+        centres, distance = _lloyd(cells, centres)
+    return centres, distance
+
+
+def _different_cells(features, images) -> Float[np.ndarray, "cells D"]:
+    """Features of all grid cells, without repeats, so that flat areas count once."""
+    features = jax.jit(features)
     parts = [np.asarray(features(images[i : i + 64])) for i in range(0, len(images), 64)]
-    cells = np.concatenate([part.reshape(-1, D) for part in parts])
+    cells = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
     scale = np.abs(cells).mean()
     _, first = np.unique(np.round(cells / (1e-3 * scale)), axis=0, return_index=True)
     return cells[np.sort(first)]

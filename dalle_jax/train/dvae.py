@@ -3,8 +3,7 @@
 Source: Ramesh et al. 2021, section 2.1 and appendix A; the short recipe is ours.
 """
 
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -14,27 +13,12 @@ import numpy as np
 import tyro
 
 from dalle_jax import losses
-from dalle_jax.image.pixels import decibels
-from dalle_jax.image.sheet import contact_sheet
-from dalle_jax.models.dvae import (
-    DVAE,
-    DVAEConfig,
-    code_use,
-    draw_params,
-    network_input,
-    pictures,
-    tokens,
-)
+from dalle_jax.models.dvae import DVAE, DVAEConfig, network_input
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
-from dalle_jax.parallel.rules import DVAE as DVAE_RULES
 from dalle_jax.train.codebook import kmeans_start
+from dalle_jax.train.codec import CodecStage, check_sides, windows
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.state import Stage
-
-log = logging.getLogger(__name__)
-
-COLLAPSED = 1 / 8  # a codebook with less than this share of its codes in use gets a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +68,7 @@ class DVAERun:
     """Global norm that gradients are clipped to; None for no clipping."""
 
     def __post_init__(self):
-        f = self.model.factor
-        for name in ("px", "crop_px"):
-            side = getattr(self, name)
-            if side is not None and (side < f or side % f):
-                raise ValueError(f"{name} is {side}, but has to be a multiple of the model's f={f}")
-        if self.crop_px is not None and self.crop_px > self.px:
-            raise ValueError(f"crop_px is {self.crop_px}, more than the pictures' px={self.px}")
+        check_sides(self.model, px=self.px, crop_px=self.crop_px)
 
 
 def short_dvae_run(**changes) -> DVAERun:
@@ -114,24 +92,17 @@ def short_dvae_run(**changes) -> DVAERun:
     return DVAERun(**(recipe | changes))
 
 
-class DVAEStage(Stage):
-    """The dVAE as a stage of the training loop.
-
-    Args:
-      run: the settings.
-      start_images: a function giving uint8 [B, R, R, 3] training pictures for the k-means start.
-      validation: a function giving one pass over the validation pictures, in batches with
-        uint8 "image" [B, R, R, 3].
-    """
+class DVAEStage(CodecStage):
+    """The dVAE as a stage of the training loop; its arguments are those of `CodecStage`."""
 
     name = "dvae"
-    rules = DVAE_RULES
+    against_collapse = (
+        "a higher kl_weight or rare_code_weight, or a slower temperature, keeps more of them"
+    )
 
     def __init__(self, run: DVAERun, *, start_images: Callable[[], np.ndarray], validation):
-        self.run = run
+        super().__init__(run, start_images=start_images, validation=validation)
         self.model = DVAE(run.model)
-        self._start_images = start_images
-        self._validation = validation
         steps = run.loop.steps
         self.temperature = cosine(
             run.temperature_start,
@@ -150,11 +121,6 @@ class DVAEStage(Stage):
             weight_decay=run.weight_decay,
             clip_norm=run.clip_norm,
         )
-        self._reconstruct = jax.jit(self._codes_and_pictures)
-
-    def init(self, key):
-        """Draws the parameters; see `models.dvae`."""
-        return draw_params(self.run.model, key)
 
     def begin(self, params):
         """Starts the codebook from clusters of pictures, if the run says so."""
@@ -173,7 +139,7 @@ class DVAEStage(Stage):
         key_windows, key_codes = jax.random.split(key)
         images = batch["image"]
         if run.crop_px is not None:
-            images = _windows(key_windows, images, run.crop_px, run.model.factor)
+            images = windows(key_windows, images, run.crop_px, run.model.factor)
         x = network_input(images)
         logits = self._apply(params, x, "encode")
         z = losses.gumbel_softmax(key_codes, logits, self.temperature(step))
@@ -188,66 +154,8 @@ class DVAEStage(Stage):
             loss += run.rare_code_weight * per_value * metrics["rare"]
         return loss, metrics
 
-    def evaluate(self, params) -> dict[str, float]:
-        """Measures hard (argmax) reconstruction over the validation pictures.
-
-        Returns:
-          psnr: mean over pictures of 10 log10(255^2 / MSE), in dB;
-          psnr_foreground: the same over the pixels that are not white;
-          codes: distinct codes seen; perplexity: exp of the entropy of their frequencies.
-        """
-        counts = np.zeros(self.run.model.codes, int)
-        psnr, foreground = [], []
-        for images in self._pictures():
-            codes, drawn = map(np.asarray, self._reconstruct(params, images))
-            counts += np.bincount(codes.ravel(), minlength=len(counts))
-            for total, part in zip((psnr, foreground), decibels(images, drawn), strict=True):
-                total.extend(part)
-        used, perplexity = code_use(counts)
-        if used < COLLAPSED * len(counts):
-            log.warning(
-                "the codebook has collapsed: %d of %d codes are in use; a higher kl_weight or "
-                "rare_code_weight, or a slower temperature, keeps more of them",
-                used,
-                len(counts),
-            )
-        return {
-            "psnr": float(np.mean(psnr)),
-            "psnr_foreground": float(np.mean(foreground)),
-            "codes": used,
-            "perplexity": perplexity,
-        }
-
-    def sheet(self, params):
-        """Draws validation pictures, each row above its reconstruction."""
-        images = next(iter(self._pictures()))
-        images = images[: min(len(images) // 8, 2) * 8 or len(images)]  # whole rows of eight
-        _, drawn = self._reconstruct(params, images)
-        pairs = zip(*(np.split(x, max(len(x) // 8, 1)) for x in (images, drawn)), strict=True)
-        rows = [row for pair in pairs for row in pair]
-        return contact_sheet(np.stack(rows), ["pictures", "reconstructions"] * (len(rows) // 2))
-
-    def _pictures(self) -> Iterable[np.ndarray]:
-        for batch in self._validation():
-            yield batch["image"]
-
-    def _codes_and_pictures(self, params, images):
-        codes = tokens(self.run.model, params, images)
-        return codes, pictures(self.run.model, params, codes)
-
     def _apply(self, params, x, method):
         return self.model.apply({"params": params}, x, method=method)
-
-
-def _windows(key, images, side, factor):
-    """Cuts one square from each picture, along the lines of the grid of codes."""
-    B, R = images.shape[:2]
-    at = factor * jax.random.randint(key, (B, 2), 0, (R - side) // factor + 1)
-
-    def cut(image, at):
-        return jax.lax.dynamic_slice(image, (at[0], at[1], 0), (side, side, 3))
-
-    return jax.vmap(cut)(images, at)
 
 
 def _steps(given: int | None, otherwise: int | float) -> int:

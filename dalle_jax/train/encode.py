@@ -1,6 +1,6 @@
-"""From pictures to codes by a frozen dVAE, and back: while a model trains, or once, ahead of it.
+"""From pictures to codes by a frozen codec, and back: while a model trains, or once, before it.
 
-Source: Ramesh et al. 2021, section 2.2: the codes are the argmax of the encoder's logits.
+Source: Ramesh et al. 2021, section 2.2.
 """
 
 import json
@@ -27,7 +27,7 @@ class EncodedBatches:
 
     Args:
       iterator: yields dicts with uint8 "image" [B, R, R, 3].
-      model: its dVAE encodes them.
+      model: its codec encodes them.
     """
 
     def __init__(self, iterator: DataIterator, model: Model):
@@ -54,12 +54,12 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
 
     Args:
       source: pictures with captions.
-      model: its dVAE encodes them.
+      model: its codec encodes them.
       folder: where the shards are kept.
     Raises:
-      SourceError: if the shards there come from another dVAE, or from more or fewer pictures.
+      SourceError: if the shards there come from another codec, or from more or fewer pictures.
     """
-    fingerprint = model.fingerprints["dvae"]
+    fingerprint = model.codec_fingerprint
     if not (folder / "manifest.json").exists():
         log.info("encoding %d pictures into %s; this is done once", len(source), folder)
         meta = {"dvae": fingerprint, "records": len(source)}
@@ -83,16 +83,16 @@ def _records(source: DataSource, model: Model) -> Iterator[dict]:
 
 
 def redrawn(source: DataSource, model: Model, folder: Path) -> FolderSource:
-    """Gives pictures as the dVAE draws them from their codes, kept as a folder of PNG files.
+    """Gives pictures as the codec draws them from their codes, kept as a folder of PNG files.
 
     They are made the first time they are asked for, each from the middle square of its picture.
 
     Args:
       source: pictures with captions.
-      model: its dVAE draws them.
-      folder: where they are kept, in a folder for each dVAE and number of pictures.
+      model: its codec draws them.
+      folder: where they are kept, in a folder for each codec and number of pictures.
     """
-    folder = folder / f"{model.fingerprints['dvae'][:12]}-{len(source)}"
+    folder = folder / f"{model.codec_fingerprint[:12]}-{len(source)}"
     table = folder / TABLES[0]
     if not table.exists():
         log.info("redrawing %d pictures into %s; this is done once", len(source), folder)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Union, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, Union, runtime_checkable
 
 import jax
 import tyro
@@ -24,6 +24,7 @@ from dalle_jax.generate.folder import CONFIG
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
+from dalle_jax.models.codec import TITLES, CodecConfig
 from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
@@ -36,11 +37,17 @@ from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
 from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, in_progressive_style
+from dalle_jax.train.vqgan import VQGANRun, VQGANStage
 from dalle_jax.train.window import NonFiniteError
 
 log = logging.getLogger(__name__)
 
-START_PICTURES = 1024  # pictures that the k-means start of a dVAE looks at
+START_PICTURES = 1024  # pictures that the k-means start of a codebook looks at
+
+Codec = Annotated[
+    Literal["dvae", "vqgan"],
+    tyro.conf.arg(help="What makes codes of pictures: the stage of the workdir to use."),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,7 @@ def main(
     *,
     data: type[DataOptions],
     dvae: DVAERun,
+    vqgan: VQGANRun,
     prior: PriorRun,
     clip: ClipRun,
     args: Sequence[str] | None = None,
@@ -81,6 +89,7 @@ def main(
       name: of the experiment and of its models.
       data: options of the data.
       dvae: settings of the dVAE's run, unless the command line says otherwise.
+      vqgan: settings of the VQ-GAN's run, likewise.
       prior: settings of the prior's run, likewise; those of the progressive one are the same.
       clip: settings of the CLIP's run, likewise.
       args: the command line; None for the process's own.
@@ -89,19 +98,20 @@ def main(
     """
     commands = (
         _command("dvae", "Train the dVAE.", data, {"dvae": dvae}),
-        _command("prior", "Train the prior on the codes of the dVAE.", data, {"prior": prior}),
+        _command("vqgan", "Train the VQ-GAN, in place of the dVAE.", data, {"vqgan": vqgan}),
+        _command("prior", "Train the prior on codes of pictures.", data, {"prior": prior}),
         _command(
             "progressive",
-            "Train the progressive prior on the codes of the dVAE.",
+            "Train the progressive prior on codes of pictures.",
             data,
             {"progressive": in_progressive_style(prior)},
         ),
         _command("clip", "Train the CLIP that ranks pictures.", data, {"clip": clip}),
         _command(
             "all",
-            "Train dVAE, prior and CLIP in turn.",
+            "Train dVAE or VQ-GAN, prior and CLIP in turn.",
             data,
-            {"dvae": dvae, "prior": prior, "clip": clip},
+            {"dvae": dvae, "vqgan": vqgan, "prior": prior, "clip": clip},
         ),
     )
     show_log_lines()
@@ -115,9 +125,9 @@ def main(
         _run(name, options)
 
 
-def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
-    """Trains the dVAE, or goes on with it, and writes the folder `model` below workdir."""
-    stage = DVAEStage(
+def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path) -> Model:
+    """Trains a dVAE or VQ-GAN, or goes on with it, and writes the folder `model` below workdir."""
+    stage = (VQGANStage if isinstance(run, VQGANRun) else DVAEStage)(
         run,
         start_images=lambda: _first_pictures(data.train, run.px),
         validation=lambda: once(data.validation, batch_size=64, px=run.px),
@@ -137,9 +147,9 @@ def train_dvae(run: DVAERun, data: Data, *, name: str, workdir: Path) -> Model:
     model = Model(
         name=name,
         px=run.px,
-        dvae=run.model,
-        dvae_params=jax.device_get(whole(state.average)),
-        card=_card(name, data, [_summary("dvae", run, workdir)]),
+        codec=run.model,
+        codec_params=jax.device_get(whole(stage.network(state.average))),
+        card=_card(name, data, [_summary(stage.name, run, workdir)]),
         license=data.license,
     )
     if is_leader():
@@ -188,7 +198,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         settings=settings,
         must_agree=["run", "fingerprints"],
     )
-    stages = [line for line in tokens.card.splitlines() if line.startswith("- dvae:")]
+    stages = [line for line in tokens.card.splitlines() if line.startswith(f"- {tokens.kind}:")]
     card = _card(tokens.name, data, [*stages, _summary(stage.name, run, workdir)])
     return stage.to_model(jax.device_get(whole(state.average)), card=card, license=data.license)
 
@@ -199,7 +209,7 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
     Args:
       run: the settings.
       data: what it is trained and measured on.
-      tokens: its dVAE redraws the pictures; None for none.
+      tokens: its codec redraws the pictures; None for none.
       name: of the experiment.
       workdir: folder of this run alone.
     """
@@ -260,6 +270,8 @@ def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
         ("data", Annotated[data, tyro.conf.arg(name="")]),
         ("processes", ProcessConfig, dataclasses.field(default_factory=ProcessConfig)),
     ]
+    if set(runs) - {"dvae", "vqgan"}:
+        fields.append(("codec", Codec, dataclasses.field(default="dvae")))
     for stage, run in runs.items():
         # One stage alone needs no prefix before its options.
         prefix = stage if len(runs) > 1 else ""
@@ -271,19 +283,22 @@ def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
 
 
 def _run(name: str, options: Any) -> None:
-    dvae, clip = (getattr(options, stage, None) for stage in ("dvae", "clip"))
+    codecs = {stage: getattr(options, stage, None) for stage in TITLES}
+    wanted = getattr(options, "codec", None)  # one of two in `all`
+    codecs = {stage: run for stage, run in codecs.items() if run and wanted in (stage, None)}
+    clip = getattr(options, "clip", None)
     priors = {stage: getattr(options, stage, None) for stage in ("prior", "progressive")}
     priors = {stage: run for stage, run in priors.items() if run is not None}
     workdir: Path = options.workdir
-    if dvae is not None:
+    for stage, codec in codecs.items():
         for prior in priors.values():
-            _check_fit(prior, px=dvae.px, dvae=dvae.model)
-        data = _opened(options.data, dvae.px)
-        train_dvae(dvae, data, name=name, workdir=workdir / "dvae")
-        log.info("the dVAE is in %s", workdir / "dvae" / "model")
+            _check_fit(prior, px=codec.px, codec=codec.model, title=TITLES[stage])
+        data = _opened(options.data, codec.px)
+        train_codec(codec, data, name=name, workdir=workdir / stage)
+        log.info("the %s is in %s", TITLES[stage], workdir / stage / "model")
     for stage, prior in priors.items():
-        tokens = Model.load(workdir / "dvae" / "model")
-        _check_fit(prior, px=tokens.px, dvae=tokens.dvae)
+        tokens = Model.load(workdir / options.codec / "model")
+        _check_fit(prior, px=tokens.px, codec=tokens.codec, title=TITLES[options.codec])
         data = _opened(options.data, tokens.px)
         model = train_prior(prior, data, tokens, workdir=workdir / stage)
         if is_leader():
@@ -292,7 +307,7 @@ def _run(name: str, options: Any) -> None:
             save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
             log.info("the model is in %s, pictures it drew in %s", workdir / "model", sheet)
     if clip is not None:
-        tokens = Model.load(workdir / "dvae" / "model") if clip.redraw else None
+        tokens = Model.load(workdir / options.codec / "model") if clip.redraw else None
         data = _opened(options.data, clip.model.px)
         train_clip(clip, data, tokens, name=name, workdir=workdir / clip.folder)
         log.info("the CLIP is in %s", workdir / clip.folder / "model")
@@ -310,14 +325,14 @@ def _save(model: Model, workdir: Path) -> None:
     model.save(workdir / "model")
 
 
-def _check_fit(prior: PriorRun, *, px: int, dvae) -> None:
+def _check_fit(prior: PriorRun, *, px: int, codec: CodecConfig, title: str) -> None:
     for option, got, wanted in (
-        ("grid", prior.model.grid, px // dvae.factor),
-        ("codes", prior.model.codes, dvae.codes),
+        ("grid", prior.model.grid, px // codec.factor),
+        ("codes", prior.model.codes, codec.codes),
     ):
         if got != wanted:
             raise ValueError(
-                f"the prior's model.{option} is {got}, but the dVAE makes {wanted}; "
+                f"the prior's model.{option} is {got}, but the {title} makes {wanted}; "
                 f"give the prior --model.{option} {wanted} (--prior.model.{option} with `all`)"
             )
 

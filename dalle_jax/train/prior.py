@@ -90,8 +90,8 @@ class PriorStage(Stage):
 
     Args:
       run: the settings.
-      tokens: the dVAE and everything else of the model folder but the prior; None where nothing is
-        to be drawn or written.
+      tokens: the codec and everything else of the model folder but the prior; None where nothing
+        is to be drawn or written.
       tokenizer: belongs to the captions in the batches; None as well.
       validation: a function giving one pass over the validation set, in batches with int32
         "text" [B, P - 1] and "codes" [B, G, G].
@@ -166,13 +166,13 @@ class PriorStage(Stage):
         return contact_sheet(pictures, self._captions)
 
     def to_model(self, params, **changes) -> Model:
-        """Puts the prior together with its tokenizer and dVAE; `changes` as in `Model`."""
+        """Puts the prior together with its tokenizer and codec; `changes` as in `Model`."""
         tokens, part = self._tokens, self.name  # stages have the names of the model's parts
         parts = {
             "name": tokens.name,
             "px": tokens.px,
-            "dvae": tokens.dvae,
-            "dvae_params": tokens.dvae_params,
+            "codec": tokens.codec,
+            "codec_params": tokens.codec_params,
             part: self.config,
             f"{part}_params": params,
             "tokenizer": self._tokenizer,

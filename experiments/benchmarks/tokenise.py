@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from measure import PeerOptions, Report, drawn, median_time, peer_rates
 
-from dalle_jax.models.dvae import DVAE, DVAEConfig, tokens
+from dalle_jax.models.dvae import DVAE, DVAEConfig, codes_and_errors
 
 # case: sizes, pixels, batch, the peer's name for the same shapes
 CASES = {
@@ -38,7 +38,7 @@ def encode(report, case, config, px, batch, *, seconds=6.0):
     """One size; gives images a second."""
     params = drawn(DVAE(config).init, jnp.zeros((1, px, px, 3)))
     images = np.random.default_rng(0).integers(256, size=(batch, px, px, 3), dtype=np.uint8)
-    program = jax.jit(tokens, static_argnums=0)
+    program = jax.jit(codes_and_errors, static_argnums=0)
     taken = median_time(program, config, params, images, seconds=seconds)
     report.look()
     flop = 2 * batch * counting.encoder_forward(config, px)

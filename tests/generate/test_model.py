@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 
+import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +18,8 @@ from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.folder import ModelError
 from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import PictureError
+from dalle_jax.models import dvae
+from dalle_jax.models.dvae import DVAE
 from dalle_jax.text.bpe import TextError, Tokenizer
 
 
@@ -187,6 +191,33 @@ def test_dvae_alone_encodes_and_decodes_but_does_not_draw(tmp_path, pictures):
         loaded.generate("red apple")
 
 
+def test_a_vqgan_takes_the_place_of_the_dvae(tmp_path, pictures):
+    model = tiny.model(codec=tiny.VQGAN_CONFIG, codec_params=tiny.vqgan_params(3))
+    model.save(tmp_path / "model")
+    names = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
+    assert names == {"vqgan.safetensors", "prior.safetensors"}
+    loaded = dalle_jax.load(tmp_path / "model")
+    assert loaded.codec == tiny.VQGAN_CONFIG
+    codes, errors = model.codes_and_errors(pictures)
+    chex.assert_shape((codes, errors), (len(pictures), 4, 4))
+    assert errors.dtype == np.float16
+    np.testing.assert_array_equal(loaded.encode(pictures), codes)
+    np.testing.assert_array_equal(loaded.decode(codes), model.decode(codes))
+    drawn = loaded.generate("red apple", seed=3)
+    np.testing.assert_array_equal(drawn, model.generate("red apple", seed=3))
+    tiny.model(codec=tiny.VQGAN_CONFIG, codec_params=tiny.vqgan_params(4)).save(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "vqgan.safetensors", tmp_path / "model")
+    refused(tmp_path / "model", "the VQ-GAN of model 'tiny' is damaged or not the one it was train")
+
+
+def test_errors_of_a_dvae_are_its_greatest_logits_negated(model, pictures):
+    codes, errors = model.codes_and_errors(pictures)
+    x = dvae.network_input(jnp.asarray(pictures))
+    logits = DVAE(model.codec).apply({"params": model.codec_params}, x, method="encode")
+    np.testing.assert_array_equal(codes, logits.argmax(-1))
+    np.testing.assert_allclose(errors, -logits.max(-1), rtol=1e-3, atol=1e-3)
+
+
 def test_saving_replaces_a_model_and_leaves_nothing_else_behind(copy):
     tiny.model(name="new").save(copy)
     assert dalle_jax.load(copy).name == "new"
@@ -246,7 +277,7 @@ def test_tokenizer_of_the_same_size_that_does_not_belong_is_refused(copy):
 
 
 def test_dvae_that_does_not_belong_is_refused(copy):
-    other = tiny.model(dvae_params=tiny.dvae_params(5))
+    other = tiny.model(codec_params=tiny.dvae_params(5))
     other.save(copy.parent / "other")
     shutil.copy(copy.parent / "other" / "dvae.safetensors", copy)
     refused(copy, "the dVAE of model 'tiny' is damaged or not the one it was trained with")
@@ -305,7 +336,7 @@ def test_weights_of_other_sizes_are_refused():
         width=8, groups=3, blocks_per_group=1, codes=12, code_width=16
     )
     with pytest.raises(ModelError, match=r"dVAE do not fit its config: decoder/.* has shape \("):
-        tiny.model(dvae=config)
+        tiny.model(codec=config)
 
 
 def test_prior_without_tokenizer_is_refused():

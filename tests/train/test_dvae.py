@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.train.dvae import DVAERun, DVAEStage, _windows, short_dvae_run
+from dalle_jax.train.codec import windows
+from dalle_jax.train.dvae import DVAERun, DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 
 SIZES = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
@@ -91,7 +92,7 @@ def test_training_lowers_the_loss_and_repeats(key):
 def test_windows_lie_on_the_grid_and_inside_the_picture(key):
     rows, columns = np.mgrid[:16, :16].astype(np.uint8)
     marked = jnp.asarray(np.stack([rows, columns, rows], -1))[None].repeat(64, 0)
-    cut = np.asarray(_windows(key, marked, 8, 4))
+    cut = np.asarray(windows(key, marked, 8, 4))
     corners = {tuple(map(int, window[0, 0, :2])) for window in cut}
     assert corners == {(r, c) for r in (0, 4, 8) for c in (0, 4, 8)}
     steps = cut[..., 0] - cut[:, :1, :1, 0]

@@ -106,9 +106,9 @@ def test_codes_are_made_once_and_belong_to_their_dvae(tokens, source, tmp_path):
         prior=None,
         prior_params=None,
         tokenizer=None,
-        dvae_params={
-            **tiny.parts()["dvae_params"],
-            "encoder": tiny.parts()["dvae_params"]["encoder"]
+        codec_params={
+            **tiny.parts()["codec_params"],
+            "encoder": tiny.parts()["codec_params"]["encoder"]
             | {"input": {"kernel": jnp.ones((7, 7, 3, 8)), "bias": jnp.zeros(8)}},
         },
     )

@@ -1,0 +1,318 @@
+"""The VQ-GAN: pictures to a grid of codes and back, each code a point that features snap to.
+
+Letters: B batch, R pixel side, G grid side, f = R / G, H and W sides of the picture on its way,
+C channels, D channels of a code, K codes.
+Source: Esser et al. 2021, "Taming Transformers", section 3.1, and the authors' released network,
+whose parameters have the names used here once "." and numbers are joined as in `down_0/block_1`.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
+
+from dalle_jax.models.convolution import Conv, draw, enlarged
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """Sizes of the VQ-GAN; the defaults are those of the release with f = 16 and 1024 codes."""
+
+    width: int = 128
+    """Channels of the first group (`ch` in the release)."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each group, in widths (`ch_mult`); the picture halves between two groups."""
+    blocks_per_group: int = 2
+    """Residual blocks in each group of the encoder (`num_res_blocks`); the decoder has one more."""
+    attention: tuple[int, ...] = (16,)
+    """Factors of reduction at which attention follows each block; it always stands in the middle.
+    The release says `attn_resolutions`, the side of the picture divided by these."""
+    z_width: int = 256
+    """Channels that the encoder ends and the decoder begins with (`z_channels`)."""
+    codes: int = 1024
+    """Size K of the codebook (`n_embed`)."""
+    code_width: int = 256
+    """Channels D of a code (`embed_dim`)."""
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("blocks_per_group", "z_width", "codes")}
+        sizes |= {"code_width": self.code_width, "groups": len(self.multipliers)}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"VQ-GAN {name} is {size}; it must be at least 1")
+        for width in sorted(self.width * multiplier for multiplier in self.multipliers):
+            if width < 4 or width % (32 if width >= 128 else 4):
+                raise ValueError(
+                    f"VQ-GAN width times a multiplier is {width}; it must be a multiple of 4, and "
+                    "from 128 on of 32, since channels are normalised in groups"
+                )
+        factors = {2**i for i in range(len(self.multipliers))}
+        if odd := set(self.attention) - factors:
+            raise ValueError(
+                f"VQ-GAN attention is at the factors {sorted(odd)}, but the groups reduce pictures "
+                f"by {sorted(factors)}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per grid cell along one side, f."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def _groups(channels: int) -> int:
+    """Groups of a norm: 32 as in the release, but at least four channels in each (ours)."""
+    return min(32, channels // 4)
+
+
+class Norm(nn.Module):
+    """Normalises groups of channels over the whole picture, with a gain and a bias."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Gives each group mean 0 and variance 1."""
+        B, H, W, C = x.shape
+        scale = self.param("scale", nn.initializers.ones_init(), (C,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (C,))
+        x = x.reshape(B, H * W, _groups(C), -1)
+        x = x - x.mean(axis=(1, 3), keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=(1, 3), keepdims=True) + 1e-6)
+        return x.reshape(B, H, W, C) * scale[None, None, None] + bias[None, None, None]
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions, each behind a norm and a swish, beside the identity."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+        """Adds the branch to x, or to its 1x1 projection where the width changes."""
+        y = Conv(self.features, 3, name="conv1")(nn.swish(Norm(name="norm1")(x)))
+        y = Conv(self.features, 3, name="conv2")(nn.swish(Norm(name="norm2")(y)))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, 1, name="nin_shortcut")(x)
+        return x + y
+
+
+class Attention(nn.Module):
+    """Every cell looks at all cells, with one head."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Adds what each cell has seen."""
+        B, H, W, C = x.shape
+        y = Norm(name="norm")(x)
+        q, k, v = (Conv(C, 1, name=name)(y).reshape(B, H * W, C) for name in "qkv")
+        weights = nn.softmax(jnp.einsum("BTC,BSC->BTS", q, k) * C**-0.5)
+        y = jnp.einsum("BTS,BSC->BTC", weights, v).reshape(B, H, W, C)
+        return x + Conv(C, 1, name="proj_out")(y)
+
+
+class Downsample(nn.Module):
+    """Halves both sides with a 3x3 convolution."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
+        """Convolves with stride 2 and zeros at the right and the bottom only."""
+        return Conv(x.shape[-1], 3, halve=True, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles both sides, nearest, before a 3x3 convolution."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
+        """Convolves the enlarged picture."""
+        return Conv(x.shape[-1], 3, name="conv")(enlarged(x))
+
+
+class Group(nn.Module):
+    """Blocks of one width, and what leads to the next group."""
+
+    features: int
+    blocks: int
+    attends: bool
+    then: type[nn.Module] | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
+        """Runs the blocks, each with attention behind it if the group attends."""
+        for i in range(self.blocks):
+            x = ResnetBlock(self.features, name=f"block_{i}")(x)
+            if self.attends:
+                x = Attention(name=f"attn_{i}")(x)
+        return x if self.then is None else self.then(name=self.then.__name__.lower())(x)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the smallest size."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B G G C"]) -> Float[Array, "B G G C"]:
+        """Runs the three."""
+        x = ResnetBlock(x.shape[-1], name="block_1")(x)
+        x = Attention(name="attn_1")(x)
+        return ResnetBlock(x.shape[-1], name="block_2")(x)
+
+
+class Encoder(nn.Module):
+    """Pixels to features of each grid cell."""
+
+    config: VQGANConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B R R 3"]) -> Float[Array, "B G G C"]:
+        """Runs the groups, fine to coarse, and the middle."""
+        c = self.config
+        x = Conv(c.width, 3, name="conv_in")(x)
+        for i, multiplier in enumerate(c.multipliers):
+            x = Group(
+                c.width * multiplier,
+                c.blocks_per_group,
+                2**i in c.attention,
+                Downsample if i < len(c.multipliers) - 1 else None,
+                name=f"down_{i}",
+            )(x)
+        x = Middle(name="mid")(x)
+        return Conv(c.z_width, 3, name="conv_out")(nn.swish(Norm(name="norm_out")(x)))
+
+
+class Decoder(nn.Module):
+    """Features of each grid cell to pixels."""
+
+    config: VQGANConfig
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "B G G C"]) -> Float[Array, "B R R 3"]:
+        """Runs the middle and the groups, coarse to fine; their numbers are the encoder's."""
+        c = self.config
+        x = Conv(c.width * c.multipliers[-1], 3, name="conv_in")(z)
+        x = Middle(name="mid")(x)
+        for i, multiplier in reversed(list(enumerate(c.multipliers))):
+            x = Group(
+                c.width * multiplier,
+                c.blocks_per_group + 1,
+                2**i in c.attention,
+                Upsample if i > 0 else None,
+                name=f"up_{i}",
+            )(x)
+        return Conv(3, 3, name="conv_out")(nn.swish(Norm(name="norm_out")(x)))
+
+
+class Codebook(nn.Module):
+    """The points that features snap to."""
+
+    codes: int
+    features: int
+
+    def setup(self):
+        """Declares the table."""
+        shape = (self.codes, self.features)
+        self.embedding = self.param("embedding", nn.initializers.zeros_init(), shape)
+
+    def __call__(self, codes: Int[Array, "B G G"]) -> Float[Array, "B G G D"]:
+        """Looks codes up."""
+        return self.embedding[codes]
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook and decoder of one tokenizer for pictures."""
+
+    config: VQGANConfig
+
+    def setup(self):
+        """Makes the parts."""
+        c = self.config
+        self.encoder = Encoder(c)
+        self.quant_conv = Conv(c.code_width, 1)
+        self.quantize = Codebook(c.codes, c.code_width)
+        self.post_quant_conv = Conv(c.z_width, 1)
+        self.decoder = Decoder(c)
+
+    def __call__(self, images: Float[Array, "B R R 3"]) -> Float[Array, "B R R 3"]:
+        """Encodes and decodes; says which parameters there are."""
+        codes, _ = nearest(self.encode(images), self.quantize.embedding)
+        return self.decode(self.quantize(codes))
+
+    def encode(self, images: Float[Array, "B R R 3"]) -> Float[Array, "B G G D"]:
+        """Features of each grid cell, before they snap to codes.
+
+        Args:
+          images: f32 in [-1, 1], as `network_input` gives them.
+        Raises:
+          ValueError: if the picture is not square or its side no multiple of f.
+        """
+        _, H, W, _ = images.shape
+        f = self.config.factor
+        if H != W or H % f:
+            raise ValueError(
+                f"the VQ-GAN got pictures of {H}x{W} pixels; they must be square with a side that "
+                f"is a multiple of {f}"
+            )
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, z: Float[Array, "B G G D"] | Int[Array, "B G G"]) -> Float[Array, "B R R 3"]:
+        """Pixels for a grid of codes.
+
+        Args:
+          z: codes (integers in [0, K)) or what stands in the codebook for them.
+        Returns:
+          Pixels, nearly all in [-1, 1].
+        """
+        return self.decoder(self.post_quant_conv(self.quantize(z) if z.ndim == 3 else z))
+
+
+def nearest(
+    z: Float[Array, "B G G D"], table: Float[Array, "K D"]
+) -> tuple[Int[Array, "B G G"], Float[Array, "B G G"]]:
+    """The nearest code of each cell, the first of equals, and its squared distance."""
+    exact = jax.lax.Precision.HIGHEST  # a code should not depend on the machine
+    products = jnp.einsum("BGHD,KD->BGHK", z, table, precision=exact)
+    codes = (jnp.square(table).sum(-1)[None, None, None] - 2 * products).argmin(-1)
+    return codes, jnp.square(z - table[codes]).sum(-1)
+
+
+def straight_through(z: Array, entries: Array) -> Array:
+    """The codebook's entries in value, the features in gradient.
+
+    Source: van den Oord et al. 2017, section 3.2.
+    """
+    return z + jax.lax.stop_gradient(entries - z)
+
+
+def draw_params(config: VQGANConfig, key: Key[Array, ""]) -> PyTree:
+    """Draws the first parameters, as `convolution.draw` does (ours); codes from N(0, 1)."""
+    key_network, key_codes = jax.random.split(key)
+    picture = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
+    params = draw(jax.eval_shape(VQGAN(config).init, key, picture)["params"], key_network)
+    table = jax.random.normal(key_codes, (config.codes, config.code_width))
+    return params | {"quantize": {"embedding": table}}
+
+
+def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:
+    """Pictures as the encoder wants them: f32 in [-1, 1]."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1
+
+
+def codes_and_errors(
+    config: VQGANConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
+) -> tuple[Int[Array, "B G G"], Float16[Array, "B G G"]]:
+    """Codes of pictures, and the squared distance of each cell's features to its code."""
+    z = VQGAN(config).apply({"params": params}, network_input(images), method="encode")
+    codes, distances = nearest(z, params["quantize"]["embedding"])
+    return codes, jnp.minimum(distances, 65504).astype(jnp.float16)
+
+
+def pictures(
+    config: VQGANConfig, params: PyTree, codes: Int[Array | np.ndarray, "B G G"]
+) -> UInt8[Array, "B R R 3"]:
+    """Pictures of codes."""
+    return reconstruction(VQGAN(config).apply({"params": params}, codes, method="decode"))
+
+
+def reconstruction(pixels: Float[Array, "B R R 3"]) -> UInt8[Array, "B R R 3"]:
+    """Rounds pixels in [-1, 1] to [0, 255]."""
+    return jnp.round((pixels.clip(-1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -1,0 +1,91 @@
+"""The VQ-GAN's stage: its loss written out, dead codes, and that it learns the same each time."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.losses import codebook_loss, unused_code_pull
+from dalle_jax.models.vqgan import VQGANConfig, nearest
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.state import create, update_step
+from dalle_jax.train.vqgan import VQGANRun, VQGANStage
+
+SIZES = VQGANConfig(
+    width=4, multipliers=(1, 2), blocks_per_group=1, attention=(), z_width=4, codes=8, code_width=4
+)
+
+
+def images(count=8, px=8):
+    return np.random.default_rng(0).integers(0, 256, (count, px, px, 3), np.uint8)
+
+
+def stage(**changes):
+    loop = LoopConfig(steps=100)
+    run = VQGANRun(model=SIZES, loop=loop, px=8, batch_size=4, warmup_steps=5, **changes)
+    return VQGANStage(
+        run, start_images=lambda: images(32), validation=lambda: iter([{"image": images()}])
+    )
+
+
+def test_features_are_pulled_to_codes_a_quarter_as_much_as_codes_to_features():
+    z = jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2)
+    entries = jnp.array([3.0, 1.0]).reshape(1, 1, 1, 2)
+    loss, (to_z, to_entries) = jax.value_and_grad(codebook_loss, (0, 1))(z, entries)
+    assert loss == 1.25 * (4 + 1) / 2
+    np.testing.assert_allclose(to_z[0, 0, 0], 0.25 * np.array([-2.0, 1.0]))
+    np.testing.assert_allclose(to_entries[0, 0, 0], [2.0, -1.0])
+
+
+def test_only_codes_without_cells_are_pulled_each_to_its_nearest_cell():
+    z = jnp.array([[0.0, 0.0], [4.0, 0.0]] * 2).reshape(1, 2, 2, 2)
+    table = jnp.array([[0.5, 0.0], [5.0, 2.0], [-1.0, 3.0]])
+    codes = jnp.zeros((1, 2, 2), jnp.int32)
+    loss, gradient = jax.value_and_grad(unused_code_pull, 1)(z, table, codes)
+    assert float(loss) == pytest.approx((1 + 4 + 1 + 9) / 6)
+    np.testing.assert_allclose(gradient, np.array([[0, 0], [1, 2], [-1, 3]]) / 3, rtol=1e-6)
+    chex.assert_trees_all_equal(jax.grad(unused_code_pull)(z, table, codes), jnp.zeros_like(z))
+
+
+def test_a_dead_code_comes_back_into_use():
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.normal(size=(1, 4, 4, 2)), jnp.float32)
+    table = jnp.array([[0.0, 0.0], [50.0, 50.0]])
+    pull = jax.jit(jax.grad(unused_code_pull, 1))
+    for _ in range(60):
+        codes, _ = nearest(z, table)
+        table -= 0.5 * pull(z, table, codes)
+    assert set(np.asarray(codes).ravel()) == {0, 1}
+
+
+def test_training_lowers_the_loss_repeats_and_measures(key):
+    s = stage(crop_px=4)
+    update = update_step(s, average_decay=0.5)
+    begun = jax.jit(lambda key: create(s, key))(key)
+    table = s.begin(begun.params)["quantize"]["embedding"]
+    assert len(np.unique(table, axis=0)) == 8
+
+    def run():
+        state = jax.tree.map(jnp.copy, begun)
+        losses = []
+        for _ in range(30):
+            state, metrics = update(state, {"image": images()})
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    state, losses = run()
+    assert losses[-1] < 0.8 * losses[0]
+    again, same = run()
+    assert losses == same
+    chex.assert_trees_all_equal(state.params, again.params)
+
+    measured = s.evaluate(state.average)
+    assert 1 <= measured["perplexity"] <= measured["codes"] <= 8
+    assert 0 < measured["psnr"] < 30
+    assert s.sheet(state.average).ndim == 3
+
+
+def test_sides_that_do_not_fit_the_grid_are_refused():
+    with pytest.raises(ValueError, match="crop_px is 3, but has to be a multiple of the model's f"):
+        stage(crop_px=3)
