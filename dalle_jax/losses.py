@@ -111,6 +111,14 @@ def unused_code_pull(
     return jnp.mean(unused[:, None] * jnp.square(table - target))
 
 
+def hinge_loss(real: Float[Array, "B S S"], drawn: Float[Array, "B S S"]) -> Float[Array, ""]:
+    """What a discriminator learns from: scores above 1 of real and below -1 of drawn patches.
+
+    Source: Esser et al. 2021, the authors' release.
+    """
+    return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + drawn).mean()) / 2
+
+
 def prior_loss(
     text_logits: Float[Array, "B P V"],
     image_logits: Float[Array, "B I K"],

@@ -10,9 +10,12 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 from dalle_jax import losses
+from dalle_jax.models import discriminator
+from dalle_jax.models.discriminator import Discriminator
 from dalle_jax.models.vqgan import (
     VQGAN,
     VQGANConfig,
@@ -51,6 +54,14 @@ class VQGANRun:
     """Weight beta of the pull of features to their codes; that of codes to features is 1."""
     unused_code_weight: float = 0.1
     """Weight of the pull of codes that no cell has chosen to features (ours); 0 for none."""
+    adversarial_weight: float = 0.0
+    """Weight of the discriminator's judgement, on the scale of the pixels' part; 0 for none."""
+    adversarial_start: int = 0
+    """Updates before it judges."""
+    discriminator_width: int = 64
+    """Channels of the discriminator's first convolution."""
+    discriminator_layers: int = 3
+    """How often it halves pictures."""
     weight_decay: float = 1e-4
     """AdamW's weight decay, multiplied by the learning rate."""
     clip_norm: float | None = 1.0
@@ -77,16 +88,41 @@ class VQGANStage(CodecStage):
             weight_decay=run.weight_decay,
             clip_norm=run.clip_norm,
         )
+        self.judge = None
+        if run.adversarial_weight:
+            self.judge = Discriminator(run.discriminator_width, run.discriminator_layers)
+            # each clipped by itself; they learn at the same time, from one gradient
+            parts = {"network": self.optimizer, "judge": self.optimizer}
+            self.optimizer = optax.multi_transform(parts, {"network": "network", "judge": "judge"})
+
+    def init(self, key):
+        """Draws the parameters; with a discriminator they are those of "network" and "judge"."""
+        if self.judge is None:
+            return super().init(key)
+        key_network, key_judge = jax.random.split(key)
+        side = self.run.crop_px or self.run.px
+        judge = discriminator.draw_params(self.judge, side, key_judge)
+        return {"network": super().init(key_network), "judge": judge}
+
+    def network(self, params):
+        """The parameters without those of the discriminator."""
+        return params if self.judge is None else params["network"]
 
     def begin(self, params):
         """Starts the codebook from clusters of pictures."""
         key = jax.random.key(self.run.loop.seed)
-        return kmeans_table(key, params, self.run.model, self._start_images())
+        network = kmeans_table(key, self.network(params), self.run.model, self._start_images())
+        return network if self.judge is None else {**params, "network": network}
 
     def loss(self, params, batch, key, step):
-        """Mean absolute error of pixels in [-1, 1], the codebook's and the unused codes' parts."""
-        del step
-        run = self.run
+        """Mean absolute error of pixels in [-1, 1], the codebook's and the unused codes' parts.
+
+        With a discriminator also its own hinge loss, and its score of what is drawn: multiplied so
+        that at the drawn pixels its gradient is as long as that of their error. The release does
+        so at the kernel of the last convolution.
+        """
+        run, judge = self.run, params
+        params = self.network(params)
         images = batch["image"]
         if run.crop_px is not None:
             images = windows(key, images, run.crop_px, run.model.factor)
@@ -102,7 +138,28 @@ class VQGANStage(CodecStage):
             "unused": losses.unused_code_pull(z, table, codes),
         }
         loss = metrics["pixels"] + metrics["codebook"] + run.unused_code_weight * metrics["unused"]
+        if self.judge is not None:
+            judged, parts = self._judged(judge["judge"], x, drawn)
+            loss += jnp.where(step < run.adversarial_start, 0.0, judged)
+            metrics |= parts
         return loss, metrics
+
+    def _judged(self, judge, x, drawn):
+        """The discriminator's loss and its weighted score, which moves what is drawn alone."""
+
+        def score(drawn):
+            return -self.judge.apply({"params": jax.lax.stop_gradient(judge)}, drawn).mean()
+
+        stopped = jax.lax.stop_gradient(drawn)
+        lengths = [
+            jnp.linalg.norm(jax.grad(part)(stopped))
+            for part in (lambda drawn: jnp.abs(drawn - x).mean(), score)
+        ]
+        weight = jax.lax.stop_gradient(lengths[0] / (lengths[1] + 1e-6))
+        real, fake = (self.judge.apply({"params": judge}, y) for y in (x, stopped))
+        metrics = {"hinge": losses.hinge_loss(real, fake), "score": -score(stopped)}
+        judged = metrics["hinge"] + self.run.adversarial_weight * weight * score(drawn)
+        return judged, metrics
 
     def _apply(self, params, x, method):
         return self.model.apply({"params": params}, x, method=method)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.losses import codebook_loss, unused_code_pull
+from dalle_jax.losses import codebook_loss, hinge_loss, unused_code_pull
+from dalle_jax.models.discriminator import Discriminator, draw_params
 from dalle_jax.models.vqgan import VQGANConfig, nearest
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.state import create, update_step
@@ -84,6 +85,52 @@ def test_training_lowers_the_loss_repeats_and_measures(key):
     assert 1 <= measured["perplexity"] <= measured["codes"] <= 8
     assert 0 < measured["psnr"] < 30
     assert s.sheet(state.average).ndim == 3
+
+
+def test_patches_count_until_they_are_told_apart_by_a_margin_of_one():
+    real = jnp.array([2.0, 0.5, -1.0]).reshape(3, 1, 1)  # short of 1 by 0, 0.5, 2
+    drawn = jnp.array([-3.0, 0.0, 1.0]).reshape(3, 1, 1)  # above -1 by 0, 1, 2
+    assert float(hinge_loss(real, drawn)) == pytest.approx((2.5 / 3 + 3 / 3) / 2)
+
+
+def test_published_discriminator_scores_30_by_30_patches_of_256_pixels():
+    judge = Discriminator(64, 3)
+    params = jax.eval_shape(lambda: draw_params(judge, 256, jax.random.key(0)))
+    picture = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    scores = jax.eval_shape(lambda p, x: judge.apply({"params": p}, x), params, picture)
+    chex.assert_shape(scores, (1, 30, 30))
+
+
+def test_the_score_moves_what_is_drawn_as_far_as_its_error_and_the_hinge_the_discriminator(key):
+    s = stage(adversarial_weight=0.5, discriminator_width=4, discriminator_layers=1)
+    judge = draw_params(s.judge, 8, key)
+    x, drawn = jax.random.uniform(key, (2, 2, 8, 8, 3), minval=-1)
+
+    @jax.jit
+    def gradients(judge, drawn):
+        def hinge(judge):
+            return hinge_loss(*(s.judge.apply({"params": judge}, y) for y in (x, drawn)))
+
+        both = jax.grad(lambda judge, drawn: s._judged(judge, x, drawn)[0], (0, 1))
+        return *both(judge, drawn), jax.grad(hinge)(judge)
+
+    to_judge, to_drawn, of_hinge = gradients(judge, drawn)
+    chex.assert_trees_all_close(to_judge, of_hinge, rtol=1e-5, atol=1e-7)
+    of_error = drawn.size**-0.5  # each pixel's mean absolute error has the gradient 1 / size
+    assert float(jnp.linalg.norm(to_drawn)) == pytest.approx(0.5 * of_error, rel=1e-3)
+
+
+def test_the_network_is_kept_without_its_discriminator(key):
+    s = stage(adversarial_weight=0.5, discriminator_width=4, discriminator_layers=1)
+    params = jax.eval_shape(s.init, key)
+    plain = jax.eval_shape(stage().init, key)
+    assert set(params) == {"network", "judge"}
+    chex.assert_trees_all_equal_structs(s.network(params), plain)
+    batch = {"image": jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8)}
+    state = jax.eval_shape(lambda: create(s, jax.random.key(0)))
+    updated, metrics = jax.eval_shape(update_step(s), state, batch)
+    chex.assert_trees_all_equal_structs(updated, state)
+    assert {"pixels", "codebook", "unused", "hinge", "score"} < set(metrics)
 
 
 def test_sides_that_do_not_fit_the_grid_are_refused():
