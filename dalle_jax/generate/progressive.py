@@ -99,8 +99,8 @@ def sample(
       revise: greatest share of the filled cells that a stage may change, in [0, 1]; it falls along
         a line to 0 in the last stage.
       extra: passes after the last stage that only revise, each up to the share `revise`.
-      given: codes in [0, K) of cells that are given and never change, K in the others. The same
-        cells have to be given in all pictures. None: no cell.
+      given: codes in [0, K) of cells that are given and never change, K in the others. As many
+        cells have to be given in each picture. None: no cell.
 
     Returns:
       The grids after each pass; the last ones hold no K.
@@ -120,13 +120,13 @@ def sample(
             f"choice_temperature is {choice_temperature} and extra {extra}; neither may be negative"
         )
     start = np.full((B, G, G), K) if given is None else np.asarray(given)
-    is_given = start[:1] < K
-    if start.shape != (B, G, G) or start.min() < 0 or ((start < K) != is_given).any():
+    empty = np.unique((start == K).reshape(len(start), -1).sum(axis=1))
+    if start.shape != (B, G, G) or not 0 <= start.min() <= start.max() <= K or len(empty) != 1:
         raise ValueError(
-            f"given has shape {list(start.shape)}; give {[B, G, G]} codes in 0..{K}, with {K} at "
-            "the same cells of all pictures, those to be drawn"
+            f"given has shape {list(start.shape)}; give {[B, G, G]} codes in 0..{K}, with {K} in "
+            "the cells to be drawn, as many in each picture"
         )
-    cells = start[0].size - int(is_given.sum())
+    cells = int(empty[0])
     after = filled(cells, stages, schedule)
     before = np.concatenate([[0], after[:-1]])
     k = np.arange(1, stages + 1)

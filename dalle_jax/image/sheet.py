@@ -1,5 +1,6 @@
 """Contact sheets: pictures in rows under their captions, and a safe way to save them."""
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -69,11 +70,39 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 def save_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W 3"]) -> None:
     """Writes a PNG whole or not at all, making its folder if need be."""
+    _write(path, encode_png(image))
+
+
+def save_gif(
+    path: str | os.PathLike, frames: UInt8[np.ndarray, "F H W 3"], *, seconds: float = 4.0
+) -> None:
+    """Writes an animation whole or not at all; it shows its last frame as long as all others.
+
+    Args:
+      path: of the file.
+      frames: at least one.
+      seconds: that the others take in all.
+    """
+    pictures = [Image.fromarray(frame) for frame in frames]
+    each = round(1000 * seconds / max(len(frames) - 1, 1))
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer,
+        "GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=[each] * (len(frames) - 1) + [round(1000 * seconds)],
+        loop=0,
+    )
+    _write(path, buffer.getvalue())
+
+
+def _write(path, data):
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_bytes(encode_png(image))
+        partial.write_bytes(data)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -104,10 +104,15 @@ def test_given_cells_never_change_and_none_stays_empty():
     assert ((found.cells < K).sum((2, 3))[:3] == 8 + filled(8, 3, "cosine")[:, None]).all()
 
 
-def test_other_cells_given_in_each_picture_are_refused():
+def test_each_picture_may_be_given_other_cells_but_as_many():
     given = np.full((4, 4, 4), K)
-    given[0, 0, 0] = 1
-    with pytest.raises(ValueError, match="with 6 at the same cells of all pictures"):
+    for j in range(4):
+        given[j, j, :] = j
+    found = draw(given=given, stages=3)
+    assert (found.cells[-1] < K).all()
+    assert all((found.cells[:, j, j] == j).all() for j in range(4))
+    given[0, 1, 0] = 1
+    with pytest.raises(ValueError, match="with 6 in the cells to be drawn, as many in each"):
         draw(given=given)
 
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from dalle_jax.image.pixels import decode
-from dalle_jax.image.sheet import GAP_PX, PAPER, contact_sheet, save_png
+from dalle_jax.image.sheet import GAP_PX, PAPER, contact_sheet, save_gif, save_png
 
 
 def pictures(rows, n, px):
@@ -55,3 +56,18 @@ def test_saving_makes_the_folder_and_leaves_one_whole_file(tmp_path):
     save_png(target, image)
     np.testing.assert_array_equal(decode(target), image)
     assert [p.name for p in target.parent.iterdir()] == ["000500.png"]
+
+
+def test_an_animation_has_all_frames_and_rests_on_the_last(tmp_path):
+    frames = np.stack([np.full((8, 8, 3), shade, np.uint8) for shade in (0, 100, 255)])
+    save_gif(tmp_path / "deep" / "steps.gif", frames, seconds=1.0)
+    with Image.open(tmp_path / "deep" / "steps.gif") as gif:
+        assert gif.n_frames == 3
+        shades, lengths = [], []
+        for i in range(3):
+            gif.seek(i)
+            shades.append(int(np.asarray(gif.convert("RGB"))[0, 0, 0]))
+            lengths.append(gif.info["duration"])
+    assert shades == [0, 100, 255]
+    assert lengths == [500, 500, 1000]
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["steps.gif"]

@@ -1,0 +1,86 @@
+"""Which cells of a picture are drawn again, and how what is new joins what was there.
+
+Letters: R pixel side, G grid side, B pictures. Source: ours; Chang et al. 2022, section 4.3, for
+editing by masked cells.
+"""
+
+import os
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from numpy.typing import ArrayLike
+from PIL import Image, ImageFilter
+
+from dalle_jax.image.pixels import decode, square
+
+
+def masked_cells(
+    mask: str | os.PathLike | ArrayLike, size: tuple[int, int], *, px: int, grid: int
+) -> Bool[np.ndarray, "G G"]:
+    """Reads a mask: the cells of which it marks a pixel.
+
+    Args:
+      mask: a picture, as a file or uint8 [H, W, 3], brighter than middle grey where the other one
+        is to be drawn again; or bool [H, W], True there.
+      size: height and width of that picture, which is scaled and cut to px as the mask will be.
+      px: side R that codes stand for.
+      grid: G.
+    Raises:
+      ValueError: if the mask has another size, or marks nothing.
+      PictureError: if it cannot be read.
+    """
+    name = "the mask"
+    if isinstance(mask, str | os.PathLike):
+        name, mask = f"the mask {os.fspath(mask)}", decode(mask)
+    mask = np.asarray(mask)
+    marked = mask if mask.dtype == bool else mask.mean(axis=-1) > 127.5
+    if marked.shape != size:
+        sides = [f"{W} x {H}" for H, W in (marked.shape, size)]
+        raise ValueError(f"{name} has {sides[0]} pixels and its picture {sides[1]}; make them one")
+    white = np.repeat(np.where(marked, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
+    pixels = square(white, px)[..., 0] > 127
+    cells = pixels.reshape(grid, px // grid, grid, px // grid).any(axis=(1, 3))
+    if not cells.any():
+        raise ValueError(f"{name} marks nothing to be drawn; paint that part of it white")
+    return cells
+
+
+def some_cells(share: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray, "n G G"]:
+    """Draws which cells each of n variations draws again: as many, at other places.
+
+    Args:
+      share: of the cells, above 0 and at most 1; at least one is drawn again.
+      grid: G.
+      n: pictures; the cells of picture j depend on seed and j alone.
+      seed: as for drawing.
+    Raises:
+      ValueError: if the share is out of its range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but must be above 0 and at most 1, of the cells")
+    count = max(1, round(share * grid**2))
+    cells = np.zeros((n, grid**2), bool)
+    for j in range(n):
+        cells[j, np.random.default_rng((seed, j)).permutation(grid**2)[:count]] = True
+    return cells.reshape(n, grid, grid)
+
+
+def blend(
+    old: UInt8[np.ndarray, "R R 3"],
+    new: UInt8[np.ndarray, "*B R R 3"],
+    anew: Bool[np.ndarray, "G G"],
+) -> UInt8[np.ndarray, "*B R R 3"]:
+    """Lays the cells that were drawn again over the old picture.
+
+    Around them the pixels pass from new to old over half a cell; further away they are the old ones
+    exactly, which no code has coarsened.
+    """
+    factor = len(old) // len(anew)
+    border = factor // 2
+    inside = Image.fromarray(np.kron(anew, np.full((factor, factor), 255)).astype(np.uint8))
+    share = np.asarray(inside) / 255
+    for step in range(1, border + 1):
+        inside = inside.filter(ImageFilter.MaxFilter(3))  # one pixel further on every side
+        share = np.maximum(share, (np.asarray(inside) / 255) * (1 - step / (border + 1)))
+    share = share[..., None]
+    return np.rint(share * new + (1 - share) * old).astype(np.uint8)

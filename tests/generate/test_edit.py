@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from dalle_jax.generate.edit import blend, masked_cells, some_cells
+from dalle_jax.image.pixels import encode_png
+
+
+def test_a_cell_is_drawn_again_if_one_of_its_pixels_is_marked():
+    mask = np.zeros((8, 8), bool)
+    mask[3, 4] = True
+    cells = masked_cells(mask, (8, 8), px=8, grid=4)
+    assert np.argwhere(cells).tolist() == [[1, 2]]
+
+
+def test_a_mask_file_is_cut_as_its_picture_is(tmp_path):
+    mask = np.zeros((8, 16, 3), np.uint8)  # of which the middle square is kept
+    mask[:4, 4:8] = 255
+    mask[:, :4] = 255
+    (tmp_path / "mask.png").write_bytes(encode_png(mask))
+    cells = masked_cells(tmp_path / "mask.png", (8, 16), px=8, grid=4)
+    assert np.argwhere(cells).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_masks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"the mask has 4 x 8 pixels and its picture 8 x 8"):
+        masked_cells(np.ones((8, 4), bool), (8, 8), px=8, grid=4)
+    with pytest.raises(ValueError, match="the mask marks nothing to be drawn; paint that part"):
+        masked_cells(np.zeros((8, 8), bool), (8, 8), px=8, grid=4)
+
+
+def test_variations_draw_as_many_cells_again_at_places_of_their_own():
+    cells = some_cells(0.25, 4, n=6, seed=3)
+    assert (cells.sum((1, 2)) == 4).all()
+    assert len({one.tobytes() for one in cells}) > 1
+    np.testing.assert_array_equal(cells[:2], some_cells(0.25, 4, n=2, seed=3))
+    assert some_cells(0.001, 4, n=1, seed=0).sum() == 1
+    with pytest.raises(ValueError, match=r"share is 1.5, but must be above 0 and at most 1"):
+        some_cells(1.5, 4, n=1, seed=0)
+
+
+def test_blending_keeps_the_old_picture_beyond_half_a_cell_and_ramps_between():
+    anew = np.zeros((4, 4), bool)
+    anew[1, 1] = True
+    old, new = np.zeros((16, 16, 3), np.uint8), np.full((1, 16, 16, 3), 240, np.uint8)
+    row = blend(old, new, anew)[0, 5, :, 0]
+    #  half a cell of 4 pixels is 2: 2/3, 1/3 and 0 outside of columns 4 to 7
+    assert row.tolist() == [0, 0, 80, 160, 240, 240, 240, 240, 160, 80, 0, 0, 0, 0, 0, 0]
+    assert blend(old, new, anew)[0, 12:].max() == 0
