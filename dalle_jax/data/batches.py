@@ -71,8 +71,9 @@ def batches(
       process_count: processes that train together.
       threads: batches made ahead at the same time; 0 to make each when it is asked for.
     Returns:
-      dicts with uint8 "image" [B, R, R, 3], or int32 "codes" [B, G, G] if the source holds codes,
-      and int32 "text" [B, P - 1] with a tokenizer. `get_state()` is a small JSON-able dict.
+      dicts with uint8 "image" [B, R, R, 3], or int32 "codes" and float32 "errors" [B, G, G] if the
+      source holds codes, and int32 "text" [B, P - 1] with a tokenizer. `get_state()` is a small
+      JSON-able dict.
     Raises:
       SourceError: if an option is out of range, or (when a batch is asked for) if none of the
         pictures can be used or a record fails otherwise, which is named.
@@ -297,7 +298,8 @@ class _Pictures:
                 record = self._source[found]
                 self._at[threading.get_ident()] = record["id"]
                 if "codes" in record:
-                    return found, record, {"codes": record["codes"].astype(np.int32)}
+                    made = {"codes": record["codes"].astype(np.int32)}
+                    return found, record, made | {"errors": record["errors"].astype(np.float32)}
                 image = decode(record["image"], min_px=self._min_px)
             except (PictureError, OSError) as error:
                 self._leave_out(record["id"], error)

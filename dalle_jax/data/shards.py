@@ -1,7 +1,8 @@
 """Codes of pictures, made once by a frozen dVAE and kept in array_record files.
 
-A record is one line of JSON (id, captions) followed by the codes as little-endian uint16, G * G of
-them. `manifest.json` is written last, so a folder without it was never finished.
+A record is one line of JSON (id, captions) followed by G * G codes as little-endian uint16, and as
+many errors, how badly each code fits its cell, as little-endian float16. `manifest.json` is written
+last, so a folder without it was never finished.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from dalle_jax.data.sources import Record, SourceError
 
-FORMAT = 1
+FORMAT = 2
 SHARD_RECORDS = 65_536  # about 150 MB at 32 x 32 codes
 _MANIFEST = "manifest.json"
 _AGAIN = "copy it again, or encode the pictures again"
@@ -28,7 +29,8 @@ def write_codes(folder: str | os.PathLike, records: Iterable[Record], *, meta: d
 
     Args:
       folder: made if need be; shards of an earlier run there are replaced.
-      records: dicts with "id", "captions" and integer "codes" [G, G], all of one G.
+      records: dicts with "id", "captions", integer "codes" [G, G] and "errors" [G, G], all of one
+        G.
       meta: JSON-able facts to keep; "dvae" must be the fingerprint of the dVAE.
     Raises:
       SourceError: no records, codes of different shapes or outside uint16, or meta without "dvae".
@@ -85,7 +87,8 @@ def _pack(record: Record, shape: tuple[int, ...]) -> bytes:
             "to 65535"
         )
     head = json.dumps({"id": record["id"], "captions": list(record["captions"])})
-    return head.encode() + b"\n" + codes.astype("<u2").tobytes()
+    errors = np.asarray(record["errors"]).reshape(shape)
+    return head.encode() + b"\n" + codes.astype("<u2").tobytes() + errors.astype("<f2").tobytes()
 
 
 def _described(path: Path) -> dict:
@@ -147,8 +150,8 @@ class CodeSource:
             head, _, codes = self._stored[index].partition(b"\n")
         except RuntimeError as error:  # the file's own check sums; one record stops no training
             raise OSError(f"{self._root}: code record {index} is damaged ({error})") from None
-        grid = np.frombuffer(codes, "<u2").reshape(self.grid, self.grid)
-        return json.loads(head) | {"codes": grid}
+        grids = np.frombuffer(codes, "<u2").reshape(2, self.grid, self.grid)
+        return json.loads(head) | {"codes": grids[0], "errors": grids[1].view("<f2")}
 
     def verify(self) -> None:
         """Reads every shard and compares it with the manifest.

@@ -1,7 +1,7 @@
 """In which order the cells of a picture are filled while the progressive prior learns.
 
 Letters: B batch, I = G * G cells, G grid side. A low score comes first. Source: Fei et al. 2022 for
-dynamic importance, in our reading; the others are controls.
+the quantisation error and dynamic importance, in our reading; the others are controls.
 """
 
 import math
@@ -12,20 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-Order = Literal["dynamic", "random", "raster", "centre"]
+Order = Literal["dynamic", "certain", "uncertain", "random", "raster", "centre"]
 
 
 def order_scores(
-    order: Order, key: Key[Array, ""], difficulty: Float[Array, "B I"]
+    order: Order,
+    key: Key[Array, ""],
+    difficulty: Float[Array, "B I"],
+    errors: Float[Array, "B I"] | None = None,
 ) -> Float[Array, "B I"]:
     """Scores the cells of each picture; those with a low one are filled first.
 
     Args:
       order: "dynamic": what the model in training finds easiest, given the caption alone;
+        "certain": the cells that their codes fit best; "uncertain": those that they fit worst;
         "random"; "raster"; "centre": from the middle of the grid outwards.
       key: for "random".
       difficulty: nats of each code, given the caption alone.
+      errors: how badly each code fits its cell, for "certain" and "uncertain".
+    Raises:
+      ValueError: if an order needs errors and there are none.
     """
+    if order in ("certain", "uncertain"):
+        if errors is None:
+            raise ValueError(f'the order "{order}" needs the errors of the codes in each batch')
+        return errors if order == "certain" else -errors
     shape = difficulty.shape
     cell = np.arange(shape[1])
     if order == "raster":

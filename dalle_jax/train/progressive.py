@@ -27,7 +27,8 @@ class ProgressiveRun(PriorRun):
 
     model: PriorConfig = field(default_factory=lambda: PriorConfig(style="progressive"))
     order: Order = "dynamic"
-    """Which cells are filled first: what the model finds easiest, or a control."""
+    """Which cells are filled first: what the model finds easiest, what the codes fit best or
+    worst, or a control."""
     stages: int = 16
     """Partial pictures of each picture; one of them is shown each time."""
     schedule: Schedule = "linear"
@@ -124,7 +125,8 @@ class ProgressiveStage(PriorStage):
         blind, _ = self._predict(params, batch["text"], jnp.full_like(codes, K))
         blind = jax.lax.stop_gradient(blind)
         nats = -jnp.take_along_axis(jax.nn.log_softmax(blind), codes[..., None], axis=-1)[..., 0]
-        rank = ranks(order_scores(run.order, key_order, nats))
+        errors = _in_a_row(batch["errors"]) if "errors" in batch else None
+        rank = ranks(order_scores(run.order, key_order, nats, errors))
 
         after = filled(codes.shape[1], run.stages, run.schedule)
         stage = jax.random.randint(key_stage, (len(codes), 1), 0, run.stages)

@@ -52,6 +52,7 @@ def code_time(folder, config, batch, *, count):
             "id": str(number),
             "captions": captions[number % len(captions)],
             "codes": rng.integers(config.codes, size=(config.grid, config.grid)),
+            "errors": rng.random((config.grid, config.grid)),
         }
         for number in range(RECORDS)
     )

@@ -35,7 +35,8 @@ class Codes:
 
     def __getitem__(self, index):
         codes = np.full((4, 4), 60_000 + index, np.uint16)
-        return {"id": str(index), "codes": codes, "captions": ["a"]}
+        errors = np.full((4, 4), -index, np.float16)
+        return {"id": str(index), "codes": codes, "errors": errors, "captions": ["a"]}
 
 
 def take(source, count, **options):
@@ -255,7 +256,8 @@ def test_pictures_below_a_quarter_of_the_side_are_left_out(caplog):
 
 def test_codes_come_instead_of_pictures(words):
     batch = take(Codes(), 1, batch_size=3, tokenizer=words, text_length=5)[0]
-    assert sorted(batch) == ["codes", "text"]
+    assert sorted(batch) == ["codes", "errors", "text"]
+    assert batch["errors"].dtype == np.float32
     assert batch["codes"].dtype == np.int32
     assert sorted(batch["codes"][:, 0, 0]) == [60_000, 60_001, 60_002]
 

@@ -12,9 +12,12 @@ DVAE = "d" * 64
 
 
 def records(count, grid=4):
-    codes = np.random.default_rng(0).integers(0, 65_536, (count, grid, grid), dtype=np.int32)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 65_536, (count, grid, grid), dtype=np.int32)
+    errors = rng.normal(0, 100, codes.shape).astype(np.float16)
     return [
-        {"id": f"n{i}", "captions": [f"num\nber {i}", "é"], "codes": c} for i, c in enumerate(codes)
+        {"id": f"n{i}", "captions": [f"num\nber {i}", "é"], "codes": c, "errors": e}
+        for i, (c, e) in enumerate(zip(codes, errors, strict=True))
     ]
 
 
@@ -33,6 +36,8 @@ def test_records_come_back_as_they_were_over_several_shards(folder):
         assert (read["id"], read["captions"]) == (written["id"], written["captions"])
         assert read["codes"].dtype == np.uint16
         np.testing.assert_array_equal(read["codes"], written["codes"])
+        assert read["errors"].dtype == np.float16
+        np.testing.assert_array_equal(read["errors"], written["errors"])
     assert source.meta == {"dvae": DVAE, "px": 64}
     source.verify()
 
@@ -114,7 +119,7 @@ def test_a_damaged_index_is_found_when_opening(folder):
 def test_shards_of_another_format_are_refused(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 9}))
-    with pytest.raises(SourceError, match="format 9, but this version reads format 1"):
+    with pytest.raises(SourceError, match="format 9, but this version reads format 2"):
         CodeSource(folder, dvae_fingerprint=DVAE)
 
 
@@ -127,7 +132,7 @@ def test_shards_of_another_format_are_refused(folder):
     ],
 )
 def test_codes_that_do_not_fit_are_named(tmp_path, codes, message):
-    bad = [{"id": "bad", "captions": ["a"], "codes": codes}]
+    bad = [{"id": "bad", "captions": ["a"], "codes": codes, "errors": np.zeros((4, 4))}]
     with pytest.raises(SourceError, match=message):
         write_codes(tmp_path, bad, meta={"dvae": DVAE})
 

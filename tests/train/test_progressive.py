@@ -42,14 +42,18 @@ def stage(validation=(), **changes):
 
 
 def test_each_order_ranks_as_its_name_says(key):
-    nats = jnp.array([[3.0, 1.0, 2.0, 1.0]])
+    nats, errors = jnp.array([[3.0, 1.0, 2.0, 1.0]]), jnp.array([[-7.0, -9.0, 0.5, -8.0]])
 
     def ranked(order):
-        return ranks(order_scores(order, key, nats)).tolist()
+        return ranks(order_scores(order, key, nats, errors)).tolist()
 
     assert ranked("dynamic") == [[3, 0, 2, 1]]  # the easiest first; equal ones in raster order
+    assert ranked("certain") == [[2, 0, 3, 1]]
+    assert ranked("uncertain") == [[1, 3, 0, 2]]
     assert ranked("raster") == [[0, 1, 2, 3]]
     assert sorted(ranked("random")[0]) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match='the order "certain" needs the errors of the codes'):
+        order_scores("certain", key, nats)
 
 
 def test_centre_goes_outwards_in_rings():
