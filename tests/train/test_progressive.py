@@ -1,6 +1,7 @@
 """Orders of cells, partial pictures, and the stage that learns from them."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import chex
@@ -11,7 +12,7 @@ import pytest
 import tiny
 
 from dalle_jax.generate.progressive import filled
-from dalle_jax.models.transformer import draw_params
+from dalle_jax.models.transformer import Prior, draw_params
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.orders import order_scores, ranks
 from dalle_jax.train.prior import short_prior_run
@@ -99,6 +100,43 @@ def test_some_of_the_filled_cells_are_wrong(shown):
     assert 0.2 < wrong.sum() / (cells < K).sum() < 0.6  # 0.45, less those that are right by chance
     assert share.min() == 0
     assert share.max() > 0.6
+
+
+def test_a_stage_a_cell_in_raster_order_factorises_as_the_autoregressive_prior(key):
+    """The chances of all grids, code after code given those before, sum to 1."""
+    config = dataclasses.replace(CONFIG, grid=2, codes=2)
+    s = stage(model=config, order="raster", stages=4, greatest_noise=0.0)
+    grids = np.array(list(itertools.product((0, 1), repeat=4)), np.int32)  # 16 4
+    prefixes = np.where(np.arange(4) < np.arange(4)[:, None], grids[:, None], config.codes)
+    text = np.zeros((64, config.text_length - 1), np.int32)
+    shapes = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+
+    @jax.jit
+    def look(params, text, prefixes, keys):
+        logits, _ = Prior(config).apply({"params": params}, text, prefixes, method="predict")
+        batch = {"text": text[:16], "codes": grids.reshape(16, 2, 2)}
+        return jax.nn.log_softmax(logits), jax.vmap(lambda k: s.shown(params, batch, k))(keys)
+
+    def in_rows(x):
+        return np.asarray(x).reshape(-1, 4)
+
+    keys = jax.random.split(key, 8)
+    log_p, (cells, now) = look(params, text, prefixes.reshape(64, 4), keys)
+    log_p = np.asarray(log_p).reshape(16, 4, 4, 2)
+    chances = [
+        sum(log_p[i, place, place, code] for place, code in enumerate(grid))
+        for i, grid in enumerate(grids)
+    ]
+    np.testing.assert_allclose(np.exp(chances).sum(), 1, rtol=1e-5)
+    # and training shows just such prefixes, and asks for the next code
+    for i, partly, asked in zip(
+        np.tile(np.arange(16), 8), *map(in_rows, (cells, now)), strict=True
+    ):
+        place = int((partly < config.codes).sum())
+        np.testing.assert_array_equal(partly, prefixes[i, place])
+        assert (asked == (np.arange(4) <= place)).all()
 
 
 def test_evaluation_counts_what_revision_would_mend():
