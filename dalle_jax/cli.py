@@ -40,6 +40,7 @@ def generate(
     revise: float | None = None,
     keep: int | None = None,
     clip: Path | None = None,
+    trace: Path | None = None,
     out: Path = Path("sheet.png"),
     singles: Path | None = None,
 ) -> None:
@@ -63,54 +64,147 @@ def generate(
         None for 0.1.
       keep: Pictures per caption to keep, those that fit it best, best first; None for all.
       clip: Folder of the CLIP that chooses them; None for the model's own.
+      trace: GIF file that shows the sheet arise, pass by pass or row by row.
       out: PNG file for the sheet.
       singles: Folder for each picture by itself, as PNG; None for the sheet alone.
     """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out is {out}; the sheet is a PNG, so its name must end in .png")
+    _check_name("--out", out, ".png")
+    if trace is not None:
+        _check_name("--trace", trace, ".gif")
+        if keep is not None:
+            raise ValueError("--trace shows all pictures arise; it cannot go with --keep")
     if clip is not None and keep is None:
         raise ValueError("--clip names who chooses, but nothing is chosen; give --keep too")
+    import numpy as np
+
     import dalle_jax
     from dalle_jax.generate.rerank import Ranked
-    from dalle_jax.image.sheet import contact_sheet, save_png
+    from dalle_jax.image.sheet import contact_sheet, save_gif, save_png
 
     if not captions:
         captions = tuple(_LISTED.read_text(encoding="utf-8").splitlines()[:_DEMO])
     start = time.monotonic()
     drawing = dalle_jax.load(model)
     judge = None if clip is None else dalle_jax.Clip.load(clip)
+    asked = {
+        "n": n,
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "guidance": guidance,
+        "image_prompt": image_prompt,
+        "keep_rows": keep_rows,
+        "decoder": decoder,
+        "stages": stages,
+        "revise": revise,
+    }
     with bar("Drawing") as progress:
-        images = drawing.generate(
+        if trace is None:
+            asked |= {"keep": keep, "judge": judge}
+            images = drawing.generate(captions, **asked, progress=progress)
+        else:
+            frames = drawing.trace(captions, **asked, progress=progress)
+            images = frames[-1]
+            save_gif(trace, np.stack([contact_sheet(frame, captions) for frame in frames]))
+    if isinstance(images, Ranked):
+        images, scores = images
+        for caption, row in zip(captions, scores, strict=True):
+            print(f"{caption}: {' '.join(f'{score:.3f}' for score in row)}")
+    save_png(out, contact_sheet(images, captions))
+    _save_singles(singles, captions, images)
+    took = time.monotonic() - start
+    chosen = "" if keep is None else f", {keep} kept a caption,"
+    drawn = f"{images.shape[0] * n} pictures of {drawing.px} px{chosen}"
+    print(f"{drawn} in {took:.0f} s: {out.resolve()}")
+
+
+@_app.command
+def edit(
+    picture: Positional[Path],
+    captions: Positional[tuple[str, ...]],
+    *,
+    mask: Path | None = None,
+    share: float | None = None,
+    model: str = "emoji",
+    n: Annotated[int, arg(aliases=("-n",))] = 4,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    stages: int | None = None,
+    revise: float | None = None,
+    out: Path = Path("edit.png"),
+    singles: Path | None = None,
+) -> None:
+    """Draw a part of a picture again, or vary it; needs a model with a progressive prior.
+
+    Args:
+      picture: Picture file; its middle square is what the model sees.
+      captions: What the whole picture shall show, a row of pictures each.
+      mask: Picture file of the same size, white where the other one is to be drawn again.
+      share: Instead of a mask: share of the cells to draw again, at random, above 0 and up to 1.
+      model: A shipped model by name, or the path of a model folder.
+      n: Pictures per caption to draw.
+      seed: Number from 0 to 4294967295; the same one gives the same pictures.
+      temperature: Divides the logits; see `dalle-jax generate`.
+      top_k: Draw from this many likeliest codes only; None for all of them.
+      top_p: Draw from the likeliest codes that hold this probability, above 0 and up to 1.
+      guidance: Weight of the caption against none; 1 is off, 2 to 4 follow it more closely.
+      stages: Passes; None for 16, or one a cell if fewer are drawn again.
+      revise: Greatest share of the new cells that a pass may change, 0 to 1; None for 0.1.
+      out: PNG file for the sheet: the picture as it was, then the new ones.
+      singles: Folder for each new picture by itself, as PNG; None for the sheet alone.
+    """
+    _check_name("--out", out, ".png")
+    import numpy as np
+
+    import dalle_jax
+    from dalle_jax.image.pixels import decode, square
+    from dalle_jax.image.sheet import contact_sheet, save_png
+
+    start = time.monotonic()
+    drawing = dalle_jax.load(model)
+    old = decode(picture)
+    with bar("Drawing") as progress:
+        images = drawing.edit(
+            old,
             captions,
+            mask=mask,
+            share=share,
             n=n,
             seed=seed,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             guidance=guidance,
-            image_prompt=image_prompt,
-            keep_rows=keep_rows,
-            decoder=decoder,
             stages=stages,
             revise=revise,
-            keep=keep,
-            judge=judge,
             progress=progress,
         )
-    if isinstance(images, Ranked):
-        images, scores = images
-        for caption, row in zip(captions, scores, strict=True):
-            print(f"{caption}: {' '.join(f'{score:.3f}' for score in row)}")
-    save_png(out, contact_sheet(images, captions))
-    if singles is not None:
-        for row, caption in enumerate(captions):
-            slug = re.sub("[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
-            for number, image in enumerate(images[row]):
-                save_png(singles / f"{row:03d}-{slug}-{number:03d}.png", image)
+    before = np.stack([square(old, drawing.px)[None]] * len(captions))
+    save_png(out, contact_sheet(np.concatenate([before, images], axis=1), captions))
+    _save_singles(singles, captions, images)
     took = time.monotonic() - start
-    chosen = "" if keep is None else f", {keep} kept a caption,"
-    drawn = f"{images.shape[0] * n} pictures of {drawing.px} px{chosen}"
-    print(f"{drawn} in {took:.0f} s: {out.resolve()}")
+    print(f"{len(captions) * n} pictures in {took:.0f} s: {out.resolve()}")
+
+
+def _check_name(option: str, path: Path, suffix: str) -> None:
+    if path.suffix.lower() != suffix:
+        kind = suffix[1:].upper()
+        raise ValueError(f"{option} is {path}; it is a {kind}, so its name must end in {suffix}")
+
+
+def _save_singles(folder, captions, images) -> None:
+    if folder is None:
+        return
+    from dalle_jax.image.sheet import save_png
+
+    for row, caption in enumerate(captions):
+        slug = re.sub("[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
+        for number, image in enumerate(images[row]):
+            save_png(folder / f"{row:03d}-{slug}-{number:03d}.png", image)
 
 
 @_app.command

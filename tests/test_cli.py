@@ -7,7 +7,7 @@ from PIL import Image
 
 from dalle_jax.cli import main
 from dalle_jax.generate.folder import SHIPPED
-from dalle_jax.image.pixels import decode
+from dalle_jax.image.pixels import decode, encode_png
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,32 @@ def test_the_best_of_many_are_kept_with_their_scores(dalle, folder, tmp_path):
     assert "has no CLIP to choose pictures with" in complained
 
 
+def test_a_picture_is_edited_and_drawings_are_traced(dalle, tmp_path):
+    folder = tmp_path / "both"
+    tiny.model(**tiny.progressive_parts()).save(folder)
+    picture, mask = np.full((tiny.PX, tiny.PX, 3), 200, np.uint8), np.zeros((16, 16, 3), np.uint8)
+    mask[:8] = 255
+    for name, image in (("picture.png", picture), ("mask.png", mask)):
+        (tmp_path / name).write_bytes(encode_png(image))
+    args = ("edit", tmp_path / "picture.png", "red apple", "--model", folder, "-n", 2)
+    args += ("--out", tmp_path / "edit.png", "--singles", tmp_path / "singles")
+    status, said, _ = dalle(*args, "--mask", tmp_path / "mask.png")
+    assert status == 0
+    assert said.startswith("2 pictures in ")
+    single = decode(tmp_path / "singles" / "000-red-apple-001.png")
+    np.testing.assert_array_equal(single[10:], picture[10:])
+    assert dalle(*args)[0] == 2
+
+    args = ("generate", "red apple", "--model", folder, "-n", 1, "--out", tmp_path / "a.png")
+    status, _, _ = dalle(*args, "--decoder", "progressive", "--trace", tmp_path / "steps.gif")
+    assert status == 0
+    with Image.open(tmp_path / "steps.gif") as gif:
+        assert 1 < gif.n_frames <= 16
+    status, _, complained = dalle(*args, "--trace", "steps.png")
+    assert status == 2
+    assert "--trace is steps.png; it is a GIF, so its name must end in .gif" in complained
+
+
 def test_without_captions_the_first_six_of_the_list_are_drawn(dalle, folder, tmp_path):
     singles = tmp_path / "singles"
     status, said, _ = dalle(
@@ -106,7 +132,7 @@ def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
         (["--top-k", 0], "top_k is 0"),
         (["--top-p", 1.5], "top_p is 1.5"),
         (["--seed", -1], "seed is -1; it must be a whole number from 0 to 4294967295"),
-        (["--out", "sheet.jpg"], "--out is sheet.jpg; the sheet is a PNG, so its name must end in"),
+        (["--out", "sheet.jpg"], "--out is sheet.jpg; it is a PNG, so its name must end in"),
         (["--keep-rows", 2], "keep_rows is 2, but no image prompt was given"),
         (["--image-prompt", "none.png", "--keep-rows", 2], "none.png: No such file or directory"),
         (["--model", "emojy"], "'emojy' is neither a shipped model nor a folder; shipped models:"),

@@ -1,5 +1,6 @@
 """A model with random weights that draws in milliseconds, for the tests of several rooms."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAE, DVAEConfig
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
 from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 from dalle_jax.text.bpe import Tokenizer
 
@@ -62,6 +63,14 @@ def model(**changes):
 
 
 @functools.cache
+def progressive_parts():
+    """A second prior, of the other style."""
+    config = dataclasses.replace(parts()["prior"], style="progressive")
+    draw = functools.partial(draw_params, config)
+    return {"progressive": config, "progressive_params": _filled(3, draw, jax.random.key(0))}
+
+
+@functools.cache
 def clip_parts():
     image = {"px": 8, "patch": 4, "image_width": 8, "image_depth": 2, "image_heads": 2}
     text = {"text_width": 8, "text_depth": 2, "text_heads": 2, "text_length": 20}
@@ -80,6 +89,10 @@ def clip(**changes):
 
 
 def _drawn(seed, module, *inputs):
+    return _filled(seed, lambda *args: module.init(*args)["params"], jax.random.key(0), *inputs)
+
+
+def _filled(seed, init, *inputs):
     rng = np.random.default_rng(seed)  # numpy compiles nothing
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    shapes = jax.eval_shape(init, *inputs)
     return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), shapes)

@@ -1,4 +1,4 @@
-"""Codes of pictures, made once by a frozen dVAE and kept in array_record files.
+"""Codes of pictures, made once by a frozen codec (a dVAE or VQ-GAN) and kept in array_record files.
 
 A record is one line of JSON (id, captions) followed by G * G codes as little-endian uint16, and as
 many errors, how badly each code fits its cell, as little-endian float16. `manifest.json` is written
@@ -31,13 +31,13 @@ def write_codes(folder: str | os.PathLike, records: Iterable[Record], *, meta: d
       folder: made if need be; shards of an earlier run there are replaced.
       records: dicts with "id", "captions", integer "codes" [G, G] and "errors" [G, G], all of one
         G.
-      meta: JSON-able facts to keep; "dvae" must be the fingerprint of the dVAE.
+      meta: JSON-able facts to keep; "codec" must be the fingerprint of the codec.
     Raises:
-      SourceError: no records, codes of different shapes or outside uint16, or meta without "dvae".
+      SourceError: no records, codes of different shapes or outside uint16, or meta without "codec".
       OSError: if the disk is full.
     """
-    if not meta.get("dvae"):
-        raise SourceError('code shards need meta["dvae"], the fingerprint of the dVAE')
+    if not meta.get("codec"):
+        raise SourceError('code shards need meta["codec"], the fingerprint of the codec')
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     (root / _MANIFEST).unlink(missing_ok=True)
@@ -104,12 +104,12 @@ class CodeSource:
 
     Args:
       folder: what `write_codes` has written.
-      dvae_fingerprint: of the dVAE the codes have to belong to.
+      codec_fingerprint: of the codec the codes have to belong to.
     Raises:
-      SourceError: unfinished, damaged, of another format, or made by another dVAE.
+      SourceError: unfinished, damaged, of another format, or made by another codec.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, dvae_fingerprint: str):
+    def __init__(self, folder: str | os.PathLike, *, codec_fingerprint: str):
         self._root = Path(folder)
         try:
             manifest = json.loads((self._root / _MANIFEST).read_text())
@@ -124,10 +124,10 @@ class CodeSource:
                 f"reads format {FORMAT}; encode the pictures again"
             )
         self.meta: dict = manifest["meta"]
-        if self.meta["dvae"] != dvae_fingerprint:
+        if self.meta["codec"] != codec_fingerprint:
             raise SourceError(
-                f"the codes in {self._root} were made by the dVAE {self.meta['dvae'][:12]}, not by "
-                f"{dvae_fingerprint[:12]}; delete that folder to encode the pictures again"
+                f"the codes in {self._root} were made by the codec {self.meta['codec'][:12]}, not "
+                f"by {codec_fingerprint[:12]}; delete that folder to encode the pictures again"
             )
         self.grid: int = manifest["grid"]
         self._shards = manifest["shards"]

@@ -6,7 +6,6 @@ D width.
 
 import copy
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float16, Int, Int32, Key, UInt8, UInt32
+from jaxtyping import Float16, Int, Int32, UInt8
 
-from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate import folder as files
-from dalle_jax.generate.batching import micro_batches, rectangles
+from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
+from dalle_jax.generate.edit import blend, masked_cells, some_cells
 from dalle_jax.generate.fit import (
     STYLES,
     check_fingerprints,
@@ -30,10 +29,11 @@ from dalle_jax.generate.fit import (
     prior_shapes,
 )
 from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate.grids import check_request, draw_grids, finished, row_by_row
 from dalle_jax.generate.rerank import Best, Ranked
 from dalle_jax.image import pixels
+from dalle_jax.image.sheet import PAPER
 from dalle_jax.models import codec as codecs
-from dalle_jax.models.cache import layout
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.transformer import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
@@ -246,48 +246,124 @@ class Model:
         Source: Ramesh et al. 2021, section 2.6 (which keeps the best of 512); guidance: Ho and
           Salimans 2021.
         """
-        part = self._part(decoder, stages, revise)
-        config, _ = self.priors[part]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        _check_request(prompts, n=n, seed=seed)
-        kept = self._kept_codes(image_prompt, keep_rows)
         best = None if keep is None else self._best(prompts, n, keep, judge)
         if judge is not None and keep is None:
             raise ValueError("a judge was given, but nothing to choose; say how many to keep")
+        drawn = self._draw(
+            prompts,
+            n=n,
+            seed=seed,
+            given=self._top_rows(image_prompt, keep_rows),
+            decoder=decoder,
+            stages=stages,
+            revise=revise,
+            progress=progress,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+        )
+        if best is None:
+            return self._gathered(map(finished, drawn), len(prompts), n)[0]
+        for part in drawn:
+            best.add(part.prompts, self._pictures(finished(part).passes)[0])
+        return best.ranked()
 
-        slots = config.text_length - 1
-        text = self.tokenizer.encode(prompts, length=slots, overlong="error")
-        hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
-        hashes = np.asarray(hashes, np.uint32)
-        all_images = None if best else np.empty((len(prompts), n, *(self.px,) * 2, 3), np.uint8)
-        drawn = 0
-        for rows, columns in rectangles(len(prompts), n, _bytes_to_sample(config, guidance)):
-            u, w = len(rows.indices), len(columns.indices)
-            numbers = columns.indices.astype(np.uint32)
-            codes = self._drawn(
-                part,
-                text[rows.indices],
-                _keys(np.uint32(seed), hashes[rows.indices], numbers),
-                kept=None if kept is None else kept[None].repeat(u * w, axis=0),
-                keep_rows=keep_rows,
-                stages=stages,
-                revise=revise,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guidance=guidance,
-            )
-            images = self.decode(np.asarray(codes)).reshape(u, w, self.px, self.px, 3)
-            images = images[: rows.new, : columns.new]
-            done, numbers = rows.indices[: rows.new], columns.indices[: columns.new]
-            if best is None:
-                all_images[done[:, None], numbers] = images
-            else:
-                best.add(done, images)
-            drawn += rows.new * columns.new
-            if progress is not None:
-                progress(drawn, len(prompts) * n)
-        return all_images if best is None else best.ranked()
+    def trace(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        image_prompt: str | os.PathLike | ArrayLike | None = None,
+        keep_rows: int = 0,
+        decoder: Decoder | None = None,
+        stages: int | None = None,
+        revise: float | int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> UInt8[np.ndarray, "frames prompts n R R 3"]:
+        """Draws as `generate` does, and shows each picture arising.
+
+        Args: as for `generate`, but for `keep` and `judge`.
+        Returns:
+          The pictures after each pass of the progressive decoder, or after each row of the other
+          one, grey where no code stands yet; the last are those of `generate`.
+        Raises: as `generate`.
+        Source: ours.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = self._top_rows(image_prompt, keep_rows)
+        style = {"decoder": decoder, "stages": stages, "revise": revise}
+        drawn = self._draw(
+            prompts, n=n, seed=seed, given=given, progress=progress, **style, **options
+        )
+        return self._gathered(map(row_by_row, drawn), len(prompts), n)
+
+    def edit(
+        self,
+        image: str | os.PathLike | ArrayLike,
+        prompts: str | Sequence[str],
+        *,
+        mask: str | os.PathLike | ArrayLike | None = None,
+        share: float | None = None,
+        n: int = 1,
+        seed: int = 0,
+        stages: int | None = None,
+        revise: float | int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> UInt8[np.ndarray, "prompts n R R 3"]:
+        """Draws a part of a picture again, with the progressive decoder.
+
+        Args:
+          image: the picture, as a file or uint8 [H, W, 3]; its middle square counts.
+          prompts: what the whole picture shall show.
+          mask: which part: a picture of the same size, as a file or uint8 [H, W, 3], white there,
+            or bool [H, W]. All cells that it touches are drawn again, from the codes of all others,
+            and blended into the picture over half a cell around them; beyond, no pixel changes.
+          share: instead of a mask: of the cells, drawn at random for each sample, above 0 and at
+            most 1. The result is all drawn from codes.
+          n: pictures per caption, at least 1.
+          seed: as for `generate`.
+          stages: passes; None for 16, or one a cell if there are fewer.
+          revise: as for `generate`.
+          progress: as for `generate`.
+          options: temperature, top_k, top_p and guidance, as for `generate`.
+        Returns:
+          The pictures.
+        Raises:
+          ModelError: if the model has no progressive prior.
+          ValueError: if an argument is out of its range, or mask and picture do not fit.
+          PictureError: if a picture cannot be read.
+        Source: ours; Chang et al. 2022, section 4.3.
+        """
+        if (mask is None) == (share is None):
+            raise ValueError(f"the mask is {mask} and share {share}; give one of the two")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_request(prompts, n=n, seed=seed)
+        self._part("progressive", stages, revise)
+        image = self._opened(image)
+        old, size = pixels.square(image, self.px), image.shape[:2]
+        if mask is None:
+            anew = some_cells(share, self.grid, n=n, seed=seed)
+        else:
+            cells = masked_cells(mask, size, px=self.px, grid=self.grid)
+            anew = np.repeat(cells[None], n, axis=0)
+        drawn = self._draw(
+            prompts,
+            n=n,
+            seed=seed,
+            given=np.where(anew, self.codec.codes, self.encode([old])),
+            decoder="progressive",
+            stages=min(16, int(anew[0].sum())) if stages is None else stages,
+            revise=revise,
+            progress=progress,
+            **options,
+        )
+        images = self._gathered(map(finished, drawn), len(prompts), n)[0]
+        return images if mask is None else blend(old, images, anew[0])
 
     def encode(self, images: ArrayLike | Sequence[ArrayLike]) -> Int32[np.ndarray, "B G G"]:
         """Turns pictures into codes; see `codes_and_errors`."""
@@ -363,19 +439,35 @@ class Model:
             )
         return part
 
-    def _drawn(self, part, text, keys, *, kept, keep_rows, stages, revise, **options):
-        config, params = self.priors[part]
-        if part == "prior":
-            options |= {"prompt_codes": kept, "keep_rows": keep_rows}
-            return autoregressive.sample(config, params, text, keys, **options)
-        if kept is not None:
-            rows = np.arange(config.grid)[:, None]
-            options["given"] = np.where(rows < keep_rows, kept, config.codes)
-        if stages is not None:
-            options["stages"] = stages
-        if revise is not None:
-            options["revise"] = revise
-        return progressive.sample(config, params, text, keys, **options).cells[-1]
+    def _draw(self, prompts, *, n, given, decoder, stages, revise, progress, **options):
+        config, params = self.priors[self._part(decoder, stages, revise)]
+        options |= {k: v for k, v in (("stages", stages), ("revise", revise)) if v is not None}
+        done = 0
+        parts = draw_grids(config, params, self.tokenizer, prompts, n=n, given=given, **options)
+        for part in parts:
+            yield part
+            done += len(part.prompts) * len(part.numbers)
+            if progress is not None:
+                progress(done, len(prompts) * n)
+
+    def _gathered(self, drawn, prompts, n):
+        """The pictures of all passes [F, prompts, n, R, R, 3]."""
+        images = None
+        for part in drawn:
+            if images is None:
+                frames = len(part.passes)
+                images = np.empty((frames, prompts, n, self.px, self.px, 3), np.uint8)
+            images[:, part.prompts[:, None], part.numbers] = self._pictures(part.passes)
+        return images
+
+    def _pictures(self, passes):
+        """Pictures [..., R, R, 3] of codes after each pass, grey where there is none."""
+        empty = passes == self.codec.codes
+        codes = np.where(empty, passes[-1:], passes)  # or the cells beside them would look odd
+        images = self.decode(codes.reshape(-1, *codes.shape[-2:]))
+        images = images.reshape(*codes.shape[:-2], *images.shape[1:])
+        images[empty.repeat(self.codec.factor, -2).repeat(self.codec.factor, -1)] = PAPER
+        return images
 
     def _best(self, prompts, n, keep, judge):
         if not 1 <= keep <= n:
@@ -388,7 +480,8 @@ class Model:
             )
         return Best(prompts, keep=keep, px=self.px, judge=judge)
 
-    def _kept_codes(self, image_prompt, keep_rows):
+    def _top_rows(self, image_prompt, keep_rows):
+        """Codes [1, G, G] of the rows to be kept, and K below."""
         if image_prompt is None:
             if keep_rows:
                 raise ValueError(f"keep_rows is {keep_rows}, but no image prompt was given")
@@ -398,44 +491,17 @@ class Model:
                 f"keep_rows is {keep_rows}; with an image prompt it must be 1 to "
                 f"{self.grid - 1}, since the grid has {self.grid} rows"
             )
-        if isinstance(image_prompt, str | os.PathLike):
-            image_prompt = pixels.decode(image_prompt, min_px=self.grid)
-        return self.encode([image_prompt])[0]
+        codes = self.encode([self._opened(image_prompt)])
+        codes[:, keep_rows:] = self.codec.codes
+        return codes
+
+    def _opened(self, image):
+        if isinstance(image, str | os.PathLike):
+            return pixels.decode(image, min_px=self.grid)
+        return np.asarray(image)
 
     def _bytes_to_convolve(self):
         return 4 * 4 * self.px**2 * self.codec.width  # about four feature maps live at a time
-
-
-def _bytes_to_sample(config, guidance):
-    branches = 1 if guidance == 1 else 2
-    if config.style == "progressive":  # logits and weights of attention, twice, are the most
-        return 4 * 4 * config.heads * config.image_length * config.length * branches
-    plans = (layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds)
-    slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
-    text = config.depth * config.text_length  # as if each picture had a caption of its own
-    return int(2 * 4 * config.width * (slots + text) * branches)  # keys and values in float32
-
-
-def _check_request(prompts, *, n, seed):
-    if not prompts:
-        raise ValueError("no caption was given; give at least one")
-    for i, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise ValueError(f"caption {i} of {len(prompts)} is empty; say what to draw")
-    if n < 1:
-        raise ValueError(f"n is {n}; at least 1 picture per caption can be drawn")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
-
-
-@jax.jit
-def _keys(
-    seed: UInt32[Array, ""], hashes: UInt32[Array, " U"], numbers: UInt32[Array, " W"]
-) -> Key[Array, " pictures"]:
-    """One key a picture, from seed, hash of its caption and number alone, caption by caption."""
-    of_caption = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes)
-    of_picture = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return of_picture(of_caption, numbers).ravel()
 
 
 _encode = jax.jit(codecs.codes_and_errors, static_argnums=0)

@@ -34,9 +34,10 @@ class EncodedBatches:
         self._iterator, self._model = iterator, model
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """Gives the next batch, with int32 "codes" [B, G, G] in place of "image"."""
+        """Gives the next batch, with "codes" and "errors" [B, G, G] in place of "image"."""
         batch = dict(next(self._iterator))
-        return batch | {"codes": self._model.encode(batch.pop("image"))}
+        codes, errors = self._model.codes_and_errors(batch.pop("image"))
+        return batch | {"codes": codes, "errors": errors.astype(np.float32)}
 
     def get_state(self) -> dict:
         """Gives the position after the last batch."""
@@ -62,9 +63,9 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
     fingerprint = model.codec_fingerprint
     if not (folder / "manifest.json").exists():
         log.info("encoding %d pictures into %s; this is done once", len(source), folder)
-        meta = {"dvae": fingerprint, "records": len(source)}
+        meta = {"codec": fingerprint, "records": len(source)}
         shards.write_codes(folder, _records(source, model), meta=meta)
-    codes = shards.CodeSource(folder, dvae_fingerprint=fingerprint)
+    codes = shards.CodeSource(folder, codec_fingerprint=fingerprint)
     if (records := codes.meta.get("records", len(source))) != len(source):
         raise SourceError(
             f"the codes in {folder} were made of {records} pictures, but the data has "
@@ -76,9 +77,11 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
 def _records(source: DataSource, model: Model) -> Iterator[dict]:
     with bar("Encoding") as progress:
         for batch in once(source, batch_size=64, px=model.px):
-            for index, codes in zip(batch["index"], model.encode(batch["image"]), strict=True):
+            grids = model.codes_and_errors(batch["image"])
+            for index, codes, errors in zip(batch["index"], *grids, strict=True):
                 record = source[int(index)]
-                yield {"id": record["id"], "captions": record["captions"], "codes": codes}
+                described = {"id": record["id"], "captions": record["captions"]}
+                yield described | {"codes": codes, "errors": errors}
             progress(int(index) + 1, len(source))
 
 

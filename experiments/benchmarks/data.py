@@ -56,8 +56,8 @@ def code_time(folder, config, batch, *, count):
         }
         for number in range(RECORDS)
     )
-    write_codes(folder, records, meta={"dvae": "random"})
-    source = CodeSource(folder, dvae_fingerprint="random")
+    write_codes(folder, records, meta={"codec": "random"})
+    source = CodeSource(folder, codec_fingerprint="random")
     text = {"tokenizer": dalle_jax.load("emoji").tokenizer, "text_length": config.text_length}
     return _batch_time(
         source, count, batch_size=batch, px=64, crop="prior", bpe_dropout=0.1, **text

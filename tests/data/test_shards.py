@@ -8,7 +8,7 @@ from dalle_jax.data.batches import batches
 from dalle_jax.data.shards import CodeSource, write_codes
 from dalle_jax.data.sources import SourceError
 
-DVAE = "d" * 64
+CODEC = "c" * 64
 
 
 def records(count, grid=4):
@@ -24,12 +24,12 @@ def records(count, grid=4):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_RECORDS", 3)
-    write_codes(tmp_path / "codes", iter(records(7)), meta={"dvae": DVAE, "px": 64})
+    write_codes(tmp_path / "codes", iter(records(7)), meta={"codec": CODEC, "px": 64})
     return tmp_path / "codes"
 
 
 def test_records_come_back_as_they_were_over_several_shards(folder):
-    source = CodeSource(folder, dvae_fingerprint=DVAE)
+    source = CodeSource(folder, codec_fingerprint=CODEC)
     assert len(source) == 7
     for i, written in enumerate(records(7)):
         read = source[i]
@@ -38,7 +38,7 @@ def test_records_come_back_as_they_were_over_several_shards(folder):
         np.testing.assert_array_equal(read["codes"], written["codes"])
         assert read["errors"].dtype == np.float16
         np.testing.assert_array_equal(read["errors"], written["errors"])
-    assert source.meta == {"dvae": DVAE, "px": 64}
+    assert source.meta == {"codec": CODEC, "px": 64}
     source.verify()
 
 
@@ -55,15 +55,15 @@ def test_only_whole_files_and_a_manifest_remain(folder):
 
 
 def test_batches_read_shards_from_several_threads(folder):
-    source = CodeSource(folder, dvae_fingerprint=DVAE)
+    source = CodeSource(folder, codec_fingerprint=CODEC)
     batch = next(batches(source, batch_size=7, seed=0, px=8, crop="prior", threads=3))
     got = sorted(codes.tobytes() for codes in batch["codes"])
     assert got == sorted(record["codes"].tobytes() for record in records(7))
 
 
-def test_codes_of_another_dvae_are_refused(folder):
-    with pytest.raises(SourceError, match="made by the dVAE dddddddddddd, not by eeee; delete"):
-        CodeSource(folder, dvae_fingerprint="eeee")
+def test_codes_of_another_codec_are_refused(folder):
+    with pytest.raises(SourceError, match="made by the codec cccccccccccc, not by eeee; delete"):
+        CodeSource(folder, codec_fingerprint="eeee")
 
 
 def test_an_interrupted_run_leaves_nothing_that_opens(tmp_path):
@@ -72,15 +72,15 @@ def test_an_interrupted_run_leaves_nothing_that_opens(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_codes(tmp_path, broken(), meta={"dvae": DVAE})
+        write_codes(tmp_path, broken(), meta={"codec": CODEC})
     with pytest.raises(SourceError, match="no finished code shards"):
-        CodeSource(tmp_path, dvae_fingerprint=DVAE)
+        CodeSource(tmp_path, codec_fingerprint=CODEC)
 
 
 def test_a_full_disk_is_said_and_nothing_is_left(tmp_path):
     (tmp_path / ".codes-00000.array_record.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="00000.array_record could not be written: .* No space left"):
-        write_codes(tmp_path, records(2), meta={"dvae": DVAE})
+        write_codes(tmp_path, records(2), meta={"codec": CODEC})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,7 +88,7 @@ def test_a_shortened_shard_is_found_when_opening(folder):
     shard = folder / "codes-00001.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(SourceError, match=r"codes-00001\.array_record has \d+ bytes instead of"):
-        CodeSource(folder, dvae_fingerprint=DVAE)
+        CodeSource(folder, codec_fingerprint=CODEC)
 
 
 def damage(shard, position):
@@ -99,7 +99,7 @@ def damage(shard, position):
 
 def test_a_damaged_record_is_left_out_of_training_and_found_by_verify(folder, caplog):
     damage(folder / "codes-00002.array_record", 90)  # inside its one record
-    source = CodeSource(folder, dvae_fingerprint=DVAE)
+    source = CodeSource(folder, codec_fingerprint=CODEC)
     with pytest.raises(OSError, match="code record 6 is damaged"):
         source[6]
     batch = next(batches(source, batch_size=7, seed=0, px=8, crop="prior", threads=0))
@@ -113,14 +113,14 @@ def test_a_damaged_index_is_found_when_opening(folder):
     shard = folder / "codes-00001.array_record"
     damage(shard, shard.stat().st_size // 2)
     with pytest.raises(SourceError, match=r"is damaged \(.*\); copy it again"):
-        CodeSource(folder, dvae_fingerprint=DVAE)
+        CodeSource(folder, codec_fingerprint=CODEC)
 
 
 def test_shards_of_another_format_are_refused(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 9}))
     with pytest.raises(SourceError, match="format 9, but this version reads format 2"):
-        CodeSource(folder, dvae_fingerprint=DVAE)
+        CodeSource(folder, codec_fingerprint=CODEC)
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def test_shards_of_another_format_are_refused(folder):
 def test_codes_that_do_not_fit_are_named(tmp_path, codes, message):
     bad = [{"id": "bad", "captions": ["a"], "codes": codes, "errors": np.zeros((4, 4))}]
     with pytest.raises(SourceError, match=message):
-        write_codes(tmp_path, bad, meta={"dvae": DVAE})
+        write_codes(tmp_path, bad, meta={"codec": CODEC})
 
 
 def test_nothing_to_write_is_an_error(tmp_path):
     with pytest.raises(SourceError, match="no records to write"):
-        write_codes(tmp_path, [], meta={"dvae": DVAE})
+        write_codes(tmp_path, [], meta={"codec": CODEC})
 
 
-def test_shards_must_name_their_dvae(tmp_path):
-    with pytest.raises(SourceError, match=r'need meta\["dvae"\]'):
+def test_shards_must_name_their_codec(tmp_path):
+    with pytest.raises(SourceError, match=r'need meta\["codec"\]'):
         write_codes(tmp_path, records(1), meta={})

@@ -1,5 +1,8 @@
+import functools
+
 import numpy as np
 import pytest
+import tiny
 
 from dalle_jax.generate.edit import blend, masked_cells, some_cells
 from dalle_jax.image.pixels import encode_png
@@ -46,3 +49,72 @@ def test_blending_keeps_the_old_picture_beyond_half_a_cell_and_ramps_between():
     #  half a cell of 4 pixels is 2: 2/3, 1/3 and 0 outside of columns 4 to 7
     assert row.tolist() == [0, 0, 80, 160, 240, 240, 240, 240, 160, 80, 0, 0, 0, 0, 0, 0]
     assert blend(old, new, anew)[0, 12:].max() == 0
+
+
+@functools.cache
+def model():
+    return tiny.model(**tiny.progressive_parts())
+
+
+@functools.cache
+def picture():
+    return np.random.default_rng(1).integers(0, 256, (tiny.PX, tiny.PX, 3), dtype=np.uint8)
+
+
+def test_an_edit_keeps_what_is_outside_the_mask_and_draws_inside_of_it():
+    mask = np.zeros((tiny.PX, tiny.PX), bool)
+    mask[:3, :4] = True  # within the first cell of 4 x 4
+    images = model().edit(picture(), ["red apple", "crying cat"], mask=mask, n=2, seed=1)
+    assert images.shape == (2, 2, tiny.PX, tiny.PX, 3)
+    np.testing.assert_array_equal(
+        images[:, :, 6:], np.broadcast_to(picture()[6:], (2, 2, 10, 16, 3))
+    )
+    np.testing.assert_array_equal(
+        images[:, :, :, 6:], np.broadcast_to(picture()[:, 6:], (2, 2, 16, 10, 3))
+    )
+    assert (images[:, :, :4, :4] != picture()[:4, :4]).any(axis=(2, 3, 4)).all()
+    again = model().edit(picture(), "crying cat", mask=mask, n=1, seed=1)
+    np.testing.assert_array_equal(again[0, 0], images[1, 0])
+
+
+def test_variations_keep_the_codes_of_the_other_cells(monkeypatch):
+    seen = []
+    decode = type(model()).decode
+    monkeypatch.setattr(
+        type(model()), "decode", lambda self, codes: (seen.append(codes), decode(self, codes))[1]
+    )
+    model().edit(picture(), "red apple", share=0.25, n=2)
+    kept = (seen[0] == model().encode([picture()])).reshape(2, -1).sum(axis=1)
+    assert (kept >= 12).all()
+
+
+def test_a_trace_ends_with_the_picture_and_begins_grey():
+    for decoder, frames in (("progressive", 3), ("autoregressive", 4)):
+        options = {"seed": 2, "decoder": decoder, "temperature": 0.5}
+        options |= {"stages": 3} if decoder == "progressive" else {}
+        trace = model().trace("red apple", n=2, **options)
+        assert trace.shape == (frames, 1, 2, tiny.PX, tiny.PX, 3)
+        np.testing.assert_array_equal(trace[-1], model().generate("red apple", n=2, **options))
+        grey = (trace == 240).all(axis=-1).mean(axis=(1, 2, 3, 4))
+        assert (np.diff(grey) < 0).all()
+        assert grey[0] > 0.5
+    rows = (trace[0, 0, 0] == 240).all(axis=(1, 2))
+    assert rows[4:].all()  # raster order: after one row of cells the others are grey
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "the mask is None and share None; give one of the two"),
+        ({"share": 0.5, "stages": 99}, r"stages is 99, but must lie in 1\.\.8"),
+        ({"share": 0.5, "n": 0}, "n is 0; at least 1 picture"),
+    ],
+)
+def test_bad_edits_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        model().edit(picture(), "red apple", **options)
+
+
+def test_a_model_without_a_progressive_prior_cannot_edit():
+    with pytest.raises(ValueError, match="has no progressive prior; its decoder is autoregressive"):
+        tiny.model().edit(picture(), "red apple", share=0.5)
