@@ -1,7 +1,6 @@
-"""One model, ready to draw: captions to pictures, pictures to codes, codes to pictures.
+"""One model, ready to draw: captions to pictures, and pictures to pictures.
 
-Letters: B batch, R pixel side, G grid side, P text positions, K codes, T all positions, L layers,
-D width.
+Letters: B batch, F passes, R pixel side, G grid side, K codes.
 """
 
 import copy
@@ -13,19 +12,18 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float16, Int, Int32, UInt8
+from jaxtyping import UInt8
 
 from dalle_jax.generate import folder as files
-from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
+from dalle_jax.generate.codec import Codec
 from dalle_jax.generate.edit import blend, masked_cells, some_cells
 from dalle_jax.generate.fit import (
     STYLES,
     check_fingerprints,
     check_parts,
     check_tensors,
-    codec_shapes,
     prior_shapes,
 )
 from dalle_jax.generate.folder import ModelError
@@ -41,7 +39,7 @@ from dalle_jax.text.bpe import Tokenizer
 Decoder = Literal["autoregressive", "progressive"]
 
 
-class Model:
+class Model(Codec):
     """A codec (dVAE or VQ-GAN) and, if it can draw, its priors and tokenizer; maybe a CLIP too.
 
     Weights are rounded as they are stored and kept in float32, so that a model draws the same
@@ -84,19 +82,14 @@ class Model:
         Raises:
           ModelError: if a part is missing, has other sizes, or does not belong.
         """
-        self.name, self.px, self.codec = name, px, codec
-        self.kind = codecs.kind(codec)
-        """Of the codec: "dvae" or "vqgan", as its file and its fingerprint are named."""
+        super().__init__(px=px, codec=codec, codec_params=codec_params)
+        self.name = name
         self.tokenizer, self.card, self.license = tokenizer, card, license
         self._clip = clip
         given = {"prior": (prior, prior_params), "progressive": (progressive, progressive_params)}
         given = {part: both for part, both in given.items() if both[0] is not None}
         check_parts(self, {part: sizes for part, (sizes, _) in given.items()})
 
-        tensors = files.to_tensors(codec_params)
-        check_tensors(codecs.TITLES[self.kind], tensors, codec_shapes(codec))
-        self.fingerprints = {self.kind: files.fingerprint(tensors)}
-        self.codec_params = jax.device_put(files.to_params(tensors))
         self.priors: dict[str, tuple[PriorConfig, Any]] = {}
         """Sizes and parameters of the parts that draw codes: "prior", "progressive", or both."""
         for part, (sizes, params) in given.items():
@@ -185,16 +178,6 @@ class Model:
         joined.priors = other.priors | self.priors
         joined.fingerprints = other.fingerprints | self.fingerprints
         return joined
-
-    @property
-    def codec_fingerprint(self) -> str:
-        """Of the weights of its dVAE or VQ-GAN: codes belong to these alone."""
-        return self.fingerprints[self.kind]
-
-    @property
-    def grid(self) -> int:
-        """Side G of the square of codes."""
-        return self.px // self.codec.factor
 
     def generate(
         self,
@@ -365,56 +348,6 @@ class Model:
         images = self._gathered(map(finished, drawn), len(prompts), n)[0]
         return images if mask is None else blend(old, images, anew[0])
 
-    def encode(self, images: ArrayLike | Sequence[ArrayLike]) -> Int32[np.ndarray, "B G G"]:
-        """Turns pictures into codes; see `codes_and_errors`."""
-        return self.codes_and_errors(images)[0]
-
-    def codes_and_errors(
-        self, images: ArrayLike | Sequence[ArrayLike]
-    ) -> tuple[Int32[np.ndarray, "B G G"], Float16[np.ndarray, "B G G"]]:
-        """Turns pictures into codes, and says how badly the code of each cell fits it.
-
-        Args:
-          images: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3] of any sizes; those that are
-            not R x R are scaled to a short side of R and cut to the middle square.
-        Returns:
-          Codes in [0, K), and errors, greater where the fit is worse: of a VQ-GAN the squared
-          distance to the code, of a dVAE minus the greatest logit.
-        Raises:
-          ValueError: if a picture is not uint8 with three channels.
-        """
-        squares = np.empty((len(images), self.px, self.px, 3), np.uint8)
-        for i, image in enumerate(images):
-            squares[i] = pixels.square(np.asarray(image), self.px)
-        codes = np.empty((len(images), self.grid, self.grid), np.int32)
-        errors = np.empty(codes.shape, np.float16)
-        for batch, _ in micro_batches(len(images), self._bytes_to_convolve()):
-            made = _encode(self.codec, self.codec_params, squares[batch])
-            codes[batch], errors[batch] = made
-        return codes, errors
-
-    def decode(self, codes: Int[ArrayLike, "B G G"]) -> UInt8[np.ndarray, "B R R 3"]:
-        """Turns codes into pictures.
-
-        Args:
-          codes: integers in [0, K).
-        Returns:
-          The pictures.
-        Raises:
-          ValueError: if a code is not in the codebook.
-        """
-        codes = np.asarray(codes)
-        if codes.size and not 0 <= codes.min() <= codes.max() < self.codec.codes:
-            raise ValueError(
-                f"codes go from {codes.min()} to {codes.max()}, but the codebook holds 0 to "
-                f"{self.codec.codes - 1}; were they made by another {codecs.TITLES[self.kind]}?"
-            )
-        side = codes.shape[1] * self.codec.factor
-        images = np.empty((len(codes), side, side, 3), np.uint8)
-        for batch, _ in micro_batches(len(codes), self._bytes_to_convolve()):
-            images[batch] = _decode(self.codec, self.codec_params, codes[batch])
-        return images
-
     def __repr__(self):
         sizes = f"{self.px} px, {self.grid} x {self.grid} of {self.codec.codes} codes"
         parts = [
@@ -494,15 +427,3 @@ class Model:
         codes = self.encode([self._opened(image_prompt)])
         codes[:, keep_rows:] = self.codec.codes
         return codes
-
-    def _opened(self, image):
-        if isinstance(image, str | os.PathLike):
-            return pixels.decode(image, min_px=self.grid)
-        return np.asarray(image)
-
-    def _bytes_to_convolve(self):
-        return 4 * 4 * self.px**2 * self.codec.width  # about four feature maps live at a time
-
-
-_encode = jax.jit(codecs.codes_and_errors, static_argnums=0)
-_decode = jax.jit(codecs.pictures, static_argnums=0)
