@@ -92,7 +92,7 @@ def test_encoded_batches_are_the_dvaes_argmax_and_keep_the_position(tokens, sour
     chex.assert_trees_all_equal(next(again), expected)
 
 
-def test_codes_are_made_once_and_belong_to_their_dvae(tokens, source, tmp_path):
+def test_codes_are_made_once_and_belong_to_their_codec(tokens, source, tmp_path):
     made = encoded(source, tokens, tmp_path)
     stamp = (tmp_path / "manifest.json").stat().st_mtime_ns
     again = encoded(source, tokens, tmp_path)
@@ -112,5 +112,5 @@ def test_codes_are_made_once_and_belong_to_their_dvae(tokens, source, tmp_path):
             | {"input": {"kernel": jnp.ones((7, 7, 3, 8)), "bias": jnp.zeros(8)}},
         },
     )
-    with pytest.raises(SourceError, match="dVAE"):
+    with pytest.raises(SourceError, match="made by the codec"):
         encoded(source, other, tmp_path)
