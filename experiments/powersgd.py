@@ -3,13 +3,16 @@ r"""What compressed gradients cost: a small prior trained by four groups, with P
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python experiments/powersgd.py \
         --out docs/powersgd.png
 
-Both see the same coloured shapes, as codes of the shipped dVAE, in the same order. Prints what a
-group sends in an update, means of the loss over tenths of the run, and by how much the last of
-them is off; draws both curves (needs matplotlib).
+Both see the same pictures, as codes of the shipped dVAE, in the same order: coloured shapes, or
+emoji with `--data emoji` (needs `pip install dalle_jax[emoji]`). Prints what a group sends in an
+update, means of the loss over tenths of the run, and by how much the last of them is off; draws
+both curves (needs matplotlib).
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from curves import compare
 
 import dalle_jax
 from dalle_jax.data.batches import batches
+from dalle_jax.data.emoji import emoji_source
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.generate.model import Model
 from dalle_jax.memory import keep_memory
@@ -31,13 +35,17 @@ from dalle_jax.train.encode import EncodedBatches
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorStage, short_prior_run
 
-TEXT, PX = 24, 32
+PX = 32
+SOURCES = {"shapes": ShapesSource, "emoji": emoji_source}
+TEXT = {"shapes": (320, 24), "emoji": (1024, 32)}  # vocabulary and positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What can be chosen."""
 
+    data: Literal["shapes", "emoji"] = "shapes"
+    """Pictures, of 32 px."""
     steps: int = 300
     """Updates of each run."""
     ranks: tuple[int, ...] = (4,)
@@ -59,10 +67,11 @@ def main(options: Options) -> None:
     keep_memory()
     shipped = dalle_jax.load("emoji")
     tokens = Model(name="shapes", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
-    source = ShapesSource("train", px=PX)
+    source = SOURCES[options.data]("train", px=PX)
+    vocabulary, length = TEXT[options.data]
     captions = [caption for i in range(len(source)) for caption in source[i]["captions"]]
-    tokenizer = Tokenizer.train(captions, vocabulary=320)
-    text = {"px": PX, "tokenizer": tokenizer, "text_length": TEXT}
+    tokenizer = Tokenizer.train(captions, vocabulary=vocabulary)
+    text = {"px": PX, "tokenizer": tokenizer, "text_length": length}
     iterator = batches(source, batch_size=options.batch_size, seed=0, crop="center", **text)
     iterator = EncodedBatches(iterator, tokens)
     data = [next(iterator) for _ in range(options.steps)]
@@ -83,7 +92,7 @@ def stage_of(options, tokens, tokenizer):
         depth=options.depth,
         heads=4,
         text_vocabulary=tokenizer.vocabulary,
-        text_length=TEXT,
+        text_length=TEXT[options.data][1],
         grid=tokens.grid,
         codes=tokens.codec.codes,
     )
@@ -137,4 +146,6 @@ def say_bytes(params, config, groups):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    chosen = tyro.cli(Options, description=__doc__)
+    sys.path.remove(str(Path(__file__).parent))  # or emoji.py there would hide the package `emoji`
+    main(chosen)
