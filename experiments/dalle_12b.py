@@ -19,7 +19,7 @@ import jax
 import tyro
 from folder import FolderOptions
 
-from dalle_jax.models.transformer import PUBLISHED
+from dalle_jax.models.prior_parts import PUBLISHED
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR, MeshConfig
 from dalle_jax.terminal import complaints

@@ -21,7 +21,7 @@ import dalle_jax
 from dalle_jax.data.batches import batches
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.memory import keep_memory
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.encode import EncodedBatches

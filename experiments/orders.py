@@ -30,7 +30,8 @@ from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate.model import Model
 from dalle_jax.image import pixels
 from dalle_jax.memory import keep_memory
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior
 from dalle_jax.terminal import show_log_lines
 from dalle_jax.train.experiment import Data, train_prior
 from dalle_jax.train.log import read_metrics

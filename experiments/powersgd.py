@@ -25,7 +25,7 @@ from dalle_jax.data.emoji import emoji_source
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.generate.model import Model
 from dalle_jax.memory import keep_memory
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig, sent_bytes

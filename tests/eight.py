@@ -13,7 +13,7 @@ import tiny
 
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig

@@ -11,7 +11,8 @@ from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAE, DVAEConfig
-from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior, draw_params
 from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 from dalle_jax.text.bpe import Tokenizer
 

@@ -15,7 +15,8 @@ from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import decibels
 from dalle_jax.losses import prior_loss
 from dalle_jax.models.codec import code_use
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior
 
 
 def tokenizer_quality(model: Model, parts: Iterable[Part]) -> dict[str, float | int]:

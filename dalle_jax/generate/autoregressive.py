@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior
 
 
 def sample(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.generate.filters import filter_logits
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 
 
 def drawn(

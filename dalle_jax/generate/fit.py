@@ -13,7 +13,8 @@ from dalle_jax.generate import folder as files
 from dalle_jax.generate.folder import ModelError, Tensors
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
-from dalle_jax.models.transformer import PriorConfig, draw_params
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import draw_params
 
 STYLES = {"prior": "autoregressive", "progressive": "progressive"}
 """What each part that draws codes is called in `PriorConfig`."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Key, UInt32
 from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate.batching import rectangles
 from dalle_jax.models.cache import layout
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 
 

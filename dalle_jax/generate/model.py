@@ -33,7 +33,7 @@ from dalle_jax.image import pixels
 from dalle_jax.image.sheet import PAPER
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 
 Decoder = Literal["autoregressive", "progressive"]

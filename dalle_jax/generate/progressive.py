@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior
 
 Schedule = Literal["linear", "cosine"]
 

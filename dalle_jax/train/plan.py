@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
-from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior, draw_params
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.collectives import Collective, collectives
 from dalle_jax.parallel.mesh import BATCH, DATA, FSDP, TENSOR, make_mesh

@@ -15,7 +15,8 @@ import tyro
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.losses import prior_loss
-from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior, draw_params
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import along_batch, look_up

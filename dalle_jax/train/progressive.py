@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from dalle_jax.generate.progressive import DOUBT, Schedule, doubts, filled
 from dalle_jax.losses import progressive_loss
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.train.orders import Order, order_scores, ranks
 from dalle_jax.train.prior import PriorRun, PriorStage
 

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from dalle_jax.models.attention import blocked
 from dalle_jax.models.cache import layout
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 
 
 class Multiplications(NamedTuple):

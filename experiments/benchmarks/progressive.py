@@ -15,7 +15,8 @@ from measure import Options, Report, drawn, median_time
 from train_step import SHIPPED, SMALL, WIDE, prior_batch
 
 from dalle_jax.generate import autoregressive, progressive
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ from measure import PeerOptions, Report, peer_rates, times
 
 import dalle_jax
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.dvae import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig

@@ -10,7 +10,8 @@ import pytest
 
 from dalle_jax.generate import autoregressive
 from dalle_jax.generate.autoregressive import sample
-from dalle_jax.models.transformer import Prior, PriorConfig
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior
 
 # four layers hold every kind: row, column, row, conv
 TINY = PriorConfig(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dalle_jax.generate.progressive import filled, sample
-from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior, draw_params
 
 CONFIG = PriorConfig(
     width=16, depth=2, heads=2, text_vocabulary=11, text_length=4, grid=4, codes=6,

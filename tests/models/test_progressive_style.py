@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.transformer import Prior, PriorConfig, draw_params
+from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.transformer import Prior, draw_params
 
 TINY = PriorConfig(
     width=16,

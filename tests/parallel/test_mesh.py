@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.models.transformer import PUBLISHED, draw_params
+from dalle_jax.models.prior_parts import PUBLISHED
+from dalle_jax.models.transformer import draw_params
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh
 from dalle_jax.parallel.rules import PRIOR, shardings
 

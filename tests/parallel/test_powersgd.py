@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.models.transformer import PUBLISHED
+from dalle_jax.models.prior_parts import PUBLISHED
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.mesh import DATA, FSDP, MeshConfig, make_mesh
 from dalle_jax.parallel.powersgd import PowerSGDConfig, PowerSGDState, from_matrices, to_matrices

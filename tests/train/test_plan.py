@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_jax.models.transformer import PUBLISHED, PriorConfig
+from dalle_jax.models.prior_parts import PUBLISHED, PriorConfig
 from dalle_jax.train import plan
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun
