@@ -1,7 +1,6 @@
 """Two updates of each stage on meshes of 8 devices, for parallel/test_mesh.py.
 
-The one argument is a folder, where their results become files. XLA_FLAGS has to say that there are
-8 devices.
+The one argument is a folder, where their results become files. JAX_NUM_CPU_DEVICES has to be 8.
 """
 
 import sys

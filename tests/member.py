@@ -1,8 +1,8 @@
 """One of several processes that train together on 8 devices, for parallel/test_processes.py.
 
-Arguments: WORKDIR PORT INDEX COUNT STEPS [PAUSE [KILL_AT]]. XLA_FLAGS has to say how many of the
-devices are this one's. PAUSE is a number of seconds in every update; at step KILL_AT process 1
-sends itself SIGKILL, once it has begun to save that step.
+Arguments: WORKDIR PORT INDEX COUNT STEPS [PAUSE [KILL_AT]]. JAX_NUM_CPU_DEVICES has to say how many
+of the devices are this one's. PAUSE is a number of seconds in every update; at step KILL_AT process
+1 sends itself SIGKILL, once it has begun to save that step.
 """
 
 import os

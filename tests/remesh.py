@@ -3,7 +3,7 @@
 For parallel/test_processes.py. Arguments: WORKDIR PORT INDEX COUNT. One process alone writes step 1
 on data=8; of several each reads it on data=2 x fsdp=4, and all write it again as step 2, which one
 of them cannot at the first try.
-XLA_FLAGS has to say how many of the devices are this process's.
+JAX_NUM_CPU_DEVICES has to say how many of the devices are this process's.
 """
 
 import errno

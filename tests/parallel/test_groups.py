@@ -188,11 +188,10 @@ def main(folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")
-    flags = "--xla_force_host_platform_device_count=8"
     root = str(Path(powersgd.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, __file__, str(folder)],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": root},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": root},
         capture_output=True,
         text=True,
         check=False,

@@ -26,7 +26,7 @@ def spread(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight")
     done = subprocess.run(
         [sys.executable, eight.__file__, str(folder)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
         capture_output=True,
         text=True,
         check=False,

@@ -28,7 +28,7 @@ def start(folder, *, count, script="member.py", steps=STEPS, options=()):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = [sys.executable, str(TESTS / script), str(folder), str(port)]
-    devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
+    devices = {"JAX_NUM_CPU_DEVICES": str(8 // count)}
     running = []
     for index in range(count):
         with (folder / f"log-{index}-of-{count}").open("a") as log:
