@@ -70,21 +70,25 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["in an update", "in a save"])
-def test_after_sigkill_of_one_a_restart_goes_on_as_if_unbroken(alone, tmp_path, when):
-    running = start(tmp_path, count=2, options=(0.2,) if when == "in an update" else (0, 8))
-    if when == "in an update":
-        checkpoint = tmp_path / "checkpoints" / "000004"
-        while not checkpoint.exists() and running[1].poll() is None:
-            time.sleep(0.05)
-        running[1].send_signal(signal.SIGKILL)
-    assert running[1].wait(timeout=60) == -signal.SIGKILL
-    running[0].kill()  # the runtime ends it too, after a time; here as a scheduler would
-    running[0].wait()
+def test_after_sigkill_of_one_in_an_update_or_a_save_restarts_go_on_as_if_unbroken(alone, tmp_path):
+    running = start(tmp_path, count=2, options=(0.2,))
+    checkpoint = tmp_path / "checkpoints" / "000004"
+    while not checkpoint.exists() and running[1].poll() is None:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGKILL)
+    end(running)
     assert STEPS not in losses(tmp_path)
+    end(start(tmp_path, count=2, options=(0, STEPS)))
     codes, log = finish(tmp_path, start(tmp_path, count=2))
     assert codes == [0, 0], log
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def end(running):
+    """Waits for the one that is killed, and ends the other, as a scheduler would."""
+    assert running[1].wait(timeout=60) == -signal.SIGKILL
+    running[0].kill()  # the runtime ends it too, after a time
+    running[0].wait()
 
 
 @pytest.mark.slow
@@ -103,10 +107,10 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step_and_one_goes_on_alone(alon
 
 @pytest.mark.slow
 def test_a_checkpoint_is_the_same_on_another_mesh_in_more_processes_and_on_one_device(tmp_path):
-    for count in (1, 4):
+    for count in (1, 2):
         codes, log = finish(tmp_path, start(tmp_path, count=count, script="remesh.py"))
         assert codes == [0] * count, log
-    assert "step 2 could not be saved" in log and "process 3 cannot write there" in log
+    assert "step 2 could not be saved" in log and "process 1 cannot write there" in log
     wanted = remesh.created().replace(step=np.int32(2))
     _, state, _, _ = Checkpoints(tmp_path / "checkpoints").restore(remesh.created())
     chex.assert_trees_all_equal(remesh.readable(state), remesh.readable(wanted))
