@@ -45,8 +45,8 @@ def stage(name, **changes):
         sizes = CLIPConfig(**CLIP, text_vocabulary=40)
         run = short_clip_run(model=sizes, loop=LOOP, batch_size=16, micro_batch=8)
         return ClipStage(run, validation={})
-    changes = {"scan_layers": True, "remat": True} | changes
-    run = short_prior_run(model=PriorConfig(**PRIOR), loop=LOOP, batch_size=16, **changes)
+    changes = {"model": PriorConfig(**PRIOR), "scan_layers": True, "remat": True} | changes
+    run = short_prior_run(loop=LOOP, batch_size=16, **changes)
     return PriorStage(
         run,
         tokens=tiny.model(),
