@@ -43,7 +43,7 @@ from dalle_jax.train.progressive import in_progressive_style
 PX, STYLE = 32, "twemoji"
 AUTOREGRESSIVE = "autoregressive"
 TRAINED = (AUTOREGRESSIVE, "dynamic", "certain", "uncertain", "random")
-STAGES, REVISE, GUIDANCE = (4, 8, 16, 32), (0.0, 0.1), (1.0, 3.0)
+STAGES, REVISE, GUIDANCE = (4, 8, 16, 32), (0.0, 0.5), (1.0, 3.0)
 
 
 class People:
@@ -87,7 +87,7 @@ class Draw:
     """Where they are."""
     out: Path
     """Markdown file of the table; the orders go beside it, as PNG."""
-    pictures: int = 80
+    pictures: int = 70
     """Captions of training, and as many that were held out."""
     seed: int = 0
     """Of the drawings."""
