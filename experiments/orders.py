@@ -112,7 +112,7 @@ def train(options: Train) -> None:
 
 
 def run_of(steps: int) -> PriorRun:
-    """16 text positions and 64 codes: 1.9M parameters."""
+    """20 text positions and 64 codes: 1.5M parameters."""
     sizes = {"width": 128, "depth": 6, "heads": 4, "text_vocabulary": 512, "text_length": 20}
     return short_prior_run(
         model=PriorConfig(**sizes, grid=8, codes=512),
