@@ -95,8 +95,7 @@ class Draw:
 
 def train(options: Train) -> None:
     """Trains each prior on the same pictures, in the same order, for as many updates."""
-    shipped = dalle_jax.load("emoji")
-    tokens = Model(name="people", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
+    tokens = shipped_codes()
     data = Data(
         train=People("train"),
         validation=People("heldout_cell"),
@@ -109,6 +108,12 @@ def train(options: Train) -> None:
             run = in_progressive_style(run, order=name)
         folder = options.workdir / name
         train_prior(run, data, tokens, workdir=folder).save(folder / "model")
+
+
+def shipped_codes() -> Model:
+    """The shipped dVAE, for smaller pictures."""
+    shipped = dalle_jax.load("emoji")
+    return Model(name="people", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
 
 
 def run_of(steps: int) -> PriorRun:
@@ -173,8 +178,7 @@ class Truth:
         self.own = np.array([names.index(caption) for caption in self.captions])
         self.tones = np.array([name.rpartition(" with ")[2] for name in names])
         images = np.stack([pixels.decode(record["image"]) for record in records])
-        shipped = dalle_jax.load("emoji")
-        codec = Model(name="people", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
+        codec = shipped_codes()
         self.codes, self.errors = codec.codes_and_errors(images)
         self.all = codec.decode(self.codes)  # what the codes can draw at best
         self._network = efficientnet_network()
@@ -188,14 +192,13 @@ class Truth:
         apart /= flat.shape[1]
         nearest = apart.argmin(axis=1)
         right, tone = nearest == self.own, self.tones[nearest] == self.tones[self.own]
-        own = apart[np.arange(len(flat)), self.own]
-        decibels = 10 * np.log10(255**2 / np.maximum(own, 1e-2))
+        decibels, _ = pixels.decibels(self.all[self.own], images)
         kid = kernel_distance(self._network(images)[0], self._features)
         return {
             "right, seen": float(right[self.seen].mean()),
             "right, held out": float(right[~self.seen].mean()),
             "tone right": float(tone.mean()),
-            "decibels": float(decibels.mean()),
+            "decibels": float(np.mean(decibels)),
             "KID x 1000": 1000 * float(kid),
         }
 

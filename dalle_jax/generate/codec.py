@@ -3,7 +3,6 @@
 Letters: B batch, R pixel side, G grid side, K codes.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,11 +99,6 @@ class Codec:
         for batch, _ in micro_batches(len(codes), self._bytes_to_convolve()):
             images[batch] = _decode(self.codec, self.codec_params, codes[batch])
         return images
-
-    def _opened(self, image):
-        if isinstance(image, str | os.PathLike):
-            return pixels.decode(image, min_px=self.grid)
-        return np.asarray(image)
 
     def _bytes_to_convolve(self):
         return 4 * 4 * self.px**2 * self.codec.width  # about four feature maps live at a time

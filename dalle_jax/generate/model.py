@@ -427,3 +427,8 @@ class Model(Codec):
         codes = self.encode([self._opened(image_prompt)])
         codes[:, keep_rows:] = self.codec.codes
         return codes
+
+    def _opened(self, image):
+        if isinstance(image, str | os.PathLike):
+            return pixels.decode(image, min_px=self.grid)
+        return np.asarray(image)
