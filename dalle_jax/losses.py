@@ -190,13 +190,11 @@ def progressive_loss(
     codes: Int[Array, "B I"],
     now: Bool[Array, "B I"],
     changed_weight: float = 10.0,
-    later_weight: float = 1.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Weighted cross-entropy of every cell's code, plus that of whether to fill it now.
 
-    A code that is new at this stage, or that stands there wrong, has weight `changed_weight`; one
-    that is to be kept has 1, one that a later stage fills `later_weight`. The second part is a mean
-    over empty cells.
+    A code that does not stand there yet, since the cell is empty or holds a wrong one, has weight
+    `changed_weight`; one that is to be kept has 1. The second part is a mean over empty cells.
 
     Args:
       logits: of the codes.
@@ -205,19 +203,17 @@ def progressive_loss(
       codes: the true ones.
       now: which cells are filled after this stage.
       changed_weight: see above.
-      later_weight: see above.
     Returns:
       The loss, and means in nats: "new_nats" of codes new at this stage, "later_nats" of those
       still to come, "fill_nats" of filling now.
-    Source: the weights of new and kept codes: Fei et al. 2022, the first author's prototype; two
-      outputs in place of a code for "not yet", and the later codes, are ours.
+    Source: the weights: Fei et al. 2022, the first author's prototype; that later cells learn their
+      codes too, with two outputs in place of a code for "not yet", is ours.
     """
     K = logits.shape[-1]
     is_empty = cells == K
     is_new, is_later = is_empty & now, is_empty & ~now
     nats = _cross_entropy(logits, codes)
     weight = jnp.where(cells == codes, 1.0, changed_weight)
-    weight = jnp.where(is_later, later_weight, weight)
     # -log sigmoid of the log-odds of what is right
     fill_nats = jax.nn.softplus(jnp.where(now, -fill, fill))
     metrics = {

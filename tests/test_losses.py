@@ -151,12 +151,11 @@ def test_the_progressive_loss_weighs_new_wrong_kept_and_later_codes():
         codes=codes,
         now=now,
         changed_weight=10.0,
-        later_weight=0.5,
     )
     two = np.log(2)
     fill_nats = (np.log(4 / 3) + two) / 2
     assert float(metrics["new_nats"]) == pytest.approx(3 * two, rel=1e-5)
     assert float(metrics["later_nats"]) == pytest.approx(4 * two, rel=1e-5)
     assert float(metrics["fill_nats"]) == pytest.approx(fill_nats, rel=1e-5)
-    code_nats = (1 * 1 + 10 * 2 + 10 * 3 + 0.5 * 4) * two / 21.5
+    code_nats = (1 * 1 + 10 * 2 + 10 * 3 + 10 * 4) * two / 31
     assert float(loss) == pytest.approx(code_nats + fill_nats, rel=1e-5)

@@ -36,9 +36,9 @@ class ProgressiveRun(PriorRun):
     greatest_noise: float = 0.2
     """Greatest share of the filled cells that hold a wrong code; it is drawn from 0 to this."""
     changed_weight: float = 10.0
-    """Weight of codes that are new or stand there wrong; those to be kept have 1."""
-    later_weight: float = 1.0
-    """Weight of codes that are filled at a later stage."""
+    """Weight of codes that do not stand there yet; those to be kept have 1."""
+    from_prior: bool = False
+    """Begin with the weights of the autoregressive prior of the same experiment (ours)."""
 
     def __post_init__(self):
         if self.model.style != "progressive":
@@ -70,6 +70,28 @@ class ProgressiveStage(PriorStage):
 
     name = "progressive"
     run: ProgressiveRun
+
+    def begin(self, params):
+        """Takes over all that the autoregressive prior has too, if the run is to."""
+        if not self.run.from_prior:
+            return params
+        if self._tokens is None or "prior" not in self._tokens.priors:
+            raise ValueError(
+                "from_prior begins with an autoregressive prior, but there is none; train one "
+                "before (stage `prior`), or give --no-from-prior"
+            )
+        sizes, weights = self._tokens.priors["prior"]
+        wanted = dataclasses.replace(self.config, style=sizes.style, attention=sizes.attention)
+        if sizes != wanted or self._tokens.tokenizer.fingerprint != self._tokenizer.fingerprint:
+            raise ValueError(
+                f"from_prior needs a prior of the same sizes and tokenizer, but there is {sizes} "
+                f"for {wanted}; change one of them, or give --no-from-prior"
+            )
+        weights = jax.device_get(weights)
+        return {
+            part: own | {name: weights[part][name] for name in own.keys() & weights[part].keys()}
+            for part, own in params.items()
+        }
 
     def loss(self, params, batch, key, step, *, scales=None):
         """Weighted nats of all codes, and of whether to fill each empty cell now."""
@@ -146,7 +168,6 @@ class ProgressiveStage(PriorStage):
             codes=_in_a_row(batch["codes"]),
             now=now,
             changed_weight=self.run.changed_weight,
-            later_weight=self.run.later_weight,
         )
 
     def _predict(self, params, text, cells, scales=None):

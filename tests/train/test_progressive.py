@@ -28,11 +28,11 @@ SHAPES = jax.eval_shape(partial(draw_params, CONFIG), jax.random.key(0))
 PARAMS = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), SHAPES)  # all codes equally likely
 
 
-def stage(validation=(), **changes):
+def stage(validation=(), tokens=None, **changes):
     settings = {"loop": LoopConfig(steps=10), "batch_size": 3, "warmup_steps": 1, "stages": 4}
     prior = short_prior_run(model=tiny.parts()["prior"])
     run = in_progressive_style(prior, **(settings | changes))
-    tokens = tiny.model(prior=None, prior_params=None, tokenizer=None)
+    tokens = tokens or tiny.model(prior=None, prior_params=None, tokenizer=None)
     return ProgressiveStage(
         run,
         tokens=tokens,
@@ -40,6 +40,27 @@ def stage(validation=(), **changes):
         validation=lambda: iter(validation),
         captions=["red apple"],
     )
+
+
+def test_it_begins_with_all_that_the_autoregressive_prior_has_too():
+    tokens = tiny.model()
+    begun = stage(tokens=tokens, from_prior=True).begin(PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(begun, PARAMS)
+    _, given = tokens.priors["prior"]
+    chex.assert_trees_all_equal(begun["layers"], jax.device_get(given["layers"]))
+    for part, other in (("embed", "mask"), ("head", "fill")):
+        same = {name: jax.device_get(x) for name, x in given[part].items() if name in begun[part]}
+        chex.assert_trees_all_equal({k: v for k, v in begun[part].items() if k != other}, same)
+        chex.assert_trees_all_equal(begun[part][other], PARAMS[part][other])
+    chex.assert_trees_all_equal(stage(tokens=tokens).begin(PARAMS), PARAMS)
+
+
+def test_it_says_what_it_cannot_begin_with():
+    with pytest.raises(ValueError, match="there is none; train one before .* --no-from-prior"):
+        stage(from_prior=True).begin(PARAMS)
+    deeper = dataclasses.replace(CONFIG, depth=CONFIG.depth + 1)
+    with pytest.raises(ValueError, match=r"of the same sizes .* depth=3"):
+        stage(tokens=tiny.model(), model=deeper, from_prior=True).begin(PARAMS)
 
 
 def test_each_order_ranks_as_its_name_says(key):
