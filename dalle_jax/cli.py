@@ -18,8 +18,7 @@ _app, _data, _votes = SubcommandApp(), SubcommandApp(), SubcommandApp()
 _app.command(_data, name="data", help="Look after your own pictures.")
 _app.command(_votes, name="votes", help="Let people compare two models.")
 
-_LISTED = Path(__file__).parent / "pretrained" / "captions.txt"
-_DEMO = 6  # captions of that list, from its head
+_DEMO = 6  # captions of a shipped model's list, from its head
 
 
 @_app.command
@@ -47,7 +46,8 @@ def generate(
     """Draw pictures for captions, on one sheet.
 
     Args:
-      captions: What to draw, a row of pictures each; none for the first six of a shipped list.
+      captions: What to draw, a row of pictures each; none for the first six of a list that comes
+        with each shipped model (that of emoji for other models).
       model: A shipped model by name, or the path of a model folder.
       n: Pictures per caption to draw.
       seed: Number from 0 to 4294967295; the same one gives the same pictures.
@@ -82,7 +82,7 @@ def generate(
     from dalle_jax.image.sheet import contact_sheet, save_gif, save_png
 
     if not captions:
-        captions = tuple(_LISTED.read_text(encoding="utf-8").splitlines()[:_DEMO])
+        captions = _listed(model)
     start = time.monotonic()
     drawing = dalle_jax.load(model)
     judge = None if clip is None else dalle_jax.Clip.load(clip)
@@ -126,7 +126,7 @@ def edit(
     *,
     mask: Path | None = None,
     share: float | None = None,
-    model: str = "emoji",
+    model: str = "people",
     n: Annotated[int, arg(aliases=("-n",))] = 4,
     seed: int = 0,
     temperature: float = 1.0,
@@ -188,6 +188,13 @@ def edit(
     _save_singles(singles, captions, images)
     took = time.monotonic() - start
     print(f"{len(captions) * n} pictures in {took:.0f} s: {out.resolve()}")
+
+
+def _listed(model: str) -> tuple[str, ...]:
+    from dalle_jax.generate.folder import CAPTIONS, SHIPPED, shipped
+
+    own = SHIPPED / (model if model in shipped() else "emoji")
+    return tuple((own / CAPTIONS).read_text(encoding="utf-8").splitlines()[:_DEMO])
 
 
 def _check_name(option: str, path: Path, suffix: str) -> None:

