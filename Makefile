@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make install   create $(VENV) with the tested packages (Python 3.11 or 3.12)"
-	@echo "make demo      draw a sheet of pictures with the shipped model into demo.png"
+	@echo "make demo      draw a sheet of pictures with a shipped model into demo.png"
 	@echo "make test      lint, format check and every test"
 	@echo "make clean     remove $(VENV), caches and demo.png; runs/ stays"
 
@@ -33,7 +33,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 demo: install
-	@$(BIN)/dalle-jax generate -n 4 --guidance 2 --temperature 0.9 --out demo.png
+	@$(BIN)/dalle-jax generate --model people -n 4 --guidance 2 --temperature 0.9 --out demo.png
 
 test: install
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def generate(
       image_prompt: Picture file whose top is kept, as many rows of codes as --keep-rows says.
       keep_rows: Rows of codes to keep of --image-prompt, at least 1 and less than the grid has.
       decoder: Code after code (autoregressive) or in few passes, from coarse to fine (progressive);
-        None for the first of these that the model can do.
+        None for the latter if the model can do it.
       stages: Passes of the progressive decoder; None for 16.
       revise: Greatest share of the cells that a pass of the progressive decoder may change, 0 to 1;
         None for 0.1.
@@ -260,7 +260,7 @@ def evaluate(
       top_k: Draw from this many likeliest codes only; None for all of them.
       top_p: Draw from the likeliest codes that hold this probability, above 0 and up to 1.
       guidance: Weight of the caption against none; 1 is off.
-      decoder: Which prior draws; None for the first that the model has.
+      decoder: Which prior draws; None for the progressive one if the model has it.
       stages: Passes of the progressive decoder; None for 16.
       inception: File pt_inception-2015-12-05-6726825d.pth, for the FID, KID and IS that others
         publish; without it EfficientNet-Lite0 takes its place, and the numbers carry its name.

@@ -149,7 +149,7 @@ def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):
     assert "--steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["debug", "emoji", "folder", "dalle_12b"])
+@pytest.mark.parametrize("script", ["debug", "emoji", "people", "folder", "dalle_12b"])
 @pytest.mark.parametrize("command", ["dvae", "vqgan", "prior", "clip", "all"])
 def test_help_explains_every_option(script, command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -54,6 +54,15 @@ def test_rerank_runs(tmp_path, monkeypatch):
     assert curve == sorted(curve)
 
 
+def test_coarse_to_fine_runs(tmp_path, monkeypatch):
+    tiny.model(**tiny.progressive_parts()).save(tmp_path / "tiny")
+    names = run("coarse_to_fine", tmp_path / "tiny", monkeypatch)
+    assert names["frames"].shape == (8, 1, 2, tiny.PX, tiny.PX, 3)
+    below = names["edited"][0, :, -tiny.PX // 4 :]
+    np.testing.assert_array_equal(below, np.stack([names["picture"][-tiny.PX // 4 :]] * 5))
+    assert (names["varied"] != names["picture"]).any()
+
+
 def test_evaluate_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the evaluate extra is not installed")
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -212,7 +212,7 @@ class Model(Codec):
           image_prompt: a picture, as a file or uint8 [H, W, 3], of which the top rows are kept.
           keep_rows: rows of codes to keep, 1 to G - 1; 0 without image_prompt.
           decoder: "autoregressive", code after code, or "progressive", in few passes from coarse to
-            fine; None for the first of these that the model can do.
+            fine; None for the latter if the model can do it.
           stages: passes of the progressive decoder, 1 to the number of cells; None for 16.
           revise: greatest share of the filled cells that a pass may change, in [0, 1], for the
             progressive decoder; None for 0.1.
@@ -362,7 +362,8 @@ class Model(Codec):
                 f"model {self.name!r} holds a {codecs.TITLES[self.kind]} alone: it can encode and "
                 "decode, but drawing needs a prior trained on its codes"
             )
-        part = {style: part for part, style in STYLES.items()}.get(decoder, next(iter(self.priors)))
+        usual = "progressive" if "progressive" in self.priors else "prior"
+        part = {style: part for part, style in STYLES.items()}.get(decoder, usual)
         if part not in self.priors:
             able = " or ".join(STYLES[part] for part in self.priors)
             raise ModelError(f"model {self.name!r} has no {decoder} prior; its decoder is {able}")

@@ -29,12 +29,16 @@ class Case(NamedTuple):
     """How many times as fast it should be for one picture, with some number of stages."""
 
 
+PEOPLE = {"width": 128, "depth": 6, "heads": 4, "text_vocabulary": 512, "text_length": 24}
+PEOPLE |= {"grid": 8, "codes": 1024}
+
 CASES = {
+    "people": Case(PEOPLE),
     "shipped": Case(SHIPPED),
     "small": Case(SMALL, target=13),
     "12 layers": Case(WIDE | {"depth": 12}, batches=(1,), target=13),
 }
-QUICK = ("shipped b1",)
+QUICK = ("people b1",)
 
 
 def main(options: Options) -> None:

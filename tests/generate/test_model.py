@@ -256,6 +256,22 @@ def refused(folder, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("emoji", {"dvae", "prior", "tokenizer"}), ("people", {"vqgan", *files.PRIORS, "tokenizer"})],
+)
+def test_a_shipped_model_is_whole_and_says_where_it_is_from(name, parts):
+    model = dalle_jax.load(name)
+    assert model.fingerprints.keys() == parts
+    assert "Twemoji graphics, Copyright Twitter, Inc. and other contributors" in model.card
+    assert "Creative Commons" in model.license
+    model.tokenizer.encode(
+        (files.SHIPPED / name / files.CAPTIONS).read_text().splitlines(),
+        length=model.priors["prior"][0].text_length - 1,
+        overlong="error",
+    )
+
+
 def test_unknown_model_name_lists_the_shipped_ones(tmp_path, monkeypatch):
     (tmp_path / "emoji").mkdir()
     (tmp_path / "emoji" / "config.json").write_text("{}")

@@ -187,6 +187,12 @@ def test_the_model_draws_and_keeps_the_top_of_a_picture():
     assert (drawn != other).any()
 
 
+def test_a_model_with_both_priors_draws_with_the_progressive_one():
+    model = tiny.model(**tiny.progressive_parts())
+    drawn = [model.generate("red apple", stages=4, decoder=d) for d in (None, "progressive")]
+    chex.assert_trees_all_equal(*drawn)
+
+
 def test_what_a_decoder_cannot_do_is_said():
     with pytest.raises(ValueError, match="has no progressive prior; its decoder is autoregressive"):
         tiny.model().generate("red apple", decoder="progressive")
