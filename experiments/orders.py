@@ -1,17 +1,17 @@
-"""What the order of filling is worth: priors that differ in nothing else, on emoji of people.
+"""What the order of filling is worth: progressive priors that differ in nothing else, on people.
 
     python experiments/orders.py train --workdir runs/orders       # every prior; goes on if stopped
     python experiments/orders.py draw --workdir runs/orders --out docs/orders.md
 
-One designer's people with one skin tone, 32 px, with one caption each: a caption then has one true
-picture, and a drawing is right if no other of the true pictures, training's and held-out ones
-alike, is nearer to it. The codes are those of the shipped dVAE, 8 x 8. `draw` writes a table of all
+In the world of `people.py` a caption has one true picture, so a drawing is right if no other of
+the true pictures, training's and held-out ones alike, is nearer to it. All priors begin with the
+weights of the model's autoregressive one, which is measured too. `draw` writes a table of all
 priors, numbers of stages, revision and guidance, and a picture of the mean orders beside it.
 """
 
+import dataclasses
 import json
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,51 +20,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from people import PeopleOptions, prior
 
 import dalle_jax
 from dalle_jax.compiled import keep_programs
-from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
+from dalle_jax.data.emoji import PeopleSource
 from dalle_jax.evaluate.distances import kernel_distance
 from dalle_jax.evaluate.features import efficientnet_network
-from dalle_jax.generate import autoregressive, progressive
+from dalle_jax.generate.grids import draw_grids
 from dalle_jax.generate.model import Model
 from dalle_jax.image import pixels
 from dalle_jax.memory import keep_memory
-from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.transformer import Prior
 from dalle_jax.terminal import show_log_lines
-from dalle_jax.train.experiment import Data, train_prior
+from dalle_jax.train.experiment import train_prior
 from dalle_jax.train.log import read_metrics
-from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.orders import order_scores, ranks
-from dalle_jax.train.prior import PriorRun, short_prior_run
 from dalle_jax.train.progressive import in_progressive_style
 
-PX, STYLE = 32, "twemoji"
-AUTOREGRESSIVE = "autoregressive"
-TRAINED = (AUTOREGRESSIVE, "dynamic", "certain", "uncertain", "random")
+ORDERS = ("dynamic", "certain", "uncertain", "random")
 STAGES, REVISE, GUIDANCE = (4, 8, 16, 32), (0.0, 0.5), (1.0, 3.0)
-
-
-class People:
-    """The records of a split that show one person of one skin tone, each with its name alone."""
-
-    def __init__(self, split: str):
-        source = emoji_source(split, px=PX)
-        records = (source[i] for i in range(len(source)))
-        self._records = [
-            record | {"captions": record["captions"][:1]}
-            for record in records
-            if record["style"] == STYLE
-            and record["captions"][0].endswith("skin tone")
-            and " and " not in record["captions"][0]
-        ]
-
-    def __len__(self):
-        return len(self._records)
-
-    def __getitem__(self, index):
-        return self._records[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +48,11 @@ class Train:
 
     workdir: Path
     """Where they go, a folder each."""
-    steps: int = 4_000
+    model: str = "people"
+    """Shipped model, or a model folder: its codec and the autoregressive prior to begin with."""
+    steps: int = 1_500
     """Updates of each."""
-    only: tuple[str, ...] = TRAINED
+    only: tuple[str, ...] = ORDERS
     """Which ones, to share the work among processes."""
 
 
@@ -87,74 +64,59 @@ class Draw:
     """Where they are."""
     out: Path
     """Markdown file of the table; the orders go beside it, as PNG."""
+    model: str = "people"
+    """As for `train`."""
+    only: tuple[str, ...] = ORDERS
+    """Which priors, beside the autoregressive one."""
+    stages: tuple[int, ...] = STAGES
+    """Numbers of stages."""
     pictures: int = 70
     """Captions of training, and as many that were held out."""
     seed: int = 0
+    """Of the drawings."""
+    temperature: float = 1.0
     """Of the drawings."""
 
 
 def train(options: Train) -> None:
     """Trains each prior on the same pictures, in the same order, for as many updates."""
-    tokens = shipped_codes()
-    data = Data(
-        train=People("train"),
-        validation=People("heldout_cell"),
-        captions=[People("train")[0]["captions"][0], People("heldout_cell")[0]["captions"][0]],
-        attribution=ATTRIBUTION,
-    )
-    for name in options.only:
-        run = run_of(options.steps)
-        if name != AUTOREGRESSIVE:
-            run = in_progressive_style(run, order=name)
-        folder = options.workdir / name
+    tokens = dalle_jax.load(options.model)
+    data = PeopleOptions().open(tokens.px)
+    start = prior()
+    loop = dataclasses.replace(start.loop, steps=options.steps)
+    for order in options.only:
+        run = in_progressive_style(start, loop=loop, order=order, from_prior=True)
+        folder = options.workdir / order
         train_prior(run, data, tokens, workdir=folder).save(folder / "model")
-
-
-def shipped_codes() -> Model:
-    """The shipped dVAE, for smaller pictures."""
-    shipped = dalle_jax.load("emoji")
-    return Model(name="people", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
-
-
-def run_of(steps: int) -> PriorRun:
-    """20 text positions and 64 codes: 1.5M parameters."""
-    sizes = {"width": 128, "depth": 6, "heads": 4, "text_vocabulary": 512, "text_length": 20}
-    return short_prior_run(
-        model=PriorConfig(**sizes, grid=8, codes=512),
-        loop=LoopConfig(
-            steps=steps, save_every=500, evaluate_every=1000, sheet_every=None,
-            average_every=5, average_decay=0.98,
-        ),
-        batch_size=8,
-        warmup_steps=100,
-        bpe_dropout=0.0,
-    )  # fmt: skip
 
 
 def draw(options: Draw) -> None:
     """Draws everything and writes the table."""
-    truth = Truth(options)
+    start = dalle_jax.load(options.model)
+    truth = Truth(start, options)
     rows, orders = [], {}
-    for name in TRAINED:
+
+    def measure(name, model, part, mended, **way):
+        codes, revised = drawn(model, part, truth, options, **way)
+        row = {"prior": name, "stages": None, "revise": None} | way
+        row |= truth.compare(model.decode(codes)) | revised | mended
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    unmended = dict.fromkeys(("repaired", "damaged"))
+    for guidance in GUIDANCE:
+        measure("autoregressive", start, "prior", unmended, guidance=guidance)
+    for name in options.only:
         folder = options.workdir / name
-        if not (folder / "model").is_dir():
-            continue
         model = Model.load(folder / "model")
         measured = read_metrics(folder / "metrics.jsonl")[-1]
-        mended = {k: measured.get(f"eval/{k}") for k in ("repaired", "damaged")}
-        ways = [(None, 0.0)]
-        if name != AUTOREGRESSIVE:
-            ways = [(stages, revise) for stages in STAGES for revise in REVISE]
-            orders |= mean_orders(model, name, truth)
-        for stages, revise in ways:
-            for guidance in GUIDANCE:
-                codes, revised = drawn(
-                    model, truth.captions, stages, revise, guidance, options.seed
-                )
-                row = {"prior": name, "stages": stages, "revise": revise, "guidance": guidance}
-                row |= truth.compare(model.decode(codes)) | {"revised": revised} | mended
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+        mended = {k: measured[f"eval/{k}"] for k in unmended}
+        orders |= mean_orders(model, name, truth)
+        for stages in options.stages:
+            for revise in REVISE:
+                for guidance in GUIDANCE:
+                    way = {"stages": stages, "revise": revise, "guidance": guidance}
+                    measure(name, model, "progressive", mended, **way)
     write(options.out, rows, len(truth.all))
     draw_orders(orders, options.out.with_suffix(".png"))
 
@@ -162,9 +124,11 @@ def draw(options: Draw) -> None:
 class Truth:
     """The true pictures: those to be drawn, half of them held out, and all others."""
 
-    def __init__(self, options):
+    def __init__(self, codec, options):
         rng = np.random.default_rng(options.seed)
-        self.splits = {split: People(split) for split in ("train", "heldout_cell")}
+        self.splits = {
+            split: PeopleSource(split, px=codec.px) for split in ("train", "heldout_cell")
+        }
         chosen = {
             split: rng.permutation(len(people))[: options.pictures].tolist()
             for split, people in self.splits.items()
@@ -178,7 +142,6 @@ class Truth:
         self.own = np.array([names.index(caption) for caption in self.captions])
         self.tones = np.array([name.rpartition(" with ")[2] for name in names])
         images = np.stack([pixels.decode(record["image"]) for record in records])
-        codec = shipped_codes()
         self.codes, self.errors = codec.codes_and_errors(images)
         self.all = codec.decode(self.codes)  # what the codes can draw at best
         self._network = efficientnet_network()
@@ -203,27 +166,25 @@ class Truth:
         }
 
 
-def drawn(model, captions, stages, revise, guidance, seed):
-    """Codes for each caption, and the share of all codes that a pass changed."""
-    part = "prior" if stages is None else "progressive"
+def drawn(model, part, truth, options, **way):
+    """Codes for each caption, and how many filled cells changed on the way, and how rightly."""
     config, params = model.priors[part]
-    codes, revised = [], []
-    for start in range(0, len(captions), 32):
-        some = captions[start : start + 32]
-        text = model.tokenizer.encode(some, length=config.text_length - 1)
-        hashes = jnp.asarray([zlib.crc32(caption.encode()) for caption in some], jnp.uint32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes)
-        if stages is None:
-            found = autoregressive.sample(config, params, text, keys, guidance=guidance)
-            revised.append(np.zeros(len(some)))
-        else:
-            passes = progressive.sample(
-                config, params, text, keys, stages=stages, revise=revise, guidance=guidance
-            )
-            found = passes.cells[-1]
-            revised.append(np.asarray(passes.revised.sum((0, 2, 3))) / config.image_length)
-        codes.append(np.asarray(found))
-    return np.concatenate(codes), float(np.concatenate(revised).mean())
+    own = truth.codes[truth.own]
+    codes = np.empty_like(own)
+    way |= {"seed": options.seed, "temperature": options.temperature}
+    counts = np.zeros(3)
+    for some in draw_grids(config, params, model.tokenizer, truth.captions, n=1, **way):
+        passes = some.passes[:, :, 0]
+        codes[some.prompts] = passes[-1]
+        before, after, true = passes[:-1], passes[1:], own[some.prompts]
+        changed = (before != after) & (before < some.empty)
+        ways = (changed, changed & (after == true), changed & (before == true))
+        counts += [marks.sum() for marks in ways]
+    revised, *rightly = counts.tolist()
+    shares = (share / revised if revised else None for share in rightly)
+    return codes, {"revised": revised / codes.size} | dict(
+        zip(("to the true code", "from it"), shares, strict=True)
+    )
 
 
 def mean_orders(model, name, truth) -> dict[str, np.ndarray]:
