@@ -2,7 +2,7 @@
 
     python experiments/people.py vqgan --workdir runs/people
     python experiments/people.py prior --workdir runs/people --codec vqgan
-    python experiments/people.py progressive --workdir runs/people --codec vqgan
+    python experiments/people.py progressive --workdir runs/people --codec vqgan --steps 4000
 
 Needs `pip install dalle_jax[emoji]`; the pictures are drawn on this machine. Every caption has one
 true picture, so it shows whether a drawing is right, and what no picture in training combines:
