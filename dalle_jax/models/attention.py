@@ -55,32 +55,6 @@ def dense(
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
 
 
-def everything(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
-) -> Float[Array, "B T N H"]:
-    """Gives what `dense` gives if every query may look at every key; without gradients faster.
-
-    On a CPU it works in pieces whose logits stay in its cache, one picture after the other: for
-    1,024 queries and 1,280 keys more than twice as fast as all at once.
-
-    Args:
-      query: one vector a head and position.
-      key: as query, for the positions that are looked at.
-      value: what is mixed; its dtype is that of the result.
-
-    Returns:
-      Weighted means of the values; logits and softmax are computed in float32.
-
-    Source: ours.
-    """
-    query = query * query.shape[-1] ** -0.5
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))  # B N T H
-    seen = jax.lax.platform_dependent(query, key, value, cpu=_in_pieces, default=_everything)
-    return jnp.swapaxes(seen, 1, 2)
-
-
 def blocked(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T N H"],
@@ -162,28 +136,6 @@ def _causal(query, key, value):
         weights = jax.nn.softmax(logits, axis=-1)
         seen.append(_mix("BNTS,BNSH->BNTH", weights, value[:, :, :end]).astype(value.dtype))
     return jnp.concatenate(seen, axis=2)
-
-
-PIECE = 2**20  # logits that a CPU computes at once; 4 MiB
-
-
-def _in_pieces(query, key, value):
-    """What `_everything` gives; halves runs of queries until a piece is small enough."""
-    B, N, T, _ = query.shape
-    S = key.shape[2]
-    if B * N * T * S <= PIECE:
-        return _everything(query, key, value)
-    size = T
-    while size % 2 == 0 and N * size * S > PIECE:
-        size //= 2
-
-    def picture(inputs):
-        query, key, value = (x[None] for x in inputs)
-        runs = query.reshape(N, T // size, size, -1).swapaxes(0, 1)
-        seen = jax.lax.map(lambda run: _everything(run[None], key, value)[0], runs)
-        return seen.swapaxes(0, 1).reshape(N, T, -1)
-
-    return jax.lax.map(picture, (query, key, value))
 
 
 def _everything(query, key, value):

@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from dalle_jax.models.attention import blocked, dense, everything
+from dalle_jax.models.attention import blocked, dense
 from dalle_jax.models.cache import Cache, attend, create, layout
 from dalle_jax.models.layers import cut, layer, layer_norm
 from dalle_jax.models.prior_parts import PriorConfig, init_embeddings, init_head, init_stack
@@ -138,13 +138,14 @@ class Prior(nn.Module):
         Source: ours; text positions see no image.
         """
         self._check(text)
+        mask = np.ones((self.config.text_length,) * 2, bool)
         x = self._embed_text(text)
         found = []
         for weights in self._unstacked():
 
             def look(qkv):
                 query, key, value = _parted(qkv)
-                return everything(query, key, value), (key, value)
+                return dense(query, key, value, mask=mask), (key, value)
 
             x, keys_values = layer(weights, x, look, dtype=self.dtype)
             found.append(keys_values)
@@ -165,7 +166,8 @@ class Prior(nn.Module):
         Source: ours.
         """
         x = self._embed_cells(cells)
-        B = len(x)
+        B, T, _ = x.shape
+        mask = np.ones((T, self.config.length), bool)
         for weights, keys_values in zip(self._unstacked(), texts, strict=True):
             text_key, text_value = (
                 jnp.repeat(part, B // len(part), axis=0) for part in keys_values
@@ -175,7 +177,7 @@ class Prior(nn.Module):
                 query, key, value = _parted(qkv)
                 key = jnp.concatenate([text_key, key], axis=1)
                 value = jnp.concatenate([text_value, value], axis=1)
-                return everything(query, key, value), None
+                return dense(query, key, value, mask=mask), None
 
             x, _ = layer(weights, x, look, dtype=self.dtype)
         return self._cell_outputs(x)

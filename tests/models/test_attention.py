@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models import attention
-from dalle_jax.models.attention import _blocks, blocked, dense, everything
+from dalle_jax.models.attention import _blocks, blocked, dense
 from dalle_jax.models.masks import attention_mask
 
 
@@ -87,18 +86,6 @@ def test_blocked_equals_dense_in_output_and_gradients(kind, text_length, grid, k
         return results
 
     expected, got = both(query, key, value, cotangent)
-    chex.assert_trees_all_close(got, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("queries", "piece"), [(12, 2**20), (12, 40), (7, 40)], ids=["whole", "in runs", "odd"]
-)
-def test_everything_equals_dense_without_a_mask(queries, piece, monkeypatch):
-    monkeypatch.setattr(attention, "PIECE", piece)
-    query, key, value = _qkv(7, (3, 15, 2, 4))
-    query = query[:, :queries]
-    got = everything(query, key, value)
-    expected = dense(query, key, value, mask=np.ones((queries, 15), bool))
     chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
