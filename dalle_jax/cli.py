@@ -18,8 +18,6 @@ _app, _data, _votes = SubcommandApp(), SubcommandApp(), SubcommandApp()
 _app.command(_data, name="data", help="Look after your own pictures.")
 _app.command(_votes, name="votes", help="Let people compare two models.")
 
-_DEMO = 6  # captions of a shipped model's list, from its head
-
 
 @_app.command
 def generate(
@@ -78,11 +76,12 @@ def generate(
     import numpy as np
 
     import dalle_jax
+    from dalle_jax.generate.folder import listed, shipped
     from dalle_jax.generate.rerank import Ranked
     from dalle_jax.image.sheet import contact_sheet, save_gif, save_png
 
     if not captions:
-        captions = _listed(model)
+        captions = listed(model if model in shipped() else "emoji")
     start = time.monotonic()
     drawing = dalle_jax.load(model)
     judge = None if clip is None else dalle_jax.Clip.load(clip)
@@ -188,13 +187,6 @@ def edit(
     _save_singles(singles, captions, images)
     took = time.monotonic() - start
     print(f"{len(captions) * n} pictures in {took:.0f} s: {out.resolve()}")
-
-
-def _listed(model: str) -> tuple[str, ...]:
-    from dalle_jax.generate.folder import CAPTIONS, SHIPPED, shipped
-
-    own = SHIPPED / (model if model in shipped() else "emoji")
-    return tuple((own / CAPTIONS).read_text(encoding="utf-8").splitlines()[:_DEMO])
 
 
 def _check_name(option: str, path: Path, suffix: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
 from dalle_jax.data.sources import Joined
-from dalle_jax.generate.folder import SHIPPED
+from dalle_jax.generate.folder import listed
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_parts import PriorConfig
@@ -24,10 +24,6 @@ from dalle_jax.train.experiment import Data, main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun, short_prior_run
 from dalle_jax.train.vqgan import VQGANRun
-
-# The first of the list that `dalle-jax generate` draws when it is given no captions.
-CAPTIONS = (SHIPPED / "emoji" / "captions.txt").read_text(encoding="utf-8").splitlines()[:6]
-
 
 LICENSE = (
     "Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0), "
@@ -52,7 +48,7 @@ class EmojiOptions:
         return Data(
             train=Joined(*map(split, self.splits)),
             validation=split("validation"),
-            captions=CAPTIONS,
+            captions=listed("emoji"),
             attribution=ATTRIBUTION,
             license=LICENSE,
         )

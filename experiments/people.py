@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from dalle_jax.data.emoji import TWEMOJI, PeopleSource
-from dalle_jax.generate.folder import SHIPPED
+from dalle_jax.generate.folder import listed
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_parts import PriorConfig
@@ -29,9 +29,6 @@ from dalle_jax.train.prior import PriorRun, short_prior_run
 from dalle_jax.train.vqgan import VQGANRun
 
 CODES = 1024
-
-# The first of the list that `dalle-jax generate --model people` draws when it is given no captions.
-CAPTIONS = (SHIPPED / "people" / "captions.txt").read_text(encoding="utf-8").splitlines()[:6]
 
 LICENSE = (
     "Creative Commons Attribution 4.0 International (CC BY 4.0), "
@@ -52,7 +49,7 @@ class PeopleOptions:
         return Data(
             train=split("train"),
             validation=split("heldout_cell"),
-            captions=CAPTIONS,
+            captions=listed("people"),
             attribution=TWEMOJI,
             license=LICENSE,
         )

@@ -39,7 +39,7 @@ CODECS = {"dvae": "dvae.safetensors", "vqgan": "vqgan.safetensors"}
 PRIORS = {"prior": "prior.safetensors", "progressive": "progressive.safetensors"}
 """Parts that draw codes, and their files."""
 CARD, LICENSE = "README.md", "LICENSE"
-CAPTIONS = "captions.txt"  # beside a shipped model: what it draws if it is told nothing
+CAPTIONS = "captions.txt"  # beside a shipped model
 
 # The ends of the network, where rounding would choose other codes: with all kernels in bfloat16
 # the shipped dVAE kept the codes of 46 % of the cells, with these in float32 of 99 %.
@@ -55,6 +55,11 @@ class ModelError(ValueError):
 def shipped() -> list[str]:
     """Names of the models that come with this package."""
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def listed(name: str) -> tuple[str, ...]:
+    """The first captions of the list beside a shipped model: what it draws if told nothing."""
+    return tuple((SHIPPED / name / CAPTIONS).read_text(encoding="utf-8").splitlines()[:6])
 
 
 def find(name_or_folder: str | os.PathLike) -> Path:
