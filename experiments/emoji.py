@@ -70,15 +70,14 @@ def dvae() -> DVAERun:
 
 
 def vqgan() -> VQGANRun:
-    """16 x 16 codes of 512: f = 4."""
-    sizes = {"width": 32, "multipliers": (1, 2, 2), "blocks_per_group": 1, "attention": ()}
+    """12 x 12 codes of 1,024: f = 8, 6.4M parameters."""
+    sizes = {"patch": 4, "width": 96, "multipliers": (1, 2), "blocks_per_group": 1}
     return VQGANRun(
-        model=VQGANConfig(**sizes, z_width=64, codes=512, code_width=64),
+        model=VQGANConfig(**sizes, attention=(), z_width=128, codes=1024, code_width=32),
         loop=LoopConfig(
-            steps=4_000, log_every=100, save_every=500, evaluate_every=500, sheet_every=1000
+            steps=5_000, log_every=100, save_every=250, evaluate_every=500, sheet_every=1000
         ),
-        px=64,
-        crop_px=32,
+        px=96,
         batch_size=8,
     )
 

@@ -1,5 +1,7 @@
 """The VQ-GAN: published sizes, the release's conventions, and its quantiser written out."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,12 @@ from dalle_jax.models.vqgan import (
     VQGANConfig,
     codes_and_errors,
     draw_params,
+    fold,
     nearest,
+    pictures,
     reconstruction,
     straight_through,
+    unfold,
 )
 
 SMALL = VQGANConfig(
@@ -38,6 +43,26 @@ def names(tree):
 def test_published_size_has_the_released_parameter_count():
     leaves = jax.tree.leaves(shapes(VQGANConfig(codes=16384), 32))
     assert sum(leaf.size for leaf in leaves) == 76_073_859
+
+
+def test_fold_puts_each_square_of_pixels_into_one_position():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    assert fold(x, 2)[0].tolist() == [
+        [[0, 1, 4, 5], [2, 3, 6, 7]],
+        [[8, 9, 12, 13], [10, 11, 14, 15]],
+    ]
+    x = jnp.arange(2.0 * 6 * 6 * 3).reshape(2, 6, 6, 3)
+    chex.assert_trees_all_equal(unfold(fold(x, 3), 3), x)
+
+
+def test_patches_multiply_the_factor(key):
+    config = dataclasses.replace(SMALL, patch=2)
+    assert config.factor == 4
+    params = draw_params(config, key)
+    images = jax.random.randint(key, (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    codes, _ = codes_and_errors(config, params, images)
+    chex.assert_shape(codes, (2, 2, 2))
+    chex.assert_shape(pictures(config, params, codes), (2, 8, 8, 3))
 
 
 def test_parameters_have_the_releases_names():
