@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.generate.filters import filter_logits
 from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.progressive_prior import ProgressiveConfig
 
 
 def drawn(
@@ -36,14 +37,16 @@ def drawn(
     return codes.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def empty_captions(config: PriorConfig, text: Int[Array, "U slots"]) -> Int[Array, "U slots"]:
+def empty_captions(
+    config: PriorConfig | ProgressiveConfig, text: Int[Array, "U slots"]
+) -> Int[Array, "U slots"]:
     """Captions without a token, as many as given: what guidance compares with."""
     empty = config.text_vocabulary + jnp.arange(config.text_length - 1, dtype=text.dtype)
     return jnp.broadcast_to(empty, text.shape)
 
 
 def check_options(
-    config: PriorConfig,
+    config: PriorConfig | ProgressiveConfig,
     text: Int[Array | np.ndarray, "U slots"],
     keys: Array,
     temperature: float | int,

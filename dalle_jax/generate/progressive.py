@@ -1,33 +1,24 @@
-"""Draws image codes from coarse to fine: a group of cells in each pass, and second thoughts.
+"""Draws image codes in stages: a group of cells at a time, each cell computed once.
 
 Letters: U prompts, W samples of each, B = U * W batch, P text positions, I = G * G cells, G grid
 side, K codebook. The code K stands for a cell that is not filled.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.progressive_prior import KeysValues, ProgressiveConfig, ProgressivePrior
 
 Schedule = Literal["linear", "cosine"]
+Order = Literal["dynamic", "confidence", "random", "raster"]
 
-DOUBT = np.log(4)  # a cell is drawn again if another code is this many nats likelier
-
-
-class Stages(NamedTuple):
-    """Every pass over B pictures, one after the other."""
-
-    cells: Int[Array, "stages B G G"]
-    """Codes after each pass, K where none is yet."""
-    revised: Bool[Array, "stages B G G"]
-    """Which cells the pass changed that an earlier one had filled."""
+SPANS = 4  # the stages are compiled as this many loops, each as wide as its largest stage
 
 
 def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " stages"]:
@@ -35,7 +26,7 @@ def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " sta
 
     Args:
       cells: to be filled in all.
-      stages: passes, 1 to cells.
+      stages: 1 to cells.
       schedule: "linear" fills the same number each time, "cosine" few at first: the share left
         after stage k of n is cos(pi k / (2 n)).
     Raises:
@@ -58,68 +49,61 @@ def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " sta
 
 
 def sample(
-    config: PriorConfig,
+    config: ProgressiveConfig,
     params: dict,
     text: Int[Array | np.ndarray, "U slots"],
     keys: Key[Array, " B"],
     *,
     stages: int = 16,
     schedule: Schedule = "cosine",
+    order: Order = "dynamic",
     temperature: float | int = 1.0,
-    choice_temperature: float | int = 4.5,
+    choice_temperature: float | int = 1.0,
     top_k: int | None = None,
     top_p: float | int | None = None,
     guidance: float | int = 1.0,
-    revise: float | int = 0.1,
-    extra: int = 0,
     given: Int[Array | np.ndarray, "B G G"] | None = None,
-) -> Stages:
-    """Draws grids of codes, the same number for each caption, in `stages + extra` passes.
+) -> Int[Array, "stages B G G"]:
+    """Samples grids of codes, the same number for each caption, in some stages.
 
-    Each pass predicts all cells from those that are filled. Of the empty ones it fills as many as
-    the schedule says: those with the greatest log of the chance to be filled now, plus log of the
-    chance of the code that was drawn there, plus Gumbel noise that fades. Of the filled ones it
-    changes those whose code has become the most doubtful, up to a share of them.
-
-    A picture depends on its own key and not on the batch, up to float32 rounding.
+    A stage chooses empty cells, asks for their codes, samples them, and adds them to the cache. A
+    picture depends on its own key and not on the batch, up to float32 rounding.
 
     Args:
-      config: sizes of the prior, of the progressive style.
+      config: sizes of the prior.
       params: its weights.
       text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
       keys: one typed key a picture: all those of the first caption, then all of the next one.
-      stages: passes that fill cells, 1 to the number of cells that are not given.
+      stages: 1 to the number of cells that are not given.
       schedule: how many cells each of them fills, see `filled`.
+      order: which cells come first. "dynamic": those whose codes are most certain given the caption
+        alone, known from one look at all cells, once a caption; "confidence": those whose sampled
+        code is the most likely, which takes a look at all cells in every stage; "random"; "raster".
       temperature: divides the codes' logits, at least 0; 0 takes the likeliest code each time.
-      choice_temperature: weight of the noise in choosing cells in the first stage, at least 0; it
-        falls along a line to 0 in the last.
+      choice_temperature: weight of Gumbel noise in nats in choosing cells, at least 0; for
+        "confidence" it falls along a line to 0 in the last stage.
       top_k: draw among the k likeliest codes, in [1, K]. None: among all.
       top_p: then among the fewest that hold this share of the probability, in (0, 1]. None: all.
       guidance: s in u + s_k (c - u), where s_k rises along a line from near 1 to s in the last
         stage; 1 is off.
-      revise: greatest share of the filled cells that a stage may change, in [0, 1]; it falls along
-        a line to 0 in the last stage.
-      extra: passes after the last stage that only revise, each up to the share `revise`.
       given: codes in [0, K) of cells that are given and never change, K in the others. As many
         cells have to be given in each picture. None: no cell.
 
     Returns:
-      The grids after each pass; the last ones hold no K.
+      The grids after each stage; the last ones hold no K.
 
     Raises:
       ValueError: for a value outside its range, or sizes that do not fit each other.
 
-    Source: Fei et al. 2022 in our reading (docs/progressive.md); the choice of cells follows Chang
-      et al. 2022, rising guidance Chang et al. 2023.
+    Source: ours, after Li et al. 2025 (ARPG); the stages: Fei et al. 2022 in our reading; confidence
+      follows Chang et al. 2022, rising guidance Chang et al. 2023.
     """
     check_options(config, text, keys, temperature, top_k, top_p, guidance)
     B, G, K = keys.shape[0], config.grid, config.codes
-    if not 0 <= revise <= 1:
-        raise ValueError(f"revise is {revise}, but must lie in [0, 1]: a share of the cells")
-    if choice_temperature < 0 or extra < 0:
-        raise ValueError(
-            f"choice_temperature is {choice_temperature} and extra {extra}; neither may be negative"
-        )
+    if order not in get_args(Order):
+        raise ValueError(f"order is {order!r}, but must be one of {list(get_args(Order))}")
+    if choice_temperature < 0:
+        raise ValueError(f"choice_temperature is {choice_temperature}; it may not be negative")
     start = np.full((B, G, G), K) if given is None else np.asarray(given)
     empty = np.unique((start == K).reshape(len(start), -1).sum(axis=1))
     if start.shape != (B, G, G) or not 0 <= start.min() <= start.max() <= K or len(empty) != 1:
@@ -127,83 +111,115 @@ def sample(
             f"given has shape {list(start.shape)}; give {[B, G, G]} codes in 0..{K}, with {K} in "
             "the cells to be drawn, as many in each picture"
         )
-    cells = int(empty[0])
-    after = filled(cells, stages, schedule)
-    before = np.concatenate([[0], after[:-1]])
-    k = np.arange(1, stages + 1)
-    plan = {
-        "number": np.arange(stages + extra),
-        "fill": np.pad(after - before, (0, extra)),
-        "change": np.concatenate(
-            [np.floor(revise * (1 - k / stages) * before), np.full(extra, np.floor(revise * cells))]
-        ).astype(int),
-        "guidance": np.pad(1 + (guidance - 1) * k / stages, (0, extra), mode="edge"),
-        "noise": np.pad(choice_temperature * (1 - k / stages), (0, extra)),
-    }
+    after = filled(int(empty[0]), stages, schedule)
     return _sample(
         config,
         params,
         jnp.asarray(text),
         keys,
-        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else None), plan),
+        jnp.asarray(start.reshape(B, -1), jnp.int32),
         temperature=jnp.float32(temperature),
+        choice_temperature=jnp.float32(choice_temperature),
         top_k=None if top_k is None else jnp.int32(top_k),
         top_p=None if top_p is None else jnp.float32(top_p),
-        guided=guidance != 1,
-        start=jnp.asarray(start.reshape(B, -1), jnp.int32),
+        guidance=None if guidance == 1 else jnp.float32(guidance),
+        after=tuple(after.tolist()),
+        order=order,
     )
 
 
-@partial(jax.jit, static_argnames=("config", "guided"))
-def _sample(config, params, text, keys, plan, *, temperature, top_k, top_p, guided, start):
-    B, K = len(start), config.codes
-    is_given = start < K
-    if guided:
-        text = jnp.concatenate([text, empty_captions(config, text)])
-    prior = Prior(config).bind({"params": params})
-    texts = prior.read(text)
+@partial(jax.jit, static_argnames=("config", "after", "order"))
+def _sample(
+    config, params, text, keys, start, *, temperature, choice_temperature, top_k, top_p, guidance,
+    after, order,
+):  # fmt: skip
+    B, I, P, K = len(start), config.image_length, config.text_length, config.codes
+    samples, given = B // len(text), I - after[-1]
+    guided = guidance is not None  # None has no leaves, so that jit compiles it in
+    prior = ProgressivePrior(config).bind({"params": params})
+    captions = prior.read(text)
+    key_order, key_codes = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    noise = choice_temperature * _gumbel(key_order, I)
+    if order == "dynamic":
+        logits = prior.ask(captions, jnp.arange(I)[None], count=P)
+        noise += jnp.repeat(-_entropy(logits), samples, axis=0)
+    elif order == "raster":
+        noise = jnp.broadcast_to(-jnp.arange(I, dtype=jnp.float32), (B, I))
 
-    def stage(cells, plan):
-        logits, fill = prior.predict_from(texts, jnp.tile(cells, (2, 1)) if guided else cells)
-        if guided:
-            logits, fill = (_guided(x, plan["guidance"]) for x in (logits, fill))
-        key = jax.vmap(jax.random.fold_in, (0, None))(keys, plan["number"])
-        key_codes, key_choice = jnp.unstack(jax.vmap(jax.random.split)(key), axis=1)
+    of_all = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), captions)
+    if guided:  # one empty caption serves all
+        nothing = prior.read(empty_captions(config, text)[:1])
+        of_all = jax.tree.map(
+            lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]), of_all, nothing
+        )
 
-        codes, log_q = drawn(logits, key_codes, temperature, top_k, top_p)  # B I
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, start.shape[1:]))(key_choice)
-        ready = jax.nn.log_sigmoid(fill) + log_q + plan["noise"] * noise
-        is_empty = cells == K
-        fills = _greatest(jnp.where(is_empty, ready, -jnp.inf), plan["fill"])
+    def twice(x):
+        return jnp.concatenate([x, x]) if guided else x
 
-        likeliest, doubt = doubts(logits, cells)
-        doubt = jnp.where(is_empty | is_given | (doubt < DOUBT), -jnp.inf, doubt)
-        changes = _greatest(doubt, plan["change"])
+    def put(cache, codes, cells, *, at, count):
+        return prior.write(cache, twice(codes), twice(cells), at=at, count=count)
 
-        cells = jnp.where(fills, codes, jnp.where(changes, likeliest, cells))
-        return cells, Stages(cells, changes)
+    def logits_of(cache, cells, *, count, share):
+        logits = prior.ask(cache, twice(cells), count=count)
+        if not guided:
+            return logits
+        with_caption, without = jnp.split(logits, 2)
+        scale = 1 + (guidance - 1) * share
+        return without + scale * (with_caption - without)
 
-    _, found = jax.lax.scan(stage, start, plan)
-    G = config.grid
-    return jax.tree.map(lambda x: x.reshape(-1, B, G, G), found)
+    def stage(n, is_last, carry, plan):
+        codes, cache = carry
+        number, filled, count = plan  # stages, cells before this one, cells of this one
+        at = P + given + filled
+        share = (number + 1) / len(after)
+        key = jax.vmap(jax.random.fold_in, (0, None))(key_codes, number)
+        ready = noise
+        if order == "confidence":
+            everything = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
+            logits = logits_of(cache, everything, count=at, share=share)
+            sampled, log_q = drawn(logits, key, temperature, top_k, top_p)
+            ready = log_q + (1 - share) * noise
+        _, cells = jax.lax.top_k(jnp.where(codes == K, ready, -jnp.inf), n)
+        if order == "confidence":
+            new = jnp.take_along_axis(sampled, cells, axis=1)
+        else:
+            logits = logits_of(cache, cells, count=at, share=share)
+            new, _ = drawn(logits, key, temperature, top_k, top_p)
+        if not is_last:
+            cache = put(cache, new, cells, at=at, count=count)
+        wanted = jnp.where(jnp.arange(n)[None] < count, cells, I)  # the rest falls off the grid
+        codes = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(codes, wanted, new)
+        return (codes, cache), codes
+
+    cache = _room(of_all, given)
+    if given:
+        _, cells = jax.lax.top_k((start < K).astype(jnp.float32), given)
+        known = jnp.take_along_axis(start, cells, axis=1)
+        cache = put(cache, known, cells, at=P, count=given)
+    counts, carry, found = np.diff(after, prepend=0), (start, cache), []
+    last = len(after) - 1
+    spans = np.array_split(np.arange(last), min(SPANS, last)) if last else []
+    for span in [*spans, np.array([last])]:
+        n, before = int(counts[span].max()), np.asarray(after)[span] - counts[span]
+        codes, cache = carry
+        if span[0] != last:  # the last stage is not looked at any more
+            cache = _room(cache, P + given + int(before[-1]) + n - cache[0].key.shape[1])
+        plan = tuple(jnp.asarray(x, jnp.int32) for x in (span, before, counts[span]))
+        carry, passed = jax.lax.scan(partial(stage, n, span[0] == last), (codes, cache), plan)
+        found.append(passed)
+    return jnp.concatenate(found).reshape(-1, B, config.grid, config.grid)
 
 
-def doubts(
-    logits: Float[Array, "B I K"], cells: Int[Array, "B I"]
-) -> tuple[Int[Array, "B I"], Float[Array, "B I"]]:
-    """The likeliest code of each cell, and by how many nats it is likelier than the one there."""
-    held = jnp.minimum(cells, logits.shape[-1] - 1)[..., None]  # of an empty cell any code will do
-    doubt = logits.max(axis=-1) - jnp.take_along_axis(logits, held, axis=-1)[..., 0]
-    return logits.argmax(axis=-1).astype(cells.dtype), doubt
+def _room(cache: list[KeysValues], more: int) -> list[KeysValues]:
+    """Makes room for more positions."""
+    pad = ((0, 0), (0, max(more, 0)), (0, 0), (0, 0))
+    return jax.tree.map(lambda x: jnp.pad(x, pad), cache)
 
 
-def _guided(x, guidance):
-    with_caption, without = jnp.split(x, 2)
-    return without + guidance * (with_caption - without)
+def _gumbel(keys, length):
+    return jax.vmap(lambda key: jax.random.gumbel(key, (length,)))(keys)
 
 
-def _greatest(x, count):
-    """Marks the `count` greatest of each row that are not -inf; of equals the first."""
-    order = jnp.argsort(-x, axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    return (rank < count) & (x > -jnp.inf)
+def _entropy(logits):
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

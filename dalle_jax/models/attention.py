@@ -31,7 +31,7 @@ def dense(
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
     *,
-    mask: Bool[Array | np.ndarray, "T S"],
+    mask: Bool[Array | np.ndarray, "*pictures T S"],
 ) -> Float[Array, "B T N H"]:
     """Mixes values by one softmax over all the keys that a query may see, text and image alike.
 
@@ -41,7 +41,8 @@ def dense(
       query: one vector a head and position.
       key: as query, for the positions that are looked at.
       value: what is mixed; its dtype is that of the result.
-      mask: True where a query may look at a key; at least one True in each row.
+      mask: True where a query may look at a key, in all pictures [T, S] or in each [B or 1, T, S];
+        at least one True in each row.
 
     Returns:
       Weighted means of the values; logits and softmax are computed in float32.
@@ -50,7 +51,8 @@ def dense(
     """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask[None, None], logits * scale, -jnp.inf)
+    mask = mask.reshape(-1, 1, *mask.shape[-2:])  # 1 or B, heads
+    logits = jnp.where(mask, logits * scale, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
 

@@ -38,7 +38,7 @@ def layer(
       look: maps queries, keys and values [B, T, 3, N, H] to what was seen [B, T, N, H], and
         anything else, which is passed on.
       dtype: of matrix products and of what `look` gets.
-      linear: maps weights and an input to an output; None for `linear` of this module.
+      linear: maps weights and an input to an output; None for `project`.
       axis: of x, along which D lies.
       scale: gradient scales of the two branches, see `precision.grad_scale`; None for none.
       epsilon: added to the variance in the norms.
@@ -48,7 +48,7 @@ def layer(
 
     Source: Ramesh et al. 2021, appendix B; GELU as x * sigmoid(1.702 x).
     """
-    linear = linear or _linear
+    linear = linear or project
 
     def entering(i, x):
         return x if scale is None else enter(x, scale[i])
@@ -129,7 +129,7 @@ def cut(layers: Weights, i: int) -> Weights:
     return jax.tree.map(lambda weights: weights[i], layers)
 
 
-def _linear(weights, x):
+def project(weights: Weights, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
     """Maps all axes of x after B and T to those of the bias."""
     B, T, *_ = x.shape
     kernel, bias = weights["kernel"], weights["bias"]

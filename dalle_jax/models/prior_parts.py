@@ -6,13 +6,15 @@ K codebook, G grid side, L layers.
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from dalle_jax.models.layers import init_layers, init_norm, normal
 from dalle_jax.models.masks import Kind, layer_kinds
+
+ATTENTION = ("sparse", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +40,13 @@ class PriorConfig:
     mlp_ratio: int = 4
     """Width F of the MLP, in multiples of the width D."""
     attention: Literal["sparse", "dense"] = "sparse"
-    """Whether layers see rows, columns and a convolution, as in the paper, or all before them; the
-    progressive style does not read it."""
-    style: Literal["autoregressive", "progressive"] = "autoregressive"
-    """Whether codes are predicted one after the other, or any cells from any others."""
+    """Whether layers see rows, columns and a convolution, as in the paper, or all before them."""
 
     def __post_init__(self):
-        for name in ("attention", "style"):
-            allowed, got = get_args(type(self).__annotations__[name]), getattr(self, name)
-            if got not in allowed:
-                raise ValueError(f"{name} is {got!r}, but must be one of {list(allowed)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(
+                f"attention is {self.attention!r}, but must be one of {list(ATTENTION)}"
+            )
         least = {"text_length": 2}  # the start token and one caption slot
         for name, size in vars(self).items():
             if isinstance(size, str):
@@ -67,14 +66,32 @@ class PriorConfig:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each layer."""
-        if self.style == "progressive":
-            return ("full",) * self.depth
         return layer_kinds(self.depth) if self.attention == "sparse" else ("dense",) * self.depth
 
     @property
     def length(self) -> int:
         """All positions T = P + I."""
         return self.text_length + self.image_length
+
+
+def check_lengths(config: Any, text: Array, codes: Array | None = None) -> None:
+    """Raises a ValueError unless captions, and codes if given, are as long as a prior wants them.
+
+    Args:
+      config: of a prior of either kind.
+      text: captions [B, slots].
+      codes: of pictures [B, I].
+    """
+    if text.shape[1] != config.text_length - 1:
+        raise ValueError(
+            f"got {text.shape[1]} caption slots, but text_length {config.text_length} "
+            f"needs {config.text_length - 1}, since the first position is the start token"
+        )
+    if codes is not None and codes.shape[1] != config.image_length:
+        raise ValueError(
+            f"got {codes.shape[1]} codes a picture, but grid {config.grid} needs "
+            f"{config.image_length}; were these codes made by another dVAE?"
+        )
 
 
 PUBLISHED = {
@@ -91,7 +108,6 @@ BRANCHES = (("attention_norm", "qkv", "attention_out"), ("mlp_norm", "mlp_in", "
 
 def init_embeddings(key: Key[Array, ""], config: PriorConfig) -> PyTree:
     """Tables of tokens and of places, all from N(0, 0.125 / sqrt(D))."""
-    single = ("start_of_text", "start_of_image" if config.style == "autoregressive" else "mask")
     rows = {
         "text": config.text_vocabulary,
         "slot": config.text_length - 1,
@@ -99,16 +115,24 @@ def init_embeddings(key: Key[Array, ""], config: PriorConfig) -> PyTree:
         "code": config.codes,
         "row": config.grid,
         "column": config.grid,
-    } | dict.fromkeys(single, 1)
+    }
+    return init_tables(key, rows, single=("start_of_text", "start_of_image"), width=config.width)
+
+
+def init_tables(
+    key: Key[Array, ""], rows: dict[str, int], *, single: tuple[str, ...], width: int
+) -> PyTree:
+    """Draws tables of as many rows as named, and single vectors, from N(0, 0.125 / sqrt(D))."""
+    rows = rows | dict.fromkeys(single, 1)
     # one draw for all of them: each draw adds about half a second of compilation on a CPU
-    drawn = normal(key, (sum(rows.values()), config.width), 0.125 * config.width**-0.5)
+    drawn = normal(key, (sum(rows.values()), width), 0.125 * width**-0.5)
     tables = jnp.split(drawn, list(itertools.accumulate(rows.values()))[:-1])
     embed = dict(zip(rows, tables, strict=True))
     return embed | {name: embed[name][0] for name in single}
 
 
-def init_stack(key: Key[Array, ""], config: PriorConfig) -> PyTree:
-    """All layers, stacked on a first axis of size L."""
+def init_stack(key: Key[Array, ""], config: Any) -> PyTree:
+    """All layers of a prior of either kind, stacked on a first axis of size L."""
     L, D = config.depth, config.width
     F = D * config.mlp_ratio
     residual = (2 * L) ** -0.5
@@ -125,7 +149,6 @@ def init_head(key: Key[Array, ""], config: PriorConfig) -> PyTree:
     """The last norm, and heads of zeros."""
     del key  # zero heads: every token starts equally likely
     D = config.width
-    other = {"autoregressive": ("text", config.text_vocabulary), "progressive": ("fill", 1)}
-    sizes = dict([other[config.style], ("image", config.codes)])
+    sizes = {"text": config.text_vocabulary, "image": config.codes}
     heads = {name: {"kernel": jnp.zeros((D, size))} for name, size in sizes.items()}
     return {"norm": init_norm((D,))} | heads

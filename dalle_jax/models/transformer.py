@@ -1,20 +1,13 @@
-"""The prior over captions and image codes: one transformer, drawing in one of two styles.
+"""The prior over captions and image codes: a sparse decoder-only transformer.
 
 Letters: B batch, T positions (P text + I image, I = G * G), S key positions, D width, N heads,
 H head size, F mlp, V text vocabulary, K codebook, G grid side, L layers.
-
-The autoregressive style is a sparse decoder-only transformer:
 
     position   0              1 .. P-1            P               P+1 .. T-1
     input      start of text  caption slot 0..    start of image  code 0 .. I-2
     predicts   slot 0         slot 1 .. P-2, -    code 0          code 1 .. I-1
 
-The last text position predicts nothing. In the progressive style nothing is causal, text predicts
-nothing, and each cell of the image, filled or not, predicts its code and whether to fill it now:
-
-    position   0              1 .. P-1            P .. T-1
-    input      start of text  caption slot 0..    code 0 .. I-1, or a mask
-    predicts   -              -                   code 0 .. I-1, fill now
+The last text position predicts nothing.
 """
 
 from collections.abc import Callable
@@ -30,11 +23,17 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from dalle_jax.models.attention import blocked, dense
 from dalle_jax.models.cache import Cache, attend, create, layout
 from dalle_jax.models.layers import cut, layer, layer_norm
-from dalle_jax.models.prior_parts import PriorConfig, init_embeddings, init_head, init_stack
+from dalle_jax.models.prior_parts import (
+    PriorConfig,
+    check_lengths,
+    init_embeddings,
+    init_head,
+    init_stack,
+)
 
 
 class Prior(nn.Module):
-    """p(text, codes) in raster order, or p(codes | text, some of the codes) in any order.
+    """p(text, codes) in raster order.
 
     Where the paper is silent, these choices are ours. From Child et al. 2019, which it names as its
     model: GELU as x * sigmoid(1.702 x), a final layer norm, biases, weights from
@@ -55,9 +54,9 @@ class Prior(nn.Module):
     """Compile a period of four layers once and loop over it: for deep models."""
     remat: bool = False
     """Keep only what enters each layer for the backward pass and compute the rest again."""
-    settle: Callable[[Array], Array] = lambda x: x
+    constrain: Callable[[Array], Array] = lambda x: x
     """Says where the residual stream [B, T, D] lies, if it is spread over devices."""
-    look_up: Callable[[Array, Array], Array] = lambda table, ids: table[ids]
+    gather: Callable[[Array, Array], Array] = lambda table, ids: table[ids]
     """Takes rows [B, T, D] of an embedding table [V, D], which may be spread too."""
 
     def setup(self):
@@ -90,7 +89,7 @@ class Prior(nn.Module):
         Source: Ramesh et al. 2021, sections 2.2 and 2.3, appendix B.
         """
         config = self.config
-        self._check(text, codes)
+        check_lengths(config, text, codes)
         x = jnp.concatenate([self._embed_text(text), self._embed_image(codes)], axis=1)  # B T D
         x = self._through_layers(x, scales)
         P = config.text_length
@@ -98,89 +97,6 @@ class Prior(nn.Module):
             self._logits(x[:, : P - 1], "text"),
             self._logits(x[:, P:], "image"),
         )
-
-    def predict(
-        self,
-        text: Int[Array, "B slots"],
-        cells: Int[Array, "B I"],
-        *,
-        scales: Float[Array, "L 2"] | None = None,
-    ) -> tuple[Float[Array, "B I K"], Float[Array, "B I"]]:
-        """Logits of every cell's code and of filling it now: the progressive style's forward pass.
-
-        Args:
-          text: as above.
-          cells: codes in [0, K), in raster order, or K for a cell that is not filled.
-          scales: as above.
-
-        Returns:
-          Unnormalised log-probabilities of the codes, and log-odds of filling now, in float32.
-
-        Raises:
-          ValueError: if text or cells do not have the lengths of the config.
-
-        Source: Fei et al. 2022; that filled cells predict their codes again, and the second output,
-          follow the first author's prototype.
-        """
-        self._check(text, cells)
-        x = jnp.concatenate([self._embed_text(text), self._embed_cells(cells)], axis=1)
-        return self._cell_outputs(self._through_layers(x, scales)[:, self.config.text_length :])
-
-    def read(self, text: Int[Array, "U slots"]) -> list[tuple[Array, Array]]:
-        """Reads captions once for all passes over their pictures.
-
-        Args:
-          text: as for the forward pass, one row for each prompt.
-
-        Returns:
-          For each layer keys and values [U, P, N, H] of the text, for `predict_from`.
-
-        Source: ours; text positions see no image.
-        """
-        self._check(text)
-        mask = np.ones((self.config.text_length,) * 2, bool)
-        x = self._embed_text(text)
-        found = []
-        for weights in self._unstacked():
-
-            def look(qkv):
-                query, key, value = _parted(qkv)
-                return dense(query, key, value, mask=mask), (key, value)
-
-            x, keys_values = layer(weights, x, look, dtype=self.dtype)
-            found.append(keys_values)
-        return found
-
-    def predict_from(
-        self, texts: list[tuple[Array, Array]], cells: Int[Array, "B I"]
-    ) -> tuple[Float[Array, "B I K"], Float[Array, "B I"]]:
-        """Gives what `predict` gives, with captions that `read` has read.
-
-        Args:
-          texts: of U captions, each for as many of the B pictures, next to each other.
-          cells: as for `predict`.
-
-        Returns:
-          As `predict`.
-
-        Source: ours.
-        """
-        x = self._embed_cells(cells)
-        B, T, _ = x.shape
-        mask = np.ones((T, self.config.length), bool)
-        for weights, keys_values in zip(self._unstacked(), texts, strict=True):
-            text_key, text_value = (
-                jnp.repeat(part, B // len(part), axis=0) for part in keys_values
-            )
-
-            def look(qkv, text_key=text_key, text_value=text_value):
-                query, key, value = _parted(qkv)
-                key = jnp.concatenate([text_key, key], axis=1)
-                value = jnp.concatenate([text_value, value], axis=1)
-                return dense(query, key, value, mask=mask), None
-
-            x, _ = layer(weights, x, look, dtype=self.dtype)
-        return self._cell_outputs(x)
 
     def prefill(self, text: Int[Array, "U slots"], *, samples: int = 1) -> tuple[Cache, ...]:
         """Reads captions in one pass.
@@ -198,7 +114,7 @@ class Prior(nn.Module):
         Source: ours; text positions see no image, so that they never need a second look.
         """
         config = self.config
-        self._check(text)
+        check_lengths(self.config, text)
         sizes = {"grid": config.grid, "kernel": config.kernel, "samples": samples}
         mask = np.tri(config.text_length, dtype=bool)  # every kind is causal within the text
         x = self._embed_text(text)  # U P D
@@ -259,7 +175,7 @@ class Prior(nn.Module):
         return step
 
     def _through_layers(self, x, scales):
-        config, x = self.config, self.settle(x)
+        config, x = self.config, self.constrain(x)
         sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
         def through(x, stack, last, kinds):
@@ -271,7 +187,7 @@ class Prior(nn.Module):
                 )
                 return usual() if kinds[0] == kinds[1] else jax.lax.cond(last, final, usual), None
 
-            return layer(weights, self.settle(x), look, dtype=self.dtype, scale=scale)[0]
+            return layer(weights, self.constrain(x), look, dtype=self.dtype, scale=scale)[0]
 
         if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
             through = jax.checkpoint(through, static_argnums=3, prevent_cse=not self.scan)
@@ -299,34 +215,16 @@ class Prior(nn.Module):
     def _unstacked(self):
         return [cut(self.layers, i) for i in range(self.config.depth)]
 
-    def _check(self, text, codes=None):
-        if text.shape[1] != self.config.text_length - 1:
-            raise ValueError(
-                f"got {text.shape[1]} caption slots, but text_length {self.config.text_length} "
-                f"needs {self.config.text_length - 1}, since the first position is the start token"
-            )
-        if codes is not None and codes.shape[1] != self.config.image_length:
-            raise ValueError(
-                f"got {codes.shape[1]} codes a picture, but grid {self.config.grid} needs "
-                f"{self.config.image_length}; were these codes made by another dVAE?"
-            )
-
     def _embed_text(self, text):
         V = self.config.text_vocabulary
-        token = self.look_up(self.embed["text"], jnp.minimum(text, V - 1))
+        token = self.gather(self.embed["text"], jnp.minimum(text, V - 1))
         token = token + self.embed["slot"][None]
         slots = jnp.where((text < V)[..., None], token, self.embed["pad"][None])
         return self._start("start_of_text", slots)  # B P D
 
     def _embed_image(self, codes):
-        tokens = self._start("start_of_image", self.look_up(self.embed["code"], codes[:, :-1]))
+        tokens = self._start("start_of_image", self.gather(self.embed["code"], codes[:, :-1]))
         return tokens + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
-
-    def _embed_cells(self, cells):
-        K = self.config.codes
-        token = self.look_up(self.embed["code"], jnp.minimum(cells, K - 1))
-        token = jnp.where((cells < K)[..., None], token, self.embed["mask"][None, None])
-        return token + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
 
     def _start(self, name, x):
         B, _, D = x.shape
@@ -336,16 +234,13 @@ class Prior(nn.Module):
         G = self.config.grid
         return self.embed["row"][position // G] + self.embed["column"][position % G]
 
-    def _cell_outputs(self, x):
-        return self._logits(x, "image"), self._logits(x, "fill")[..., 0]
-
     def _logits(self, x, of):
         x = layer_norm(self.head["norm"], x)
         return jnp.einsum("BTD,DV->BTV", x, self.head[of]["kernel"])
 
 
 def draw_params(config: PriorConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters of either style, as `Prior` says, without tracing its passes."""
+    """Draws the first parameters, as `Prior` says, without tracing its passes."""
     return Prior(config).init(key, method=lambda prior: prior.head)["params"]
 
 

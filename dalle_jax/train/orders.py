@@ -18,7 +18,9 @@ Order = Literal["dynamic", "certain", "uncertain", "random", "raster", "centre"]
 def order_scores(
     order: Order,
     key: Key[Array, ""],
-    difficulty: Float[Array, "B I"],
+    shape: tuple[int, int],
+    *,
+    difficulty: Float[Array, "B I"] | None = None,
     errors: Float[Array, "B I"] | None = None,
 ) -> Float[Array, "B I"]:
     """Scores the cells of each picture; those with a low one are filled first.
@@ -28,16 +30,19 @@ def order_scores(
         "certain": the cells that their codes fit best; "uncertain": those that they fit worst;
         "random"; "raster"; "centre": from the middle of the grid outwards.
       key: for "random".
-      difficulty: nats of each code, given the caption alone.
+      shape: pictures B and cells I.
+      difficulty: nats of each code, given the caption alone, for "dynamic".
       errors: how badly each code fits its cell, for "certain" and "uncertain".
     Raises:
-      ValueError: if an order needs errors and there are none.
+      ValueError: if an order needs difficulties or errors and there are none.
     """
-    if order in ("certain", "uncertain"):
-        if errors is None:
-            raise ValueError(f'the order "{order}" needs the errors of the codes in each batch')
-        return errors if order == "certain" else -errors
-    shape = difficulty.shape
+    needed = {"dynamic": difficulty, "certain": errors, "uncertain": errors}
+    if order in needed:
+        scores = needed[order]
+        if scores is None:
+            what = "difficulties" if order == "dynamic" else "errors"
+            raise ValueError(f'the order "{order}" needs the {what} of the codes in each batch')
+        return -scores if order == "uncertain" else scores
     cell = np.arange(shape[1])
     if order == "raster":
         return jnp.broadcast_to(jnp.asarray(cell, jnp.float32), shape)
@@ -45,9 +50,7 @@ def order_scores(
         G = math.isqrt(len(cell))
         from_middle = np.abs(np.stack(np.divmod(cell, G)) - (G - 1) / 2).max(0)
         return jnp.broadcast_to(jnp.asarray(from_middle, jnp.float32), shape)
-    if order == "random":
-        return jax.random.uniform(key, shape)
-    return difficulty
+    return jax.random.uniform(key, shape)
 
 
 def ranks(scores: Float[Array, "B I"]) -> Int[Array, "B I"]:

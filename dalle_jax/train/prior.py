@@ -101,6 +101,8 @@ class PriorStage(Stage):
 
     name = "prior"
     rules = PRIOR
+    prior, draw = Prior, staticmethod(draw_params)
+    """The network, and what draws its parameters."""
 
     def __init__(
         self,
@@ -113,13 +115,13 @@ class PriorStage(Stage):
     ):
         self.run = run
         self.config = run.model
-        self.model = Prior(
+        self.model = self.prior(
             self.config,
             dtype=jnp.dtype(run.precision),
             scan=run.scan_layers,
             remat=run.remat,
-            settle=along_batch,
-            look_up=look_up,
+            constrain=along_batch,
+            gather=look_up,
         )
         if run.precision == "float16":
             examples = run.batch_size // run.loop.accumulate
@@ -142,7 +144,7 @@ class PriorStage(Stage):
 
     def init(self, key):
         """Draws the parameters."""
-        return draw_params(self.config, key)
+        return self.draw(self.config, key)
 
     def loss(self, params, batch, key, step, *, scales=None):
         """1/8 of the text's and 7/8 of the picture's mean cross-entropy, in nats per token."""

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from dalle_jax.generate.progressive import filled, sample
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior, draw_params
+from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
 
-CONFIG = PriorConfig(
-    width=16, depth=2, heads=2, text_vocabulary=11, text_length=4, grid=4, codes=6,
-    style="progressive",
-)  # fmt: skip
+CONFIG = ProgressiveConfig(
+    width=16, depth=2, query_depth=1, heads=2, text_vocabulary=11, text_length=4, grid=4, codes=6
+)
 K = CONFIG.codes
 TEXT = np.asarray([[1, 2, 13], [7, 12, 13]])
 
@@ -28,17 +26,21 @@ def params():
 
 def draw(seed=0, text=TEXT, samples=2, stages=4, **options):
     keys = jax.random.split(jax.random.key(seed), samples * len(text))
-    found = sample(CONFIG, params(), text, keys, stages=stages, **options)
-    return jax.tree.map(np.asarray, found)
+    return np.asarray(sample(CONFIG, params(), text, keys, stages=stages, **options))
 
 
 @cache
+def forward():
+    apply = jax.jit(
+        lambda params, *inputs: ProgressivePrior(CONFIG).apply({"params": params}, *inputs)
+    )
+    return partial(apply, params())
+
+
 def first_look():
     """Logits of both captions with no cell filled."""
-    text, empty = jnp.asarray(TEXT), jnp.full((2, 16), K)
-    return jax.jit(lambda p: Prior(CONFIG).apply({"params": p}, text, empty, method="predict"))(
-        params()
-    )
+    zeros = jnp.zeros((2, 16), int)
+    return np.asarray(forward()(jnp.asarray(TEXT), zeros, zeros))
 
 
 @pytest.mark.parametrize(
@@ -71,85 +73,103 @@ def test_more_stages_than_cells_are_refused():
         draw(stages=17)
 
 
-def test_stages_fill_as_planned_and_keep_what_they_filled_without_revision():
-    cells = draw(revise=0).cells
-    chex.assert_shape(cells, (4, 4, 4, 4))
-    counts = (cells < K).sum((2, 3))
+ORDERS = ["dynamic", "confidence", "random", "raster"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_stages_fill_as_planned_and_keep_what_they_filled(order):
+    grids = draw(order=order)
+    chex.assert_shape(grids, (4, 4, 4, 4))
+    counts = (grids < K).sum((2, 3))
     assert (counts == filled(16, 4, "cosine")[:, None]).all()
-    for before, after in itertools.pairwise(cells):
+    for before, after in itertools.pairwise(grids):
         assert (after == before)[before < K].all()
-
-
-def test_revision_changes_filled_cells_alone_and_as_many_as_allowed():
-    found = draw(revise=0.5, extra=1)
-    assert len(found.cells) == 5
-    assert not found.revised[0].any()
-    assert found.revised[1:].any()
-    before = np.concatenate([[0], filled(16, 4, "cosine"), [16]])[:5]
-    allowed = np.floor([0.5 * (1 - k / 4) * n for k, n in enumerate(before[:4], 1)] + [0.5 * 16])
-    assert (found.revised.sum((2, 3)) <= allowed[:, None]).all()
-    for earlier, later, revised in zip(
-        found.cells[:-1], found.cells[1:], found.revised[1:], strict=True
-    ):
-        changed = (earlier < K) & (earlier != later)
-        assert (changed == revised).all()
-    assert (found.cells[-1] < K).all()
 
 
 def test_given_cells_never_change_and_none_stays_empty():
     given = np.full((4, 4, 4), K)
     given[:, :2] = np.random.default_rng(0).integers(K, size=(4, 2, 4))
-    found = draw(given=given, stages=3, revise=1, extra=2)
-    assert (found.cells[:, :, :2] == given[:, :2]).all()
-    assert (found.cells[-1] < K).all()
-    assert ((found.cells < K).sum((2, 3))[:3] == 8 + filled(8, 3, "cosine")[:, None]).all()
+    grids = draw(given=given, stages=3)
+    assert (grids[:, :, :2] == given[:, :2]).all()
+    assert (grids[-1] < K).all()
+    assert ((grids < K).sum((2, 3)) == 8 + filled(8, 3, "cosine")[:, None]).all()
 
 
 def test_each_picture_may_be_given_other_cells_but_as_many():
     given = np.full((4, 4, 4), K)
     for j in range(4):
         given[j, j, :] = j
-    found = draw(given=given, stages=3)
-    assert (found.cells[-1] < K).all()
-    assert all((found.cells[:, j, j] == j).all() for j in range(4))
+    grids = draw(given=given, stages=3)
+    assert (grids[-1] < K).all()
+    assert all((grids[:, j, j] == j).all() for j in range(4))
     given[0, 1, 0] = 1
     with pytest.raises(ValueError, match="with 6 in the cells to be drawn, as many in each"):
         draw(given=given)
 
 
-def test_one_stage_at_temperature_0_takes_the_likeliest_code_of_each_cell():
-    empty = jnp.full((2, 16), K)
-    apply = jax.jit(
-        lambda p: Prior(CONFIG).apply({"params": p}, jnp.asarray(TEXT), empty, method="predict")
-    )
-    wanted = apply(params())[0].argmax(-1)
-    drawn = draw(samples=1, stages=1, temperature=0).cells[-1]
-    np.testing.assert_array_equal(drawn.reshape(2, 16), wanted)
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_stage_at_temperature_0_takes_the_likeliest_code_of_each_cell(order):
+    grids = draw(samples=1, stages=1, temperature=0, order=order)
+    np.testing.assert_array_equal(grids[-1].reshape(2, 16), first_look().argmax(-1))
 
 
-def test_the_readiest_cells_are_filled_first():
-    empty = jnp.full((2, 16), K)
-    apply = jax.jit(
-        lambda p: Prior(CONFIG).apply({"params": p}, jnp.asarray(TEXT), empty, method="predict")
-    )
-    logits, fill = apply(params())
-    ready = jax.nn.log_sigmoid(fill) + jax.nn.log_softmax(logits).max(-1)
-    first = draw(samples=1, temperature=0, choice_temperature=0, schedule="linear").cells[0]
-    for picture, score in zip(first.reshape(2, 16), ready, strict=True):
-        assert set(np.flatnonzero(picture < K)) == set(np.argsort(-score)[:4].tolist())
+def greedy_by_forward_pass(grids, given=None):
+    """What temperature 0 takes in the stages that `grids` [stages, B, I] shows."""
+    known = np.full(grids.shape[1:], K) if given is None else given
+    stage = np.where(known < K, 0, (grids == K).sum(0) + 1)
+    logits = forward()(jnp.asarray(TEXT), jnp.asarray(grids[-1]), jnp.asarray(stage))
+    return np.where(known < K, known, np.asarray(logits).argmax(-1))
+
+
+@pytest.mark.parametrize("stages", [2, 4, 11])
+@pytest.mark.parametrize("order", ORDERS)
+def test_sampling_in_stages_takes_what_the_forward_pass_predicts(order, stages):
+    grids = draw(samples=1, temperature=0, order=order, stages=stages).reshape(stages, 2, 16)
+    np.testing.assert_array_equal(grids[-1], greedy_by_forward_pass(grids))
+
+
+def test_given_cells_are_a_stage_before_all_others():
+    given = np.full((2, 4, 4), K)
+    given[:, :2] = np.random.default_rng(0).integers(K, size=(2, 2, 4))
+    grids = draw(samples=1, temperature=0, given=given, stages=3).reshape(3, 2, 16)
+    np.testing.assert_array_equal(grids[-1], greedy_by_forward_pass(grids, given.reshape(2, 16)))
+
+
+def test_the_dynamic_order_begins_where_the_caption_alone_says_most():
+    log_p = jax.nn.log_softmax(first_look())
+    entropy = np.asarray(-(jnp.exp(log_p) * log_p).sum(-1))
+    first = draw(samples=1, choice_temperature=0, schedule="linear")[0].reshape(2, 16)
+    for grid, score in zip(first, entropy, strict=True):
+        assert set(np.flatnonzero(grid < K)) == set(np.argsort(score)[:4].tolist())
+
+
+def test_confidence_begins_with_the_likeliest_codes():
+    ready = np.asarray(jax.nn.log_softmax(first_look()).max(-1))
+    options = {"samples": 1, "temperature": 0, "choice_temperature": 0, "schedule": "linear"}
+    first = draw(order="confidence", **options)[0].reshape(2, 16)
+    for grid, score in zip(first, ready, strict=True):
+        assert set(np.flatnonzero(grid < K)) == set(np.argsort(-score)[:4].tolist())
+
+
+def test_raster_goes_row_by_row_and_random_otherwise_for_each_picture():
+    counts = np.arange(1, 5)[:, None] * 4
+    raster = draw(order="raster", schedule="linear").reshape(4, 4, 16)
+    assert ((raster < K) == (np.arange(16) < counts[..., None])).all()
+    places = draw(order="random")[0].reshape(4, 16) < K
+    assert len(np.unique(places, axis=0)) > 1
 
 
 def test_a_picture_depends_on_its_key_and_caption_alone():
     keys = jax.random.split(jax.random.key(3), 4)
     together = sample(CONFIG, params(), TEXT, keys, stages=4)
     alone = sample(CONFIG, params(), TEXT[1:], keys[3:], stages=4)
-    chex.assert_trees_all_equal(alone, jax.tree.map(lambda x: x[:, 3:], together))
+    chex.assert_trees_all_equal(alone, together[:, 3:])
     other = sample(CONFIG, params(), TEXT, jax.random.split(jax.random.key(4), 4), stages=4)
-    assert (np.asarray(other.cells[-1]) != np.asarray(together.cells[-1])).any()
+    assert (np.asarray(other[-1]) != np.asarray(together[-1])).any()
 
 
 def test_guidance_moves_codes_and_none_of_an_empty_caption():
-    assert (draw(guidance=3.0).cells != draw().cells).any()
+    assert (draw(guidance=3.0) != draw()).any()
     empty = (11 + np.arange(3))[None].repeat(2, axis=0)
     plain, guided = (draw(text=empty, guidance=g) for g in (1.0, 3.0))
     chex.assert_trees_all_equal(plain, guided)
@@ -158,7 +178,7 @@ def test_guidance_moves_codes_and_none_of_an_empty_caption():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"revise": 1.5}, r"revise is 1.5, but must lie in \[0, 1\]"),
+        ({"order": "rising"}, "order is 'rising', but must be one of"),
         ({"choice_temperature": -1.0}, "choice_temperature is -1.0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": 7}, r"top_k is 7, but must lie in 1\.\.6"),
