@@ -41,6 +41,7 @@ class ProgressiveRun(PriorRun):
     """Begin with the weights of the autoregressive prior of the same experiment (ours)."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.model.style != "progressive":
             raise ValueError(f"model.style is {self.model.style!r}, but has to be 'progressive'")
         filled(self.model.image_length, self.stages, self.schedule)  # says what is allowed
