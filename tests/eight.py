@@ -3,6 +3,8 @@
 The one argument is a folder, where their results become files. JAX_NUM_CPU_DEVICES has to be 8.
 """
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig
+from dalle_jax.train import plan
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.clip import ClipStage, short_clip_run
 from dalle_jax.train.dvae import DVAEStage, short_dvae_run
@@ -23,6 +26,7 @@ from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorStage, short_prior_run
 
 LOOP = LoopConfig(steps=100)
+MUON = MeshConfig(data=2, fsdp=4)
 PRIOR = {"width": 32, "depth": 4, "heads": 4, "text_vocabulary": 40, "text_length": 8}
 PRIOR |= {"grid": 4, "codes": 32, "kernel": 3}
 CLIP = {"px": 16, "patch": 8, "image_width": 16, "image_depth": 2, "image_heads": 2}
@@ -31,6 +35,7 @@ CLIP |= {"text_width": 16, "text_depth": 2, "text_heads": 2, "text_length": 9, "
 CASES = {
     "dvae": ("dvae", (2, 4, 1), 1, None),
     "prior all, accumulated": ("prior", (2, 2, 2), 2, None),
+    "prior with Muon": ("muon", (2, 4, 1), 1, None),
     "prior at full rank": ("prior", (2, 4, 1), 1, 8),  # 32 columns in 4 slices
     "clip": ("clip", (2, 2, 2), 1, None),
 }
@@ -46,6 +51,8 @@ def stage(name, **changes):
         run = short_clip_run(model=sizes, loop=LOOP, batch_size=16, micro_batch=8)
         return ClipStage(run, validation={})
     changes = {"model": PriorConfig(**PRIOR), "scan_layers": True, "remat": True} | changes
+    if name == "muon":
+        changes["optimizer"] = "muon"
     run = short_prior_run(loop=LOOP, batch_size=16, **changes)
     return PriorStage(
         run,
@@ -93,7 +100,15 @@ def _check(sharding, place, ndim):
     assert sharding.is_equivalent_to(place, ndim), (sharding, place)
 
 
+def sent_with_muon():
+    """All that devices send in an update of a small prior."""
+    run = stage("muon", precision="bfloat16").run
+    sent, _ = plan.compiled_update(dataclasses.replace(run, loop=LoopConfig(steps=1, mesh=MUON)))
+    return [dataclasses.asdict(x) for x in sent]
+
+
 def main(folder):
+    (folder / "sent.json").write_text(json.dumps(sent_with_muon()))
     for case, (name, sizes, *options) in CASES.items():
         mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
         leaves = jax.tree.leaves(two_updates(name, mesh, *options))

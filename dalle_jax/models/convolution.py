@@ -9,6 +9,7 @@ Letters: B batch, H and W sides of the picture, C channels in, D channels out, S
 
 import itertools
 import math
+from collections.abc import Collection
 
 import flax.linen as nn
 import jax
@@ -61,6 +62,25 @@ def draw(shapes: PyTree, key: Key[Array, ""]) -> PyTree:
     for (path, shape), part in zip(kernels.items(), noise, strict=True):
         drawn[path] = math.prod(shape[:-1]) ** -0.5 * part.reshape(shape)
     return unflatten_dict(drawn)
+
+
+def kernel_matrices(params: PyTree, *, ends: Collection[str]) -> PyTree:
+    """Says which parameters are matrices of inner layers, for optimizers such as Muon.
+
+    Args:
+      params: nested parameters.
+      ends: names of the layers next to pixels and codes, which are left out.
+    Returns:
+      A tree that has, in place of each kernel [S, S, C, D] of another layer, the axes that it sums
+      over and that of its output, so that it is a matrix [S * S * C, D]; else None.
+    """
+
+    def axes(path, _):
+        names = [part.key for part in path]
+        inner = names[-1] == "kernel" and names[-2] not in ends
+        return ((0, 1, 2), (3,)) if inner else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def enlarged(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:

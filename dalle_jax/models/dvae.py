@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
 from dalle_jax.image.pixels import map_pixels, unmap_pixels
-from dalle_jax.models.convolution import Conv, draw, enlarged, max_pool
+from dalle_jax.models.convolution import Conv, draw, enlarged, kernel_matrices, max_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +207,11 @@ def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
         table = params["decoder"]["input"]
         table["kernel"] *= config.code_std * math.sqrt(config.codes)
     return params
+
+
+def matrices(params: PyTree) -> PyTree:
+    """Kernels of the blocks as matrices; see `convolution.kernel_matrices`."""
+    return kernel_matrices(params, ends=("input", "output"))
 
 
 def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:

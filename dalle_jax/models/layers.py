@@ -114,6 +114,33 @@ def init_layers(
     return layers
 
 
+MATRICES = {  # axes of a kernel that are summed over, and those of what comes out
+    "qkv": ((1,), (3, 4)),  # L D 3 N H: queries, keys and values are matrices of their own
+    "attention_out": ((1, 2), (3,)),  # L N H D
+    "mlp_in": ((1,), (2,)),  # L D F
+    "mlp_out": ((1,), (2,)),  # L F D
+}
+
+
+def matrices(params: PyTree) -> PyTree:
+    """Says which parameters of a model are matrices of its layers, for optimizers such as Muon.
+
+    Args:
+      params: of a model that has the stacks of `init_layers` below the name "layers".
+    Returns:
+      A tree that has, in place of each kernel of a stack, its axes as in `MATRICES`; the others
+      count matrices. In place of everything else, such as embeddings and heads, None.
+    """
+
+    def axes(path, _):
+        names = [part.key for part in path]
+        if names[-1] == "kernel" and "layers" in names:
+            return MATRICES[names[-2]]
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def init_norm(shape: tuple[int, ...]) -> Weights:
     """A layer norm that does nothing more than norm."""
     return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}

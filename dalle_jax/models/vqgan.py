@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
-from dalle_jax.models.convolution import Conv, draw, enlarged
+from dalle_jax.models.convolution import Conv, draw, enlarged, kernel_matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +310,12 @@ def draw_params(config: VQGANConfig, key: Key[Array, ""]) -> PyTree:
     params = draw(jax.eval_shape(VQGAN(config).init, key, picture)["params"], key_network)
     table = jax.random.normal(key_codes, (config.codes, config.code_width))
     return params | {"quantize": {"embedding": table}}
+
+
+def matrices(params: PyTree) -> PyTree:
+    """Kernels of blocks, attention and sizes as matrices; see `convolution.kernel_matrices`."""
+    ends = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
+    return kernel_matrices(params, ends=ends)
 
 
 def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:

@@ -9,6 +9,8 @@ import optax
 from jaxtyping import PyTree
 from optax import tree_utils
 
+from dalle_jax.optim.muon import Muon
+
 
 def scale_by_clipped_adam(
     b1: float, b2: float, eps: float, max_second_moment: float
@@ -61,6 +63,7 @@ def adamw(
     clip_norm: float | None = None,
     max_second_moment: float | None = None,
     plateau_steps: int | None = None,
+    muon: Muon | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with the paper's additions, each left out when it is None.
 
@@ -74,6 +77,8 @@ def adamw(
       max_second_moment: see `scale_by_clipped_adam`.
       plateau_steps: the step size is halved whenever the mean loss over this many updates has not
         fallen for four such spans, five times at most. The paper halved it by eye.
+      muon: moves matrices in Adam's place (ours); clipping, decay and plateaus stay as they are,
+        and decay is still multiplied by `step_size`.
     Returns:
       A transformation whose update takes the loss as `value=`.
     Source: Ramesh et al. 2021, appendices A.2 and B.2.
@@ -83,7 +88,7 @@ def adamw(
     else:
         adam = scale_by_clipped_adam(b1, b2, eps, max_second_moment)
     parts = [
-        adam,
+        adam if muon is None else muon.direction(adam),
         optax.add_decayed_weights(weight_decay, mask=decayed),
         optax.scale_by_learning_rate(step_size),
     ]

@@ -22,7 +22,10 @@ Rules = tuple[tuple[str, Spec], ...]
 The first that fits counts. Paths end with the parameter's, so that moments and averages of a
 parameter lie where it does."""
 
+MUON: Rules = (("layers/*/kernel", Spec(FSDP)),)  # whole matrices, each device some of the layers
 PRIOR: Rules = (
+    *((f"muon/*/{pattern}", spec) for pattern, spec in MUON),  # its momentum
+    ("muon/*/ns_coeffs", Spec()),
     ("layers/qkv/kernel", Spec(None, FSDP, None, TENSOR)),  # L D 3 N H
     ("layers/qkv/bias", Spec(None, None, TENSOR)),
     ("layers/attention_out/kernel", Spec(None, TENSOR, None, FSDP)),  # L N H D
@@ -61,6 +64,20 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules) -> PyTree:
         return NamedSharding(mesh, _spec(name, leaf, mesh, rules) if leaf.ndim else Spec())
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def moved(tree: PyTree, *, before: Rules, after: Rules) -> PyTree:
+    """Sends arrays from where some rules put them to where others do, in a jitted function.
+
+    Both are said, since what stands before and after would else be spread otherwise to save a part
+    of the sending, and send more itself. Without a mesh of `jax.set_mesh`, nothing happens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    for rules in (before, after):
+        tree = jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, rules))
+    return tree
 
 
 def _spec(name, leaf, mesh, rules):

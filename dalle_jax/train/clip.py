@@ -16,6 +16,8 @@ import tyro
 from dalle_jax.generate.clip import retrieval_accuracy
 from dalle_jax.losses import contrastive_loss
 from dalle_jax.models.clip import CLIP, LOG_SCALE_MAX, CLIPConfig
+from dalle_jax.models.layers import matrices
+from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import along_batch
@@ -25,7 +27,7 @@ from dalle_jax.train.state import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipRun:
+class ClipRun(MuonOptions):
     """One training run of a CLIP; the defaults are the paper's, `short_clip_run` our recipe."""
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
@@ -122,6 +124,7 @@ class ClipStage(Stage):
                 b2=0.98,
                 eps=1e-6,
                 weight_decay=run.weight_decay,
+                muon=run.muon(run.step_size, matrices),
             ),
             optax.stateless(_below_limit),
         )

@@ -13,7 +13,8 @@ import numpy as np
 import tyro
 
 from dalle_jax import losses
-from dalle_jax.models.dvae import DVAE, DVAEConfig, network_input
+from dalle_jax.models.dvae import DVAE, DVAEConfig, matrices, network_input
+from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.train.codebook import kmeans_start
@@ -22,7 +23,7 @@ from dalle_jax.train.loop import LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVAERun:
+class DVAERun(MuonOptions):
     """One training run of the dVAE; the defaults are the paper's, `short_dvae_run` is our recipe.
 
     A length of None stands for a share of the run, named beside it.
@@ -120,6 +121,7 @@ class DVAEStage(CodecStage):
             b2=0.999,
             weight_decay=run.weight_decay,
             clip_norm=run.clip_norm,
+            muon=run.muon(run.step_size, matrices),
         )
 
     def begin(self, params):

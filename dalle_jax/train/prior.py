@@ -5,6 +5,7 @@ Source: Ramesh et al. 2021, section 2.2 and appendix B; the short recipe is ours
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal
 
 import jax
@@ -15,12 +16,14 @@ import tyro
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.losses import prior_loss
+from dalle_jax.models.layers import matrices
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.transformer import Prior, draw_params
+from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import along_batch, look_up
-from dalle_jax.parallel.rules import PRIOR
+from dalle_jax.parallel.rules import MUON, PRIOR, moved
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.scaling import ResblockScaling
@@ -28,7 +31,7 @@ from dalle_jax.train.state import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorRun:
+class PriorRun(MuonOptions):
     """One training run of the prior; the defaults are the paper's, `short_prior_run` our recipe."""
 
     model: PriorConfig = field(default_factory=PriorConfig)
@@ -65,6 +68,13 @@ class PriorRun:
     """Compute what is inside each layer again for the backward pass, to save memory."""
     encode_once: bool = False
     """Encode every picture once, centre-cropped, ahead of training; else a new crop at each use."""
+
+    def __post_init__(self):
+        if self.optimizer == "muon" and self.loop.mesh.tensor > 1:
+            raise ValueError(
+                f"muon needs whole matrices, but tensor={self.loop.mesh.tensor} cuts them; set "
+                "mesh.tensor to 1 and mesh.fsdp higher, or choose optimizer adamw"
+            )
 
 
 def short_prior_run(**changes) -> PriorRun:
@@ -139,6 +149,12 @@ class PriorStage(Stage):
             clip_norm=run.clip_norm,
             max_second_moment=run.max_second_moment,
             plateau_steps=run.plateau_steps,
+            muon=run.muon(
+                run.step_size,
+                matrices,
+                spread=partial(moved, before=self.rules, after=MUON),
+                restore=partial(moved, before=MUON, after=self.rules),
+            ),
         )
         self._measure = jax.jit(self._loss)
 

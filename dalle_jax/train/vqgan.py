@@ -5,6 +5,7 @@ Source: Esser et al. 2021, section 3.1, without its perceptual loss; the recipe 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import jax
@@ -19,10 +20,12 @@ from dalle_jax.models.discriminator import Discriminator
 from dalle_jax.models.vqgan import (
     VQGAN,
     VQGANConfig,
+    matrices,
     nearest,
     network_input,
     straight_through,
 )
+from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.train.codebook import kmeans_table
@@ -31,7 +34,7 @@ from dalle_jax.train.loop import LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQGANRun:
+class VQGANRun(MuonOptions):
     """One training run of the VQ-GAN; docs/vqgan.md says what the settings cost and reach."""
 
     model: VQGANConfig = field(default_factory=VQGANConfig)
@@ -82,17 +85,19 @@ class VQGANStage(CodecStage):
         self.model = VQGAN(run.model)
         length = max(run.loop.steps - run.warmup_steps, 1)
         after = cosine(run.step_size, run.step_size_end, length)
-        self.optimizer = adamw(
+        optimizer = partial(
+            adamw,
             warm_up(run.step_size, run.warmup_steps, after),
             b2=0.999,
             weight_decay=run.weight_decay,
             clip_norm=run.clip_norm,
         )
+        self.optimizer = optimizer(muon=run.muon(run.step_size, matrices))
         self.judge = None
         if run.adversarial_weight:
             self.judge = Discriminator(run.discriminator_width, run.discriminator_layers)
             # each clipped by itself; they learn at the same time, from one gradient
-            parts = {"network": self.optimizer, "judge": self.optimizer}
+            parts = {"network": self.optimizer, "judge": optimizer()}
             self.optimizer = optax.multi_transform(parts, {"network": "network", "judge": "judge"})
 
     def init(self, key):

@@ -21,6 +21,9 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as Spec
 
+from dalle_jax.models.layers import matrices
+from dalle_jax.optim.muon import Muon
+from dalle_jax.optim.optimizer import adamw
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
@@ -49,15 +52,21 @@ class Scaling:
 
 
 class Layered(state_lib.Stage):
-    """Two kernels side by side and a head."""
+    """Two kernels side by side, which Muon moves, and a head."""
 
     name = "layered"
     rules = (
         ("layers/mlp_in/kernel", Spec(None, None, "fsdp")),
         ("out", Spec()),
         ("scales/*", Spec()),
+        ("muon/*/ns_coeffs", Spec()),
     )
-    optimizer = optax.with_extra_args_support(optax.adamw(1e-2))
+    optimizer = adamw(
+        optax.constant_schedule(1e-2),
+        b2=0.999,
+        weight_decay=1e-4,
+        muon=Muon(scale=1.0, matrices=matrices),
+    )
     scaling = Scaling()
 
     def init(self, key):

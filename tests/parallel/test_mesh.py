@@ -1,5 +1,6 @@
 """Every mesh gives what one device gives; those of 8 devices in a process of their own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def spread(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single():
-    return {name: eight.two_updates(name) for name in ("dvae", "prior", "clip")}
+    return {name: eight.two_updates(name) for name in ("dvae", "prior", "clip", "muon")}
 
 
 @pytest.mark.slow
@@ -49,6 +50,20 @@ def test_a_mesh_gives_the_losses_and_updates_of_one_device(spread, single, case)
         leaves = [arrays[name] for name in arrays.files]
     eight_devices = jax.tree.unflatten(jax.tree.structure(one), leaves)
     chex.assert_trees_all_close(eight_devices, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_muon_sends_each_kernel_to_the_device_of_its_layer_and_back_and_nothing_else(spread):
+    D, L, T, B = eight.PRIOR["width"], eight.PRIOR["depth"], 24, 16
+    sent = {
+        (x["kind"], *x["axes"]): x["array_bytes"]
+        for x in json.loads((spread / "sent.json").read_text())
+    }
+    kernels, heads = 12 * D * D * L, D * (40 + 32)
+    embedded = 2 * B * T * D // 8  # what enters the layers and its gradient, spread anew
+    assert sent["all-to-all", "fsdp"] == 4 * (2 * kernels // 4 + embedded)
+    gathered = 2 * 2 * kernels + 4 * heads  # bfloat16, as without Muon
+    assert gathered <= sent["all-gather", "fsdp"] < gathered * 1.01
 
 
 def abstract(data, fsdp, tensor):
@@ -73,6 +88,19 @@ def test_moments_lie_where_their_parameters_do():
     for moment in (places.mu, places.nu):
         assert moment["layers"]["mlp_out"]["kernel"].spec == Spec(None, ("tensor", "fsdp"))
         assert moment["layers"]["mlp_out"]["bias"].spec == Spec()
+
+
+def test_momentum_of_muon_lies_by_layers_or_whole_where_they_are_too_few():
+    rules = partial(shardings, mesh=abstract(1, 4, 1), rules=PRIOR)
+    kernels = {"mlp_in": {"kernel": jnp.zeros((8, 16, 32))}}
+    (place,) = jax.tree.leaves(rules({"muon": {"mu": {"layers": kernels}}}))
+    assert place.spec == Spec("fsdp")
+    few = {"mlp_in": {"kernel": jnp.zeros((6, 16, 32))}}
+    (place,) = jax.tree.leaves(rules({"muon": {"mu": {"layers": few}}}))
+    assert place.spec == Spec(None)
+    many = {"mlp_in": {"kernel": jax.ShapeDtypeStruct((6, 512, 2048), jnp.float32)}}
+    with pytest.raises(ValueError, match="axis 0 of muon/mu/layers/mlp_in/kernel .* into 4 equal"):
+        rules({"muon": {"mu": {"layers": many}}})
 
 
 def test_a_parameter_without_a_rule_is_named():

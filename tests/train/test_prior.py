@@ -10,9 +10,11 @@ import tiny
 from dalle_jax.data.batches import batches, once
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.data.sources import Joined, SourceError
+from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.train.encode import EncodedBatches, encoded
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun, PriorStage, short_prior_run
+from dalle_jax.train.progressive import ProgressiveRun
 
 SLOTS = tiny.parts()["prior"].text_length - 1
 
@@ -44,6 +46,14 @@ def test_defaults_are_the_papers():
     assert (run.max_second_moment, run.clip_norm, run.bpe_dropout) == (5, 4, 0.1)
     assert (run.batch_size, run.loop.steps) == (1024, 430_000)
     assert (run.loop.average_every, run.loop.average_decay) == (25, 0.99)
+
+
+@pytest.mark.parametrize("run", [PriorRun, ProgressiveRun])
+def test_muon_refuses_kernels_that_are_cut_by_heads(run):
+    loop = LoopConfig(steps=1, mesh=MeshConfig(tensor=2))
+    assert run(loop=loop).optimizer == "adamw"
+    with pytest.raises(ValueError, match=r"muon needs whole matrices, but tensor=2 .* mesh\.fsdp"):
+        run(loop=loop, optimizer="muon")
 
 
 def test_a_fresh_prior_gives_every_token_the_same_chance(tokens, key):
