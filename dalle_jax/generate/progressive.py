@@ -10,14 +10,15 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
-from dalle_jax.models.progressive_prior import KeysValues, ProgressiveConfig, ProgressivePrior
+from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, with_room
 
 Schedule = Literal["linear", "cosine"]
 Order = Literal["dynamic", "confidence", "random", "raster"]
 
+DOUBT = np.log(4)  # revision replaces a code if another one is this many nats likelier
 SPANS = 4  # the stages are compiled as this many loops, each as wide as its largest stage
 
 
@@ -62,8 +63,9 @@ def sample(
     top_k: int | None = None,
     top_p: float | int | None = None,
     guidance: float | int = 1.0,
+    revise: int = 0,
     given: Int[Array | np.ndarray, "B G G"] | None = None,
-) -> Int[Array, "stages B G G"]:
+) -> Int[Array, "passes B G G"]:
     """Samples grids of codes, the same number for each caption, in some stages.
 
     A stage chooses empty cells, asks for their codes, samples them, and adds them to the cache. A
@@ -86,11 +88,13 @@ def sample(
       top_p: then among the fewest that hold this share of the probability, in (0, 1]. None: all.
       guidance: s in u + s_k (c - u), where s_k rises along a line from near 1 to s in the last
         stage; 1 is off.
+      revise: passes after the last stage, each of which replaces every code that is given less than
+        a quarter of the probability of another one by the rest of the picture; at least 0.
       given: codes in [0, K) of cells that are given and never change, K in the others. As many
         cells have to be given in each picture. None: no cell.
 
     Returns:
-      The grids after each stage; the last ones hold no K.
+      The grids after each stage and each revision; the last ones hold no K.
 
     Raises:
       ValueError: for a value outside its range, or sizes that do not fit each other.
@@ -104,6 +108,8 @@ def sample(
         raise ValueError(f"order is {order!r}, but must be one of {list(get_args(Order))}")
     if choice_temperature < 0:
         raise ValueError(f"choice_temperature is {choice_temperature}; it may not be negative")
+    if revise < 0:
+        raise ValueError(f"revise is {revise}; it is a number of passes, 0 for none")
     start = np.full((B, G, G), K) if given is None else np.asarray(given)
     empty = np.unique((start == K).reshape(len(start), -1).sum(axis=1))
     if start.shape != (B, G, G) or not 0 <= start.min() <= start.max() <= K or len(empty) != 1:
@@ -125,13 +131,14 @@ def sample(
         guidance=None if guidance == 1 else jnp.float32(guidance),
         after=tuple(after.tolist()),
         order=order,
+        revise=revise,
     )
 
 
-@partial(jax.jit, static_argnames=("config", "after", "order"))
+@partial(jax.jit, static_argnames=("config", "after", "order", "revise"))
 def _sample(
     config, params, text, keys, start, *, temperature, choice_temperature, top_k, top_p, guidance,
-    after, order,
+    after, order, revise,
 ):  # fmt: skip
     B, I, P, K = len(start), config.image_length, config.text_length, config.codes
     samples, given = B // len(text), I - after[-1]
@@ -159,8 +166,7 @@ def _sample(
     def put(cache, codes, cells, *, at, count):
         return prior.write(cache, twice(codes), twice(cells), at=at, count=count)
 
-    def logits_of(cache, cells, *, count, share):
-        logits = prior.ask(cache, twice(cells), count=count)
+    def guided_logits(logits, share):
         if not guided:
             return logits
         with_caption, without = jnp.split(logits, 2)
@@ -176,14 +182,14 @@ def _sample(
         ready = noise
         if order == "confidence":
             everything = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
-            logits = logits_of(cache, everything, count=at, share=share)
+            logits = guided_logits(prior.ask(cache, twice(everything), count=at), share)
             sampled, log_q = drawn(logits, key, temperature, top_k, top_p)
             ready = log_q + (1 - share) * noise
         _, cells = jax.lax.top_k(jnp.where(codes == K, ready, -jnp.inf), n)
         if order == "confidence":
             new = jnp.take_along_axis(sampled, cells, axis=1)
         else:
-            logits = logits_of(cache, cells, count=at, share=share)
+            logits = guided_logits(prior.ask(cache, twice(cells), count=at), share)
             new, _ = drawn(logits, key, temperature, top_k, top_p)
         if not is_last:
             cache = put(cache, new, cells, at=at, count=count)
@@ -191,7 +197,7 @@ def _sample(
         codes = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(codes, wanted, new)
         return (codes, cache), codes
 
-    cache = _room(of_all, given)
+    cache = jax.tree.map(partial(with_room, more=given), of_all)
     if given:
         _, cells = jax.lax.top_k((start < K).astype(jnp.float32), given)
         known = jnp.take_along_axis(start, cells, axis=1)
@@ -203,17 +209,25 @@ def _sample(
         n, before = int(counts[span].max()), np.asarray(after)[span] - counts[span]
         codes, cache = carry
         if span[0] != last:  # the last stage is not looked at any more
-            cache = _room(cache, P + given + int(before[-1]) + n - cache[0].key.shape[1])
+            more = P + given + int(before[-1]) + n - cache[0].key.shape[1]
+            cache = jax.tree.map(partial(with_room, more=max(more, 0)), cache)
         plan = tuple(jnp.asarray(x, jnp.int32) for x in (span, before, counts[span]))
         carry, passed = jax.lax.scan(partial(stage, n, span[0] == last), (codes, cache), plan)
         found.append(passed)
+    codes, _ = carry
+    for _ in range(revise):
+        likeliest, doubt = doubts(guided_logits(prior.leave_out(of_all, twice(codes)), 1), codes)
+        codes = jnp.where((start == K) & (doubt >= DOUBT), likeliest, codes)
+        found.append(codes[None])
     return jnp.concatenate(found).reshape(-1, B, config.grid, config.grid)
 
 
-def _room(cache: list[KeysValues], more: int) -> list[KeysValues]:
-    """Makes room for more positions."""
-    pad = ((0, 0), (0, max(more, 0)), (0, 0), (0, 0))
-    return jax.tree.map(lambda x: jnp.pad(x, pad), cache)
+def doubts(
+    logits: Float[Array, "B I K"], codes: Int[Array, "B I"]
+) -> tuple[Int[Array, "B I"], Float[Array, "B I"]]:
+    """The likeliest code of each cell, and by how many nats it is likelier than the one there."""
+    there = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    return logits.argmax(axis=-1).astype(codes.dtype), logits.max(axis=-1) - there
 
 
 def _gumbel(keys, length):

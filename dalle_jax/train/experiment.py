@@ -36,7 +36,7 @@ from dalle_jax.train.encode import EncodedBatches, encoded, redrawn
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
-from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, in_progressive_style
+from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, progressive_run
 from dalle_jax.train.vqgan import VQGANRun, VQGANStage
 from dalle_jax.train.window import NonFiniteError
 
@@ -104,7 +104,7 @@ def main(
             "progressive",
             "Train the progressive prior on codes of pictures.",
             data,
-            {"progressive": in_progressive_style(prior, from_prior=True)},
+            {"progressive": progressive_run(prior)},
         ),
         _command("clip", "Train the CLIP that ranks pictures.", data, {"clip": clip}),
         _command(
@@ -158,10 +158,7 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
 
 
 def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> Model:
-    """Trains a prior of either style, or goes on with it; gives the whole model, not yet saved.
-
-    A progressive one may begin with the prior that `tokens` has.
-    """
+    """Trains a prior of either kind, or goes on with it; gives the whole model, not yet saved."""
     run, tokenizer = _with_tokenizer(run, data)
     text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
     # Validation codes are needed again and again, so they are always made once.
@@ -191,7 +188,6 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     if not run.encode_once:
         iterator = EncodedBatches(iterator, tokens)
     fingerprints = tokens.fingerprints | {"tokenizer": tokenizer.fingerprint}
-    fingerprints.pop("progressive", None)  # an earlier end of this very run
     settings = _settings(run) | {"fingerprints": fingerprints}
     state = train(
         stage,
@@ -301,8 +297,6 @@ def _run(name: str, options: Any) -> None:
         log.info("the %s is in %s", TITLES[stage], workdir / stage / "model")
     for stage, prior in priors.items():
         tokens = Model.load(workdir / options.codec / "model")
-        if getattr(prior, "from_prior", False) and (workdir / "model" / CONFIG).is_file():
-            tokens = Model.load(workdir / "model")  # the same, with the prior
         _check_fit(prior, px=tokens.px, codec=tokens.codec, title=TITLES[options.codec])
         data = _opened(options.data, tokens.px)
         model = train_prior(prior, data, tokens, workdir=workdir / stage)

@@ -4,18 +4,20 @@ Source: Fei et al. 2022 in our reading, docs/progressive.md.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from dalle_jax.generate.progressive import filled
+from dalle_jax.generate.progressive import DOUBT, doubts, filled
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
 from dalle_jax.train.orders import Order, order_scores, ranks
 from dalle_jax.train.prior import PriorRun, PriorStage
 
 STAGES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of stages that training draws from
+WRONG = 0.1  # share of a held-out picture's codes that are replaced to see what is repaired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,20 @@ class ProgressiveRun(PriorRun):
     order: Order = "random"
     """Which cells are filled first: any, what the model finds easiest, what the codes fit best or
     worst, or a control."""
+
+
+def progressive_run(run: PriorRun, **changes) -> ProgressiveRun:
+    """The progressive run that goes with one of the autoregressive prior.
+
+    Args:
+      run: its sizes, schedules and lengths are kept; half of the layers become query layers.
+      changes: fields to replace.
+    """
+    own = {"kernel", "attention"}  # of the autoregressive prior alone
+    sizes = {name: size for name, size in vars(run.model).items() if name not in own}
+    model = ProgressiveConfig(**sizes, query_depth=run.model.depth // 2)
+    fields = {name: value for name, value in vars(run).items() if name != "model"}
+    return ProgressiveRun(**(fields | {"model": model} | changes))
 
 
 class ProgressiveStage(PriorStage):
@@ -43,6 +59,37 @@ class ProgressiveStage(PriorStage):
         """Mean cross-entropy of all codes, in nats."""
         del step
         return self._loss(params, batch, scales, key)
+
+    def evaluate(self, params) -> dict[str, float]:
+        """Measures the loss on the validation set, and what a pass of revision does there.
+
+        Returns:
+          As the loss, and "repaired", the share of wrong codes in full pictures that revision puts
+          right, and "damaged", the share of right ones that it changes.
+        """
+        measured = super().evaluate(params)
+        counts = sum(np.asarray(self._repairs(params, batch)) for batch in self._validation())
+        repaired, wrong, damaged, right = counts.tolist()
+        return measured | {"repaired": repaired / wrong, "damaged": damaged / right}
+
+    @cached_property
+    def _repairs(self):
+        """Counts cells: repaired of wrong ones, damaged of right ones."""
+
+        @jax.jit
+        def count(params, batch):
+            key_wrong, key_code = jax.random.split(jax.random.key(1))
+            codes, K = batch["codes"].reshape(len(batch["codes"]), -1), self.config.codes
+            wrong = jax.random.uniform(key_wrong, codes.shape) < WRONG
+            other = (codes + jax.random.randint(key_code, codes.shape, 1, K)) % K
+            shown = jnp.where(wrong, other, codes)
+            prior = self.model.bind({"params": params})
+            likeliest, doubt = doubts(prior.leave_out(prior.read(batch["text"]), shown), shown)
+            changed = doubt >= DOUBT
+            repaired = wrong & changed & (likeliest == codes)
+            return jnp.stack([x.sum() for x in (repaired, wrong, ~wrong & changed, ~wrong)])
+
+        return count
 
     def _loss(self, params, batch, scales=None, key=None):
         # held-out pictures are always shown the same way
@@ -69,23 +116,18 @@ class ProgressiveStage(PriorStage):
 def draw_stages(key: Key[Array, ""], rank: Int[Array, "B I"]) -> Int[Array, "B I"]:
     """Draws a number of stages for each picture, and says which stage fills each cell.
 
-    For half of the pictures the first few of them become one: as when cells are given.
-
     Args:
       key: for the numbers.
       rank: place of each cell in the order, from 0.
     """
-    B, I = rank.shape
-    numbers = [n for n in STAGES if n <= I]
+    pictures, cells = rank.shape
+    numbers = [n for n in STAGES if n <= cells]
+    places = np.arange(cells)
     table = np.stack(
-        [np.searchsorted(filled(I, n, "cosine"), np.arange(I), side="right") for n in numbers]
+        [np.searchsorted(filled(cells, n, "cosine"), places, side="right") for n in numbers]
     )
-    key_number, key_merge, key_first = jax.random.split(key, 3)
-    number = jax.random.randint(key_number, (B,), 0, len(numbers))
-    stage = jnp.take_along_axis(jnp.asarray(table)[number], rank, axis=1)
-    first = jax.random.uniform(key_first, (B,)) * jnp.asarray(numbers)[number]
-    first = jnp.where(jax.random.bernoulli(key_merge, 0.5, (B,)), first.astype(int), 0)
-    return jnp.maximum(stage, first[:, None])
+    number = jax.random.randint(key, (pictures,), 0, len(numbers))
+    return jnp.take_along_axis(jnp.asarray(table)[number], rank, axis=1)
 
 
 def _nats(logits, codes):

@@ -15,7 +15,7 @@ from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePri
 TINY = ProgressiveConfig(
     width=16, depth=4, query_depth=2, heads=2, text_vocabulary=11, text_length=4, grid=2, codes=5
 )
-V, K, P, I = 11, 5, 4, 4
+V, K, P, CELLS = 11, 5, 4, 4
 STAGES = jnp.asarray([[2, 0, 1, 1], [0, 0, 0, 1]])
 
 
@@ -43,7 +43,7 @@ def test_a_code_sees_the_text_and_the_stages_before_its_own():
     for slot in range(P - 1):
         after = forward(params(), text.at[:, slot].set((text[:, slot] + 1) % V), codes, STAGES)
         assert (jnp.abs(after - before).max(-1) > 1e-5).all()
-    for cell in range(I):
+    for cell in range(CELLS):
         after = forward(params(), text, codes.at[:, cell].set((codes[:, cell] + 1) % K), STAGES)
         changed = jnp.abs(after - before).max(-1) > 1e-5
         chex.assert_trees_all_equal(changed, STAGES > STAGES[:, cell, None])
@@ -63,7 +63,7 @@ def test_cached_stages_equal_the_forward_pass():
     @jax.jit
     def in_stages(params, text, codes):
         prior = ProgressivePrior(TINY).bind({"params": params})
-        room = ((0, 0), (0, I + 1), (0, 0), (0, 0))  # one more, for what does not count
+        room = ((0, 0), (0, CELLS + 1), (0, 0), (0, 0))  # one more, for what does not count
         cache = jax.tree.map(lambda x: jnp.pad(x, room), prior.read(text))
         found = []
         for cells in ([1, 0], [2, 3], [0, 1]):  # the second of the first stage does not count
