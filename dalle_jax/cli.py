@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
+from dalle_jax.errors import UserError
+from dalle_jax.options import check_input, check_seed
 from dalle_jax.terminal import bar, complaints, show_log_lines
 
 # What takes a second to import (jax, the data readers) waits for the command that needs it.
@@ -70,9 +72,11 @@ def generate(
     if trace is not None:
         _check_name("--trace", trace, ".gif")
         if keep is not None:
-            raise ValueError("--trace shows all pictures arise; it cannot go with --keep")
+            raise UserError("--trace shows all pictures arise; it cannot go with --keep")
     if clip is not None and keep is None:
-        raise ValueError("--clip names who chooses, but nothing is chosen; give --keep too")
+        raise UserError("--clip names who chooses, but nothing is chosen; give --keep too")
+    check_input("--image-prompt", image_prompt)
+    check_seed(seed)
     import numpy as np
 
     import dalle_jax
@@ -157,6 +161,9 @@ def edit(
       singles: Folder for each new picture by itself, as PNG; None for the sheet alone.
     """
     _check_name("--out", out, ".png")
+    check_input("the picture", picture)
+    check_input("--mask", mask)
+    check_seed(seed)
     import numpy as np
 
     import dalle_jax
@@ -192,7 +199,7 @@ def edit(
 def _check_name(option: str, path: Path, suffix: str) -> None:
     if path.suffix.lower() != suffix:
         kind = suffix[1:].upper()
-        raise ValueError(f"{option} is {path}; it is a {kind}, so its name must end in {suffix}")
+        raise UserError(f"{option} is {path}; it is a {kind}, so its name must end in {suffix}")
 
 
 def _save_singles(folder, captions, images) -> None:
@@ -260,6 +267,8 @@ def evaluate(
       judge: Folder of another CLIP, which scores how well pictures fit their captions, and without
         which composition (of emoji) is not studied.
     """
+    check_input("--inception", inception)
+    check_seed(seed)
     import dalle_jax
     from dalle_jax.evaluate.drawing import Sampling
     from dalle_jax.evaluate.features import efficientnet_network, inception_network
@@ -341,6 +350,7 @@ def overlap(
       clip: Folder of a CLIP to compare by; None for EfficientNet-Lite0.
       seed: Of the changed copies.
     """
+    check_seed(seed)
     from dalle_jax.evaluate import overlap as finder
 
     if clip is None:
@@ -395,6 +405,8 @@ def page(
       top_p: Draw from the likeliest codes that hold this probability, for models.
       guidance: Weight of the caption against none, for models.
     """
+    check_input("--captions", captions)
+    check_seed(seed)
     from dalle_jax.evaluate.pairs import open_painter, shared_captions
     from dalle_jax.evaluate.votes import write_page
 
@@ -416,6 +428,8 @@ def count(key: Positional[Path], votes: Positional[tuple[Path, ...]]) -> None:
       key: The file .key.json beside the page.
       votes: The files that voters saved.
     """
+    for file in (key, *votes):
+        check_input("a file of votes", file)
     from dalle_jax.evaluate.votes import count_votes
 
     tallies, remarks = count_votes(key, votes)

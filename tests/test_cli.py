@@ -135,7 +135,10 @@ def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
         (["--seed", -1], "seed is -1; it must be a whole number from 0 to 4294967295"),
         (["--out", "sheet.jpg"], "--out is sheet.jpg; it is a PNG, so its name must end in"),
         (["--keep-rows", 2], "keep_rows is 2, but no image prompt was given"),
-        (["--image-prompt", "none.png", "--keep-rows", 2], "none.png: No such file or directory"),
+        (
+            ["--image-prompt", "none.png", "--keep-rows", 2],
+            "--image-prompt is none.png, which cannot be",
+        ),
         (["--model", "emojy"], "'emojy' is neither a shipped model nor a folder; shipped models:"),
     ],
 )
@@ -151,6 +154,38 @@ def test_what_the_user_can_mend_is_said_in_one_sentence(
     assert complaint in complained
     assert complained.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["edit", "none.png", "red apple"],
+        ["evaluate", "--inception", "none.png"],
+        ["votes", "page", "emoji", "emoji", "--captions", "none.png"],
+        ["votes", "count", "none.png", "none.png"],
+    ],
+)
+def test_a_file_that_is_not_there_is_named_before_work_begins(dalle, command):
+    status, _, complained = dalle(*command)
+    assert status == 2
+    assert "is none.png, which cannot be read: No such file or directory\n" in complained
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "red apple"],
+        ["evaluate"],
+        ["data", "overlap", "a", "b"],
+        ["votes", "page", "emoji", "emoji"],
+    ],
+)
+def test_a_seed_that_is_none_is_refused_by_every_command(dalle, command):
+    status, _, complained = dalle(*command, "--seed", -1)
+    assert status == 2
+    assert complained == (
+        "dalle-jax: --seed is -1; it must be a whole number from 0 to 4294967295\n"
+    )
 
 
 def test_truncated_image_prompt_is_named(dalle, folder, tmp_path):

@@ -27,7 +27,9 @@ ROOMS = {
     "serve": {"image", "generate"},
     "__init__": {"compiled", "memory", "generate"},
 }
+ROOMS["options"] = set()
 ROOMS["cli"] = set(ROOMS)
+ROOMS = {"errors": set()} | {room: below | {"errors"} for room, below in ROOMS.items()}
 
 # Slow or large to import: a user who only draws pictures should not wait for them.
 HEAVY = {"grain", "tensorflow_datasets", "array_record", "orbax", "optax"}

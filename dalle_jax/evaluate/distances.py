@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
+from dalle_jax.errors import UserError
+
 Features = Float[np.ndarray, "N D"]
 Others = Float[np.ndarray, "M D"]
 
@@ -56,7 +58,7 @@ class Moments:
     def covariance(self) -> Float[np.ndarray, "D D"]:
         """The unbiased estimate, divided by N - 1."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 pictures, got {self.count}")
+            raise UserError(f"a covariance needs at least 2 pictures, got {self.count}")
         return self._scatter / (self.count - 1)
 
 
@@ -102,11 +104,11 @@ def kernel_distance_of_subsets(
     """The KID as it is mostly published: mean and deviation over random subsets.
 
     Raises:
-      ValueError: if a set holds fewer pictures than a subset.
+      UserError: if a set holds fewer pictures than a subset.
     """
     fewest = min(len(first), len(second))
     if fewest < size:
-        raise ValueError(f"a KID over subsets of {size} needs as many pictures, got {fewest}")
+        raise UserError(f"a KID over subsets of {size} needs as many pictures, got {fewest}")
     rng = np.random.RandomState(seed)  # its stream is fixed for ever, and what peers use
     drawn = [
         [features[rng.choice(len(features), size, replace=False)] for features in (first, second)]
@@ -156,11 +158,11 @@ def inception_score(
     Returns:
       Mean and deviation over the splits.
     Raises:
-      ValueError: if there are fewer pictures than splits.
+      UserError: if there are fewer pictures than splits.
     Source: Salimans et al. 2016.
     """
     if len(logits) < splits:
-        raise ValueError(f"a score over {splits} splits needs as many pictures, got {len(logits)}")
+        raise UserError(f"a score over {splits} splits needs as many pictures, got {len(logits)}")
     logits = logits.astype(np.float64)
     log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     scores = []
@@ -185,12 +187,12 @@ def precision_recall(
       drawn: features of drawn ones.
       neighbours: k.
     Raises:
-      ValueError: if a set has no k neighbours.
+      UserError: if a set has no k neighbours.
     Source: Kynkäänniemi et al. 2019.
     """
     fewest = min(len(real), len(drawn))
     if fewest <= neighbours:
-        raise ValueError(f"{neighbours} neighbours need more pictures than that, got {fewest}")
+        raise UserError(f"{neighbours} neighbours need more pictures than that, got {fewest}")
     return _share_among(drawn, real, neighbours), _share_among(real, drawn, neighbours)
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from dalle_jax.data.sources import list_folder
+from dalle_jax.errors import UserError
 from dalle_jax.image.pixels import crop_center, decode
 from dalle_jax.image.sheet import contact_sheet
 
@@ -145,10 +146,10 @@ def find_overlap(
       seed: of those copies.
       progress: called with pictures done and in all.
     Raises:
-      ValueError: if the threshold is not a cosine.
+      UserError: if the threshold is not a cosine.
     """
     if threshold is not None and not -1 <= threshold <= 1:
-        raise ValueError(f"the threshold is {threshold}; it is a cosine and lies in [-1, 1]")
+        raise UserError(f"the threshold is {threshold}; it is a cosine and lies in [-1, 1]")
     rng = np.random.default_rng(seed)
     originals = rng.integers(len(held), size=0 if threshold is not None else COPIES)
     total = len(training) + len(held) + len(originals)

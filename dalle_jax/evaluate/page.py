@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate.studies import Row
 from dalle_jax.image.sheet import save_png
 
@@ -104,12 +105,12 @@ def _plot(path: Path, rows: Sequence[Row], along: str) -> None:
 
 
 def plotting() -> tuple[type, type]:
-    """Gives matplotlib's figure and canvas; ValueError with what to install without it."""
+    """Gives matplotlib's figure and canvas; UserError with what to install without it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "plots need the package matplotlib: pip install dalle_jax[evaluate]"
         ) from error
     return Figure, FigureCanvasAgg

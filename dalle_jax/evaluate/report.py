@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate import studies
 from dalle_jax.evaluate.composition import Judge
 from dalle_jax.evaluate.composition_study import NOTE, composition_study
@@ -119,10 +120,10 @@ def evaluate(
     Returns:
       The sections of the report.
     Raises:
-      ValueError: if a study is unknown, or matplotlib, which plots, is not installed.
+      UserError: if a study is unknown, or matplotlib, which plots, is not installed.
     """
     if unknown := set(chosen) - set(STUDIES):
-        raise ValueError(
+        raise UserError(
             f"there is no study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}"
         )
     plotting()  # says so before hours of work if it is missing

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate.kept import digest
 from dalle_jax.evaluate.suites import digest_of
 from dalle_jax.image.pixels import encode_png
@@ -34,7 +35,7 @@ HASTY = 4.0  # seconds; the paper left a worker out who often took less
 _CONFIDENCE = 1.96  # normal quantile of 95 %
 
 
-class VotesError(ValueError):
+class VotesError(UserError):
     """Votes that cannot be counted, said in one sentence."""
 
 

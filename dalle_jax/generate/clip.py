@@ -133,7 +133,7 @@ class Clip:
         Returns:
           Vectors of length 1, in float32.
         Raises:
-          ValueError: if a picture is not uint8 with three channels.
+          UserError: if a picture is not uint8 with three channels.
         """
         squares = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
         for i, image in enumerate(images):

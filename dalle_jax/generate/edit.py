@@ -11,6 +11,7 @@ from jaxtyping import Bool, UInt8
 from numpy.typing import ArrayLike
 from PIL import Image, ImageFilter
 
+from dalle_jax.errors import UserError
 from dalle_jax.image.pixels import decode, square
 
 
@@ -26,7 +27,7 @@ def masked_cells(
       px: side R that codes stand for.
       grid: G.
     Raises:
-      ValueError: if the mask has another size, or marks nothing.
+      UserError: if the mask has another size, or marks nothing.
       PictureError: if it cannot be read.
     """
     name = "the mask"
@@ -36,12 +37,12 @@ def masked_cells(
     marked = mask if mask.dtype == bool else mask.mean(axis=-1) > 127.5
     if marked.shape != size:
         sides = [f"{W} x {H}" for H, W in (marked.shape, size)]
-        raise ValueError(f"{name} has {sides[0]} pixels and its picture {sides[1]}; make them one")
+        raise UserError(f"{name} has {sides[0]} pixels and its picture {sides[1]}; make them one")
     white = np.repeat(np.where(marked, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
     pixels = square(white, px)[..., 0] > 127
     cells = pixels.reshape(grid, px // grid, grid, px // grid).any(axis=(1, 3))
     if not cells.any():
-        raise ValueError(f"{name} marks nothing to be drawn; paint that part of it white")
+        raise UserError(f"{name} marks nothing to be drawn; paint that part of it white")
     return cells
 
 
@@ -54,10 +55,10 @@ def some_cells(share: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray
       n: pictures; the cells of picture j depend on seed and j alone.
       seed: as for drawing.
     Raises:
-      ValueError: if the share is out of its range.
+      UserError: if the share is out of its range.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share is {share}, but must be above 0 and at most 1, of the cells")
+        raise UserError(f"share is {share}, but must be above 0 and at most 1, of the cells")
     count = max(1, round(share * grid**2))
     cells = np.zeros((n, grid**2), bool)
     for j in range(n):

@@ -31,6 +31,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dalle_jax.errors import UserError
+
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "pretrained"
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -48,7 +50,7 @@ EXACT = ("encoder/output/", "decoder/input/", "encoder/conv_out/", "quant_conv/"
 Tensors = dict[str, np.ndarray]
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model, or a folder with one, that cannot be used, said in one sentence."""
 
 

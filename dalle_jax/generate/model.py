@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate import folder as files
 from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
@@ -224,7 +225,7 @@ class Model(Codec):
           The pictures; with `keep` the best ones first, and their scores.
         Raises:
           ModelError: if the model has no prior, or nothing to choose with.
-          ValueError: if an argument is out of its range or a caption is empty or too long.
+          UserError: if an argument is out of its range or a caption is empty or too long.
           PictureError: if the picture to start from cannot be read.
         Source: Ramesh et al. 2021, section 2.6 (which keeps the best of 512); guidance: Ho and
           Salimans 2021.
@@ -232,7 +233,7 @@ class Model(Codec):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         best = None if keep is None else self._best(prompts, n, keep, judge)
         if judge is not None and keep is None:
-            raise ValueError("a judge was given, but nothing to choose; say how many to keep")
+            raise UserError("a judge was given, but nothing to choose; say how many to keep")
         drawn = self._draw(
             prompts,
             n=n,
@@ -318,12 +319,12 @@ class Model(Codec):
           The pictures.
         Raises:
           ModelError: if the model has no progressive prior.
-          ValueError: if an argument is out of its range, or mask and picture do not fit.
+          UserError: if an argument is out of its range, or mask and picture do not fit.
           PictureError: if a picture cannot be read.
         Source: ours; Chang et al. 2022, section 4.3.
         """
         if (mask is None) == (share is None):
-            raise ValueError(f"the mask is {mask} and share {share}; give one of the two")
+            raise UserError(f"the mask is {mask} and share {share}; give one of the two")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_request(prompts, n=n, seed=seed)
         self._part("progressive", stages, revise)
@@ -368,7 +369,7 @@ class Model(Codec):
             able = " or ".join(STYLES[part] for part in self.priors)
             raise ModelError(f"model {self.name!r} has no {decoder} prior; its decoder is {able}")
         if part != "progressive" and (stages, revise) != (None, None):
-            raise ValueError(
+            raise UserError(
                 f"stages is {stages} and revise {revise}, but only the progressive decoder has them"
             )
         return part
@@ -405,7 +406,7 @@ class Model(Codec):
 
     def _best(self, prompts, n, keep, judge):
         if not 1 <= keep <= n:
-            raise ValueError(f"keep is {keep}; it must be 1 to {n}, the pictures drawn a caption")
+            raise UserError(f"keep is {keep}; it must be 1 to {n}, the pictures drawn a caption")
         judge = judge or self.clip
         if judge is None:
             raise ModelError(
@@ -418,10 +419,10 @@ class Model(Codec):
         """Codes [1, G, G] of the rows to be kept, and K below."""
         if image_prompt is None:
             if keep_rows:
-                raise ValueError(f"keep_rows is {keep_rows}, but no image prompt was given")
+                raise UserError(f"keep_rows is {keep_rows}, but no image prompt was given")
             return None
         if not 1 <= keep_rows < self.grid:
-            raise ValueError(
+            raise UserError(
                 f"keep_rows is {keep_rows}; with an image prompt it must be 1 to "
                 f"{self.grid - 1}, since the grid has {self.grid} rows"
             )

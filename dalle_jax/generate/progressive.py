@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.transformer import Prior
@@ -44,7 +45,7 @@ def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " sta
       et al. 2022 (MaskGIT), whose counts these are.
     """
     if not 1 <= stages <= cells:
-        raise ValueError(f"stages is {stages}, but must lie in 1..{cells}, the cells to be filled")
+        raise UserError(f"stages is {stages}, but must lie in 1..{cells}, the cells to be filled")
     share = np.arange(1, stages + 1) / stages
     if schedule == "linear":
         return np.floor(cells * share + 0.5).astype(int)
@@ -115,9 +116,9 @@ def sample(
     check_options(config, text, keys, temperature, top_k, top_p, guidance)
     B, G, K = keys.shape[0], config.grid, config.codes
     if not 0 <= revise <= 1:
-        raise ValueError(f"revise is {revise}, but must lie in [0, 1]: a share of the cells")
+        raise UserError(f"revise is {revise}, but must lie in [0, 1]: a share of the cells")
     if choice_temperature < 0 or extra < 0:
-        raise ValueError(
+        raise UserError(
             f"choice_temperature is {choice_temperature} and extra {extra}; neither may be negative"
         )
     start = np.full((B, G, G), K) if given is None else np.asarray(given)

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from dalle_jax.errors import UserError
+
 Picture = UInt8[np.ndarray, "H W 3"]
 Square = UInt8[np.ndarray, "R R 3"]
 Pixels = Float[jax.Array, "..."] | Float[np.ndarray, "..."]
@@ -21,7 +23,7 @@ Pixels = Float[jax.Array, "..."] | Float[np.ndarray, "..."]
 PIXEL_MARGIN = 0.1
 
 
-class PictureError(ValueError):
+class PictureError(UserError):
     """A picture that cannot be used; the message is one sentence for the person who owns it."""
 
 
@@ -188,10 +190,10 @@ def square(image: np.ndarray, px: int) -> Square:
     """Gives a picture of side px: as it is, or by `crop_center`.
 
     Raises:
-      ValueError: if it is not uint8 with three channels.
+      UserError: if it is not uint8 with three channels.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(
+        raise UserError(
             f"got a picture of {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3] "
             "with values from 0 to 255"
         )

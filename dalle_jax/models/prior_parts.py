@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.layers import init_layers, init_norm, normal
 from dalle_jax.models.masks import Kind, layer_kinds
 
@@ -47,17 +48,17 @@ class PriorConfig:
         for name in ("attention", "style"):
             allowed, got = get_args(type(self).__annotations__[name]), getattr(self, name)
             if got not in allowed:
-                raise ValueError(f"{name} is {got!r}, but must be one of {list(allowed)}")
+                raise UserError(f"{name} is {got!r}, but must be one of {list(allowed)}")
         least = {"text_length": 2}  # the start token and one caption slot
         for name, size in vars(self).items():
             if isinstance(size, str):
                 continue
             if size < least.get(name, 1):
-                raise ValueError(f"{name} is {size}, but must be at least {least.get(name, 1)}")
+                raise UserError(f"{name} is {size}, but must be at least {least.get(name, 1)}")
         if self.width % self.heads:
-            raise ValueError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
+            raise UserError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}, but must be odd, so that it has a middle")
+            raise UserError(f"kernel is {self.kernel}, but must be odd, so that it has a middle")
 
     @property
     def image_length(self) -> int:

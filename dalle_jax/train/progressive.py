@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.progressive import DOUBT, Schedule, doubts, filled
 from dalle_jax.losses import progressive_loss
 from dalle_jax.models.prior_parts import PriorConfig
@@ -42,10 +43,10 @@ class ProgressiveRun(PriorRun):
 
     def __post_init__(self):
         if self.model.style != "progressive":
-            raise ValueError(f"model.style is {self.model.style!r}, but has to be 'progressive'")
+            raise UserError(f"model.style is {self.model.style!r}, but has to be 'progressive'")
         filled(self.model.image_length, self.stages, self.schedule)  # says what is allowed
         if not 0 <= self.greatest_noise < 1:
-            raise ValueError(f"greatest_noise is {self.greatest_noise}, but has to be in [0, 1)")
+            raise UserError(f"greatest_noise is {self.greatest_noise}, but has to be in [0, 1)")
 
 
 def in_progressive_style(run: PriorRun, **changes) -> ProgressiveRun:
@@ -76,14 +77,14 @@ class ProgressiveStage(PriorStage):
         if not self.run.from_prior:
             return params
         if self._tokens is None or "prior" not in self._tokens.priors:
-            raise ValueError(
+            raise UserError(
                 "from_prior begins with an autoregressive prior, but there is none; train one "
                 "before (stage `prior`), or give --no-from-prior"
             )
         sizes, weights = self._tokens.priors["prior"]
         wanted = dataclasses.replace(self.config, style=sizes.style, attention=sizes.attention)
         if sizes != wanted or self._tokens.tokenizer.fingerprint != self._tokenizer.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"from_prior needs a prior of the same sizes and tokenizer, but there is {sizes} "
                 f"for {wanted}; change one of them, or give --no-from-prior"
             )
