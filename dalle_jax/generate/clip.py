@@ -29,8 +29,6 @@ from dalle_jax.image import pixels
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.text.bpe import Tokenizer
 
-WEIGHTS, FOLDER = "clip.safetensors", "clip"
-
 
 class Clip:
     """A contrastive model and the tokenizer that belongs to it."""
@@ -87,12 +85,12 @@ class Clip:
         folder = files.find(name_or_folder)
         config = files.read_config(folder)
         if "clip" not in config:
-            if not (folder / FOLDER / files.CONFIG).is_file():
+            if not (folder / files.CLIP_FOLDER / files.CONFIG).is_file():
                 raise ModelError(
                     f"the model in {folder} has no CLIP of its own; name the folder of another, or "
                     "train one with the stage `clip` of an experiment"
                 )
-            folder = folder / FOLDER
+            folder = folder / files.CLIP_FOLDER
             config = files.read_config(folder)
         try:
             name, fields = config["name"], config["clip"]
@@ -102,7 +100,7 @@ class Clip:
         return cls(
             name=name,
             config=files.sizes(CLIPConfig, fields, folder),
-            params=files.to_params(files.read_tensors(folder / WEIGHTS)),
+            params=files.to_params(files.read_tensors(folder / files.CLIP)),
             tokenizer=Tokenizer.load(folder / files.TOKENIZER),
             fingerprints=fingerprints,
             **files.read_texts(folder),
@@ -120,7 +118,7 @@ class Clip:
     def write(self, folder: Path) -> None:
         """Writes the files into an empty folder."""
         files.write_config(folder, name=self.name, clip=self.config, fingerprints=self.fingerprints)
-        files.write_tensors(folder / WEIGHTS, files.to_tensors(self.params))
+        files.write_tensors(folder / files.CLIP, files.to_tensors(self.params))
         self.tokenizer.save(folder / files.TOKENIZER)
         files.write_texts(folder, card=self.card, license=self.license)
 

@@ -16,7 +16,6 @@ from jaxtyping import UInt8
 
 from dalle_jax.errors import UserError
 from dalle_jax.generate import folder as files
-from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.codec import Codec
 from dalle_jax.generate.edit import blend, masked_cells, some_cells
@@ -27,7 +26,7 @@ from dalle_jax.generate.fit import (
     check_tensors,
     prior_shapes,
 )
-from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate.folder import CLIP_FOLDER, ModelError
 from dalle_jax.generate.grids import check_request, draw_grids, finished, row_by_row
 from dalle_jax.generate.rerank import Best, Ranked
 from dalle_jax.image import pixels

@@ -19,9 +19,8 @@ from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches, once
 from dalle_jax.data.sources import DataSource, Joined
 from dalle_jax.errors import UserError
-from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
-from dalle_jax.generate.folder import CONFIG
+from dalle_jax.generate.folder import CLIP_FOLDER, CONFIG
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
