@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
+from dalle_jax.compiled import keep_programs
 from dalle_jax.errors import UserError
+from dalle_jax.memory import keep_memory
 from dalle_jax.options import check_input, check_seed
 from dalle_jax.terminal import bar, complaints, show_log_lines
 
@@ -77,6 +79,7 @@ def generate(
         raise UserError("--clip names who chooses, but nothing is chosen; give --keep too")
     check_input("--image-prompt", image_prompt)
     check_seed(seed)
+    _prepare_process()
     import numpy as np
 
     import dalle_jax
@@ -164,6 +167,7 @@ def edit(
     check_input("the picture", picture)
     check_input("--mask", mask)
     check_seed(seed)
+    _prepare_process()
     import numpy as np
 
     import dalle_jax
@@ -194,6 +198,12 @@ def edit(
     _save_singles(singles, captions, images)
     took = time.monotonic() - start
     print(f"{len(captions) * n} pictures in {took:.0f} s: {out.resolve()}")
+
+
+def _prepare_process() -> None:
+    """Before anything imports jax: compiled programs and large buffers are kept."""
+    keep_memory()
+    keep_programs()
 
 
 def _check_name(option: str, path: Path, suffix: str) -> None:
@@ -269,6 +279,7 @@ def evaluate(
     """
     check_input("--inception", inception)
     check_seed(seed)
+    _prepare_process()
     import dalle_jax
     from dalle_jax.evaluate.drawing import Sampling
     from dalle_jax.evaluate.features import efficientnet_network, inception_network
@@ -351,6 +362,7 @@ def overlap(
       seed: Of the changed copies.
     """
     check_seed(seed)
+    _prepare_process()
     from dalle_jax.evaluate import overlap as finder
 
     if clip is None:
@@ -407,6 +419,7 @@ def page(
     """
     check_input("--captions", captions)
     check_seed(seed)
+    _prepare_process()
     from dalle_jax.evaluate.pairs import open_painter, shared_captions
     from dalle_jax.evaluate.votes import write_page
 

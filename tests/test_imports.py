@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "dalle_jax"
 
 # Each room, and the rooms above it in this table that it may import.
 ROOMS = {
-    "compiled": set(),
+    "cache": set(),
+    "compiled": {"cache"},
     "memory": set(),
     "terminal": set(),
     "image": set(),
@@ -17,7 +18,7 @@ ROOMS = {
     "optim": set(),
     "parallel": {"precision"},
     "models": {"image", "precision"},
-    "data": {"image", "text"},
+    "data": {"cache", "image", "text"},
     "weights": {"text", "models"},
     "generate": {"image", "text", "precision", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
