@@ -244,6 +244,7 @@ def _request(model, suite, small, plan, usual, seed, networks) -> Section:
         "fingerprints": model.fingerprints,
         "suite": suite.name,
         "captions": len(small.captions),
+        "captions cut short": _overlong(model, small.captions),
         "real pictures": len(suite.real),
         "px": model.px,
         "seed": seed,
@@ -252,6 +253,14 @@ def _request(model, suite, small, plan, usual, seed, networks) -> Section:
         "networks": {network.name: network.fingerprint for network in networks},
     }
     return Section(key="request", title="What was asked", rows=[row])
+
+
+def _overlong(model, captions) -> int:
+    """How many captions have more tokens than the model reads."""
+    sizes, _ = next(iter(model.priors.values()))
+    before = model.tokenizer.truncated
+    model.tokenizer.encode(captions, length=sizes.text_length - 1)
+    return model.tokenizer.truncated - before
 
 
 def _samples(small, truth, through, parts) -> Section:

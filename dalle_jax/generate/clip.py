@@ -141,10 +141,13 @@ class Clip:
     def texts(self, captions: Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Gives the features of captions; one that is too long is cut, and the log says so.
 
+        White space around them does not count.
+
         Returns:
           Vectors of length 1, in float32.
         """
-        text = self.tokenizer.encode(list(captions), length=self.config.slots)
+        captions = [caption.strip() for caption in captions]
+        text = self.tokenizer.encode(captions, length=self.config.slots)
         return self._features("encode_text", text)
 
     def score(

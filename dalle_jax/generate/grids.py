@@ -50,7 +50,8 @@ def draw_grids(
       config: sizes of a prior of either style.
       params: its weights.
       tokenizer: belongs to it.
-      prompts: captions.
+      prompts: captions; white space around them does not count, as in training, and those too long
+        for the prior are cut, as there, which the log says.
       n: pictures of each.
       seed: in [0, 2**32). A grid depends on seed, caption and its number alone.
       given: for each number, or once for all, codes of cells that are kept, K in the others. In the
@@ -62,7 +63,8 @@ def draw_grids(
     check_request(prompts, n=n, seed=seed)
     if given is not None:
         given = np.broadcast_to(given, (n, *given.shape[1:]))
-    text = tokenizer.encode(prompts, length=config.text_length - 1, overlong="error")
+    prompts = [prompt.strip() for prompt in prompts]
+    text = tokenizer.encode(prompts, length=config.text_length - 1)
     hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
     hashes = np.asarray(hashes, np.uint32)
     for rows, columns in rectangles(

@@ -201,7 +201,8 @@ class Model(Codec):
         """Draws n pictures for each caption, and with `keep` chooses the best of them.
 
         Args:
-          prompts: captions; one alone counts as a list of one.
+          prompts: captions; one alone counts as a list of one. White space around them does not
+            count, and those too long for the prior are cut, which the log says: as in training.
           n: pictures per caption, at least 1.
           seed: in [0, 2**32). Sample j of a caption depends on seed, caption and j alone, up to
             float rounding: not on the other captions, nor on n.
@@ -224,7 +225,7 @@ class Model(Codec):
           The pictures; with `keep` the best ones first, and their scores.
         Raises:
           ModelError: if the model has no prior, or nothing to choose with.
-          UserError: if an argument is out of its range or a caption is empty or too long.
+          UserError: if an argument is out of its range or a caption is empty.
           PictureError: if the picture to start from cannot be read.
         Source: Ramesh et al. 2021, section 2.6 (which keeps the best of 512); guidance: Ho and
           Salimans 2021.
