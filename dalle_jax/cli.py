@@ -149,7 +149,8 @@ def edit(
     Args:
       picture: Picture file; its middle square is what the model sees.
       captions: What the whole picture shall show, a row of pictures each.
-      mask: Picture file of the same size, white where the other one is to be drawn again.
+      mask: Picture file of the same size, white where the other one is to be drawn again, and
+        black or transparent elsewhere.
       share: Instead of a mask: share of the cells to draw again, at random, above 0 and up to 1.
       model: A shipped model by name, or the path of a model folder.
       n: Pictures per caption to draw.

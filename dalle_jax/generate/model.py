@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import UInt8
+from PIL import Image
 
 from dalle_jax.errors import UserError
 from dalle_jax.generate import folder as files
@@ -290,7 +291,7 @@ class Model(Codec):
         image: str | os.PathLike | ArrayLike,
         prompts: str | Sequence[str],
         *,
-        mask: str | os.PathLike | ArrayLike | None = None,
+        mask: str | os.PathLike | ArrayLike | Image.Image | None = None,
         share: float | None = None,
         n: int = 1,
         seed: int = 0,
@@ -304,9 +305,10 @@ class Model(Codec):
         Args:
           image: the picture, as a file or uint8 [H, W, 3]; its middle square counts.
           prompts: what the whole picture shall show.
-          mask: which part: a picture of the same size, as a file or uint8 [H, W, 3], white there,
-            or bool [H, W]. All cells that it touches are drawn again, from the codes of all others,
-            and blended into the picture over half a cell around them; beyond, no pixel changes.
+          mask: which part: a picture of the same size, white there and black or transparent
+            elsewhere, as `masked_cells` takes it: a file, an array, or a picture of Pillow. All
+            cells that it touches are drawn again, from the codes of all others, and blended into
+            the picture over half a cell around them; beyond, no pixel changes.
           share: instead of a mask: of the cells, drawn at random for each sample, above 0 and at
             most 1. The result is all drawn from codes.
           n: pictures per caption, at least 1.

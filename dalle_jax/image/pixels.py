@@ -27,15 +27,19 @@ class PictureError(UserError):
     """A picture that cannot be used; the message is one sentence for the person who owns it."""
 
 
-def decode(data: bytes | str | os.PathLike, *, min_px: int = 1) -> Picture:
+def decode(
+    data: bytes | str | os.PathLike, *, min_px: int = 1, background: str = "white"
+) -> Picture:
     """Reads any picture Pillow knows as 8-bit RGB, upright, without transparency.
 
-    Alpha is laid on white; 16-bit grey keeps its upper 8 bits, rounded; palette, grey and CMYK
-    become RGB; the camera's EXIF orientation is applied; of an animation the first frame counts.
+    Alpha is laid on the background; 16-bit grey keeps its upper 8 bits, rounded; palette, grey and
+    CMYK become RGB; the camera's EXIF orientation is applied; of an animation the first frame
+    counts.
 
     Args:
       data: the encoded bytes, or the path of a file that holds them.
       min_px: smallest short side allowed, in pixels.
+      background: colour that shows where the picture is transparent, as Pillow names it.
     Raises:
       PictureError: unreadable, truncated, without a known brightness range, or too small.
       OSError: if the file cannot be opened at all.
@@ -68,16 +72,16 @@ def decode(data: bytes | str | os.PathLike, *, min_px: int = 1) -> Picture:
             f"{name}: {upright.width}x{upright.height} pixels, but the short side must have at "
             f"least {min_px}"
         )
-    return _to_rgb(upright)
+    return _to_rgb(upright, background)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, background: str) -> np.ndarray:
     if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255 instead of scaling
         grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return np.array(image.convert("RGB"))
 
 
