@@ -73,6 +73,11 @@ class Overlap:
         """Training pictures to leave out."""
         return sorted({pair.training for pair in self.pairs})
 
+    def write_remove_list(self, path: Path) -> None:
+        """Writes the names of those, one a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in self.remove))
+
     def __str__(self) -> str:
         """Says the counts, and the first pairs by name."""
         share = 100 * len(self.overlapping) / self.held

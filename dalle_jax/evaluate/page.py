@@ -53,10 +53,10 @@ def write(out: Path, sections: Sequence[Section]) -> None:
             page.append(f"![{section.title}]({section.key}-sheet.png)")
         pages += [part for part in page if part]
     numbers = {section.key: section.rows for section in sections if section.rows}
-    _replace(out / "report.json", json.dumps(numbers, indent=2) + "\n")
+    write_text(out / "report.json", json.dumps(numbers, indent=2) + "\n")
     request = sections[0].rows[0]
     title = f"# {request['model']} on {request['suite']}"
-    _replace(out / "report.md", "\n\n".join([title, *pages]) + "\n")
+    write_text(out / "report.md", "\n\n".join([title, *pages]) + "\n")
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -116,7 +116,11 @@ def plotting() -> tuple[type, type]:
     return Figure, FigureCanvasAgg
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

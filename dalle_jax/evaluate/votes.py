@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.kept import digest
+from dalle_jax.evaluate.page import write_text
 from dalle_jax.evaluate.suites import digest_of
 from dalle_jax.image.pixels import encode_png
 
@@ -94,7 +95,7 @@ def write_page(
       VotesError: if the name does not end in .html, or there are no pairs.
     """
     path = Path(path)
-    if path.suffix != ".html":
+    if path.suffix.lower() != ".html":
         raise VotesError(f"the page is {path}; its name must end in .html")
     if not captions:
         raise VotesError("a page needs at least one pair of pictures, got none")
@@ -112,11 +113,10 @@ def write_page(
     template = Template(Path(__file__).with_name("votes.html").read_text(encoding="utf-8"))
     text = template.substitute(content=safe, count=len(pairs), title=html.escape(page))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
     key_path = path.with_suffix(".key.json")
-    key_path.write_text(
-        json.dumps({"page": page, "names": names, "pairs": key}, indent=1) + "\n", encoding="utf-8"
-    )
+    secret = {"page": page, "names": names, "pairs": key}
+    write_text(key_path, json.dumps(secret, indent=1) + "\n")
+    write_text(path, text)
     return key_path
 
 
