@@ -10,6 +10,16 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
+from dalle_jax.compiled import keep_programs
+from dalle_jax.errors import UserError
+from dalle_jax.memory import keep_memory
+from dalle_jax.options import (
+    check_input,
+    check_output,
+    check_output_folder,
+    check_seed,
+    save_outputs,
+)
 from dalle_jax.terminal import bar, complaints, show_log_lines
 
 # What takes a second to import (jax, the data readers) waits for the command that needs it.
@@ -66,24 +76,27 @@ def generate(
       out: PNG file for the sheet.
       singles: Folder for each picture by itself, as PNG; None for the sheet alone.
     """
-    _check_name("--out", out, ".png")
-    if trace is not None:
-        _check_name("--trace", trace, ".gif")
-        if keep is not None:
-            raise ValueError("--trace shows all pictures arise; it cannot go with --keep")
+    check_output("--out", out, ".png")
+    check_output("--trace", trace, ".gif")
+    check_output_folder("--singles", singles)
+    if trace is not None and keep is not None:
+        raise UserError("--trace shows all pictures arise; it cannot go with --keep")
     if clip is not None and keep is None:
-        raise ValueError("--clip names who chooses, but nothing is chosen; give --keep too")
-    import numpy as np
-
+        raise UserError("--clip names who chooses, but nothing is chosen; give --keep too")
+    check_input("--image-prompt", image_prompt)
+    check_seed(seed)
+    _prepare_process()
     import dalle_jax
     from dalle_jax.generate.folder import listed, shipped
     from dalle_jax.generate.rerank import Ranked
-    from dalle_jax.image.sheet import contact_sheet, save_gif, save_png
+    from dalle_jax.image.sheet import check_gif, contact_sheet, save_gif, save_png
 
     if not captions:
         captions = listed(model if model in shipped() else "emoji")
     start = time.monotonic()
     drawing = dalle_jax.load(model)
+    if trace is not None:
+        check_gif(n, drawing.px, captions)
     judge = None if clip is None else dalle_jax.Clip.load(clip)
     asked = {
         "n": n,
@@ -105,13 +118,24 @@ def generate(
         else:
             frames = drawing.trace(captions, **asked, progress=progress)
             images = frames[-1]
-            save_gif(trace, np.stack([contact_sheet(frame, captions) for frame in frames]))
+    lines = []
     if isinstance(images, Ranked):
         images, scores = images
         for caption, row in zip(captions, scores, strict=True):
-            print(f"{caption}: {' '.join(f'{score:.3f}' for score in row)}")
-    save_png(out, contact_sheet(images, captions))
-    _save_singles(singles, captions, images)
+            lines.append(f"{caption}: {' '.join(f'{score:.3f}' for score in row)}")
+
+    def save_trace(path):
+        save_gif(path, [contact_sheet(frame, captions) for frame in frames])
+
+    save_outputs(
+        [
+            *_singles(singles, captions, images),
+            (out, lambda path: save_png(path, contact_sheet(images, captions))),
+            *([] if trace is None else [(trace, save_trace)]),
+        ]
+    )
+    for line in lines:
+        print(line)
     took = time.monotonic() - start
     chosen = "" if keep is None else f", {keep} kept a caption,"
     drawn = f"{images.shape[0] * n} pictures of {drawing.px} px{chosen}"
@@ -142,7 +166,8 @@ def edit(
     Args:
       picture: Picture file; its middle square is what the model sees.
       captions: What the whole picture shall show, a row of pictures each.
-      mask: Picture file of the same size, white where the other one is to be drawn again.
+      mask: Picture file of the same size, white where the other one is to be drawn again, and
+        black or transparent elsewhere.
       share: Instead of a mask: share of the cells to draw again, at random, above 0 and up to 1.
       model: A shipped model by name, or the path of a model folder.
       n: Pictures per caption to draw.
@@ -156,7 +181,12 @@ def edit(
       out: PNG file for the sheet: the picture as it was, then the new ones.
       singles: Folder for each new picture by itself, as PNG; None for the sheet alone.
     """
-    _check_name("--out", out, ".png")
+    check_output("--out", out, ".png")
+    check_output_folder("--singles", singles)
+    check_input("the picture", picture)
+    check_input("--mask", mask)
+    check_seed(seed)
+    _prepare_process()
     import numpy as np
 
     import dalle_jax
@@ -183,27 +213,34 @@ def edit(
             progress=progress,
         )
     before = np.stack([square(old, drawing.px)[None]] * len(captions))
-    save_png(out, contact_sheet(np.concatenate([before, images], axis=1), captions))
-    _save_singles(singles, captions, images)
+    sheet = np.concatenate([before, images], axis=1)
+    save_outputs(
+        [
+            *_singles(singles, captions, images),
+            (out, lambda path: save_png(path, contact_sheet(sheet, captions))),
+        ]
+    )
     took = time.monotonic() - start
     print(f"{len(captions) * n} pictures in {took:.0f} s: {out.resolve()}")
 
 
-def _check_name(option: str, path: Path, suffix: str) -> None:
-    if path.suffix.lower() != suffix:
-        kind = suffix[1:].upper()
-        raise ValueError(f"{option} is {path}; it is a {kind}, so its name must end in {suffix}")
+def _prepare_process() -> None:
+    """Before anything imports jax: compiled programs and large buffers are kept."""
+    keep_memory()
+    keep_programs()
 
 
-def _save_singles(folder, captions, images) -> None:
-    if folder is None:
-        return
+def _singles(folder, captions, images):
+    """What to save in a folder of single pictures, which may be None."""
     from dalle_jax.image.sheet import save_png
 
-    for row, caption in enumerate(captions):
-        slug = re.sub("[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
-        for number, image in enumerate(images[row]):
-            save_png(folder / f"{row:03d}-{slug}-{number:03d}.png", image)
+    def save(folder):
+        for row, caption in enumerate(captions):
+            slug = re.sub("[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
+            for number, image in enumerate(images[row]):
+                save_png(folder / f"{row:03d}-{slug}-{number:03d}.png", image)
+
+    return [] if folder is None else [(folder, save)]
 
 
 @_app.command
@@ -260,6 +297,10 @@ def evaluate(
       judge: Folder of another CLIP, which scores how well pictures fit their captions, and without
         which composition (of emoji) is not studied.
     """
+    check_input("--inception", inception)
+    check_output_folder("--out", out)
+    check_seed(seed)
+    _prepare_process()
     import dalle_jax
     from dalle_jax.evaluate.drawing import Sampling
     from dalle_jax.evaluate.features import efficientnet_network, inception_network
@@ -341,6 +382,10 @@ def overlap(
       clip: Folder of a CLIP to compare by; None for EfficientNet-Lite0.
       seed: Of the changed copies.
     """
+    check_output("--remove-list", remove_list)
+    check_output("--sheet", sheet, ".png")
+    check_seed(seed)
+    _prepare_process()
     from dalle_jax.evaluate import overlap as finder
 
     if clip is None:
@@ -359,13 +404,14 @@ def overlap(
     with bar("Looking") as progress:
         found = finder.find_overlap(*sets, embed, threshold=threshold, seed=seed, progress=progress)
     print(found)
+    outputs = []
     if remove_list is not None:
-        remove_list.parent.mkdir(parents=True, exist_ok=True)
-        remove_list.write_text("".join(f"{name}\n" for name in found.remove), encoding="utf-8")
+        outputs.append((remove_list, found.write_remove_list))
     if sheet is not None and found.pairs:
         from dalle_jax.image.sheet import save_png
 
-        save_png(sheet, finder.sheet(found, *sets))
+        outputs.append((sheet, lambda path: save_png(path, finder.sheet(found, *sets))))
+    save_outputs(outputs)
 
 
 @_votes.command
@@ -395,6 +441,10 @@ def page(
       top_p: Draw from the likeliest codes that hold this probability, for models.
       guidance: Weight of the caption against none, for models.
     """
+    check_input("--captions", captions)
+    check_output("--out", out, ".html")
+    check_seed(seed)
+    _prepare_process()
     from dalle_jax.evaluate.pairs import open_painter, shared_captions
     from dalle_jax.evaluate.votes import write_page
 
@@ -404,7 +454,9 @@ def page(
     asked = shared_captions(painters, file, must=captions is not None)
     with bar("Drawing") as progress:
         pictures = [painter.paint(asked, progress) for painter in painters]
-    key = write_page(out, asked, *pictures, names=(first, second), seed=seed)
+    names = first, second
+    save_outputs([(out, lambda path: write_page(path, asked, *pictures, names=names, seed=seed))])
+    key = out.with_suffix(".key.json")
     print(f"{len(asked)} pairs: {out.resolve()}; keep {key} to yourself")
 
 
@@ -416,6 +468,8 @@ def count(key: Positional[Path], votes: Positional[tuple[Path, ...]]) -> None:
       key: The file .key.json beside the page.
       votes: The files that voters saved.
     """
+    for file in (key, *votes):
+        check_input("a file of votes", file)
     from dalle_jax.evaluate.votes import count_votes
 
     tallies, remarks = count_votes(key, votes)

@@ -1,8 +1,8 @@
 """Compiled programs, kept between processes in JAX's persistent cache.
 
-They lie in `compiled` below $DALLE_JAX_CACHE, else below dalle_jax in the user's cache folder; an
-empty DALLE_JAX_CACHE turns this off. Who has given JAX a folder, or turned its cache off, keeps
-these settings. The cache saves time and nothing else: whatever is wrong with it, work goes on.
+They lie in `compiled` below the folder of `cache.cache_folder`; without one this is off. Who has
+given JAX a folder, or turned its cache off, keeps these settings. The cache saves time and nothing
+else: whatever is wrong with it, work goes on.
 """
 
 import contextlib
@@ -14,6 +14,9 @@ import threading
 import warnings
 import zlib
 from pathlib import Path
+
+from dalle_jax.cache import cache_folder
+from dalle_jax.errors import UserError
 
 _log = logging.getLogger("dalle_jax")
 
@@ -28,7 +31,9 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 def keep_programs() -> None:
     """Turns the cache on for this process, and a log line once something takes long to compile.
 
-    To be called before the first program is compiled; best before jax is imported.
+    To be called before the first program is compiled; best before jax is imported. It changes the
+    process: settings of JAX, a filter of warnings, and how much XLA logs. Programs call it;
+    a library calls it only if it is asked to.
     """
     # Of tuning hints in Intel programs XLA's loader says that the machine lacks them: a paragraph
     # of errors for each program read. Programs of other machines are in other folders.
@@ -40,26 +45,19 @@ def keep_programs() -> None:
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
     try:
-        folder = _folder()
+        folder = cache_folder()
         if folder is None:
             return
+        folder = folder / "compiled" / _machine()
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, UserError) as error:
         _log.info("compiled programs cannot be kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # JAX warns of each entry that it cannot read or write, and compiles.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-
-
-def _folder() -> Path | None:
-    root = os.environ.get("DALLE_JAX_CACHE")
-    if root is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        root = Path(home) / "dalle_jax"
-    return Path(root) / "compiled" / _machine() if root else None
 
 
 def _machine() -> str:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dalle_jax.errors import UserError
+
 # One console for bars and the log, so that a log line moves a bar down and not through it.
 console = Console(stderr=True)
 
@@ -72,20 +74,16 @@ def bar(doing: str, *, of: str = "pictures") -> Iterator[Callable[[int, int], No
 
 
 @contextmanager
-def complaints(program: str, *kinds: type[Exception]) -> Iterator[None]:
+def complaints(program: str) -> Iterator[None]:
     """Says what the user can mend in one sentence, and ends the program with exit status 2.
 
     Args:
       program: its name, which comes first.
-      kinds: what is the user's to mend, besides ValueError and OSError.
     Raises:
-      SystemExit: 2 in place of those.
+      SystemExit: 2 in place of a UserError; all other errors go on, with their traceback.
     """
     try:
         yield
-    except (ValueError, OSError, *kinds) as error:
-        sentence = str(error)
-        if isinstance(error, OSError) and error.filename:
-            sentence = f"{error.filename}: {error.strerror}"
-        print(f"{program}: {sentence}", file=sys.stderr)
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

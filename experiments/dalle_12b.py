@@ -19,6 +19,7 @@ import jax
 import tyro
 from folder import FolderOptions
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.prior_parts import PUBLISHED
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR, MeshConfig
@@ -80,9 +81,9 @@ class PlanOptions:
 
     def __post_init__(self):
         if self.chip not in planning.CHIPS:
-            raise ValueError(f"chip is {self.chip!r}, but must be one of {list(planning.CHIPS)}")
+            raise UserError(f"chip is {self.chip!r}, but must be one of {list(planning.CHIPS)}")
         if not 0 < self.efficiency <= 1:
-            raise ValueError(f"efficiency is {self.efficiency}, but must lie in (0, 1]")
+            raise UserError(f"efficiency is {self.efficiency}, but must lie in (0, 1]")
 
 
 def plan(args: Sequence[str]) -> None:
@@ -151,7 +152,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     data = config.data or devices // (config.fsdp * config.tensor)
     sizes = {DATA: data, FSDP: config.fsdp, TENSOR: config.tensor}
     if data * config.fsdp * config.tensor != devices:
-        raise ValueError(
+        raise UserError(
             f"a mesh of fsdp={config.fsdp} x tensor={config.tensor} does not fit {devices} "
             "devices; their product has to divide that number"
         )
@@ -166,7 +167,7 @@ def smallest_fsdp(run: PriorRun, devices: int, room: float) -> int | None:
         try:
             if planning.bytes_per_device(run, mesh)["total"] <= room:
                 return fsdp
-        except ValueError:  # a parameter that cannot be cut into so many parts
+        except UserError:  # a parameter that cannot be cut into so many parts
             return None
         fsdp *= 2
     return None

@@ -1,10 +1,13 @@
+import errno
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+from dalle_jax import cli
 from dalle_jax.cli import main
 from dalle_jax.generate.folder import SHIPPED
 from dalle_jax.image.pixels import decode, encode_png
@@ -135,7 +138,10 @@ def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
         (["--seed", -1], "seed is -1; it must be a whole number from 0 to 4294967295"),
         (["--out", "sheet.jpg"], "--out is sheet.jpg; it is a PNG, so its name must end in"),
         (["--keep-rows", 2], "keep_rows is 2, but no image prompt was given"),
-        (["--image-prompt", "none.png", "--keep-rows", 2], "none.png: No such file or directory"),
+        (
+            ["--image-prompt", "none.png", "--keep-rows", 2],
+            "--image-prompt is none.png, which cannot be",
+        ),
         (["--model", "emojy"], "'emojy' is neither a shipped model nor a folder; shipped models:"),
     ],
 )
@@ -151,6 +157,100 @@ def test_what_the_user_can_mend_is_said_in_one_sentence(
     assert complaint in complained
     assert complained.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["edit", "none.png", "red apple"],
+        ["evaluate", "--inception", "none.png"],
+        ["votes", "page", "emoji", "emoji", "--captions", "none.png"],
+        ["votes", "count", "none.png", "none.png"],
+    ],
+)
+def test_a_file_that_is_not_there_is_named_before_work_begins(dalle, command):
+    status, _, complained = dalle(*command)
+    assert status == 2
+    assert "is none.png, which cannot be read: No such file or directory\n" in complained
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "suffix"),
+    [
+        (["generate", "red apple"], "--out", ".png"),
+        (["generate", "red apple"], "--trace", ".gif"),
+        (["generate", "red apple"], "--singles", ""),
+        (["edit", "picture.png", "red apple"], "--out", ".png"),
+        (["edit", "picture.png", "red apple"], "--singles", ""),
+        (["evaluate"], "--out", ""),
+        (["data", "overlap", "a", "b"], "--remove-list", ".txt"),
+        (["data", "overlap", "a", "b"], "--sheet", ".png"),
+        (["votes", "page", "emoji", "emoji"], "--out", ".html"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_work_begins(
+    dalle, tmp_path, monkeypatch, command, option, suffix
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_prepare_process", lambda: pytest.fail("work began"))
+    (tmp_path / "file").touch()
+    for path in (f"file/new/out{suffix}", "x" * 250 + suffix):
+        status, _, complained = dalle(*command, option, path)
+        assert status == 2
+        assert f"{option} is {path}, where nothing can be written (" in complained
+    if suffix:
+        (tmp_path / f"folder{suffix}").mkdir()
+        status, _, complained = dalle(*command, option, f"folder{suffix}")
+        assert status == 2
+        assert "but that is a folder; name a file" in complained
+    assert len(list(tmp_path.iterdir())) == 1 + bool(suffix)
+
+
+def test_a_trace_too_large_for_its_format_is_refused_before_drawing(dalle, folder, tmp_path):
+    args = ("generate", "red apple", "--model", folder, "-n", 8000)
+    args += ("--out", tmp_path / "a.png", "--trace", tmp_path / "a.gif")
+    status, _, complained = dalle(*args)
+    assert status == 2
+    assert "but a GIF at most 65535 a side; ask for fewer" in complained
+
+
+def test_what_cannot_be_saved_in_its_place_is_saved_elsewhere(dalle, folder, tmp_path, monkeypatch):
+    from dalle_jax.image import sheet
+
+    def full(path, data):
+        if path.is_relative_to(tmp_path / "full"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    write = sheet._write
+    monkeypatch.setattr(sheet, "_write", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    args = ("generate", "red apple", "--model", folder, "-n", 1, "--trace", tmp_path / "a.gif")
+    out, singles = tmp_path / "full" / "a.png", tmp_path / "full" / "singles"
+    status, _, complained = dalle(*args, "--out", out, "--singles", singles)
+    assert status == 2
+    assert f"{out} could not be written (No space left on device); it is" in complained
+    assert decode(complained.split()[-2]).ndim == 3
+    [single] = tmp_path.glob("dalle-jax-*/singles/*.png")
+    assert decode(single).shape == (tiny.PX, tiny.PX, 3)
+    assert (tmp_path / "a.gif").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "red apple"],
+        ["evaluate"],
+        ["data", "overlap", "a", "b"],
+        ["votes", "page", "emoji", "emoji"],
+    ],
+)
+def test_a_seed_that_is_none_is_refused_by_every_command(dalle, command):
+    status, _, complained = dalle(*command, "--seed", -1)
+    assert status == 2
+    assert complained == (
+        "dalle-jax: --seed is -1; it must be a whole number from 0 to 4294967295\n"
+    )
 
 
 def test_truncated_image_prompt_is_named(dalle, folder, tmp_path):

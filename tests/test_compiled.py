@@ -4,16 +4,21 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import jax
 import pytest
 import tiny
 
-from dalle_jax import compiled
+from dalle_jax import cli, compiled
+from dalle_jax.cache import cache_folder
+from dalle_jax.data import emoji
+from dalle_jax.data.sources import SourceError
 
 DRAW = """
 import sys, zlib
 import dalle_jax
+dalle_jax.keep_programs()
 model = dalle_jax.load(sys.argv[1])
 import jax
 missed = []
@@ -64,6 +69,43 @@ def settings(monkeypatch):
         jax.config.update(name, value)
 
 
+LOAD = """
+import os, sys, warnings
+import jax
+import dalle_jax
+from dalle_jax import Clip, Model
+
+def host():
+    return dict(os.environ), list(warnings.filters), dict(jax.config.values)
+
+before = host()
+model = dalle_jax.load(sys.argv[1])
+model.generate("red apple")
+assert host() == before
+assert not {"dalle_jax.compiled", "dalle_jax.memory", "dalle_jax.terminal"} & set(sys.modules)
+"""
+
+
+def test_a_library_call_changes_nothing_in_its_process(tmp_path):
+    tiny.model().save(tmp_path / "tiny")
+    cache = {"DALLE_JAX_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "tiny")]
+    done = subprocess.run(
+        command, env=os.environ | cache, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_command_keeps_programs_and_memory(monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(cli, "keep_programs", lambda: called.append("programs"))
+    monkeypatch.setattr(cli, "keep_memory", lambda: called.append("memory"))
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "red apple", "--model", "none"])
+    assert sorted(called) == ["memory", "programs"]
+
+
 def keep():
     compiled.keep_programs.__wrapped__()  # once for each test, not once for each process
 
@@ -98,24 +140,47 @@ def test_without_a_folder_to_write_to_the_cache_stays_off(settings, tmp_path, mo
         ({"DALLE_JAX_CACHE": "mine", "XDG_CACHE_HOME": "theirs"}, "mine"),
         ({"XDG_CACHE_HOME": "theirs"}, "theirs/dalle_jax"),
         ({"XDG_CACHE_HOME": ""}, ".cache/dalle_jax"),
+        ({}, ".cache/dalle_jax"),
     ],
 )
-def test_programs_lie_below_the_cache_folder_of_the_user(
+def test_programs_and_emoji_lie_below_the_cache_folder_of_the_user(
     settings, tmp_path, monkeypatch, given, below
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("DALLE_JAX_CACHE", raising=False)
+    for name in ("DALLE_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     for name, folder in given.items():
         monkeypatch.setenv(name, folder and str(tmp_path / folder))
     keep()
     assert settings.jax_compilation_cache_dir.startswith(str(tmp_path / below / "compiled"))
     assert settings.jax_persistent_cache_min_compile_time_secs == 0
+    assert emoji_folder(monkeypatch).is_relative_to(tmp_path / below / "tfds")
 
 
-def test_an_empty_name_turns_the_cache_off(settings, monkeypatch):
+def emoji_folder(monkeypatch):
+    """Where the emoji would be drawn."""
+
+    def stop(builder):
+        raise InterruptedError(str(builder.data_path))
+
+    monkeypatch.setattr(emoji, "_prepare", stop)
+    with pytest.raises(InterruptedError) as stopped:
+        emoji.emoji_source("train")
+    return Path(str(stopped.value))
+
+
+def test_an_empty_name_stands_for_nothing_to_be_kept(settings, monkeypatch):
     monkeypatch.setenv("DALLE_JAX_CACHE", "")
     keep()
     assert settings.jax_compilation_cache_dir is None
+    with pytest.raises(SourceError, match="DALLE_JAX_CACHE is empty"):
+        emoji.emoji_source("train")
+
+
+def test_a_relative_cache_home_is_ignored_as_its_specification_asks(monkeypatch):
+    monkeypatch.delenv("DALLE_JAX_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == Path.home() / ".cache" / "dalle_jax"
 
 
 def test_settings_that_the_user_gave_to_jax_stay(settings, tmp_path, monkeypatch):

@@ -124,6 +124,13 @@ def test_a_contrastive_loss_is_not_accumulated(tmp_path, monkeypatch, capsys):
     assert "a contrastive loss compares all of a batch" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_seed_below_0_is_refused_by_its_name(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("debug", "dvae", "--workdir", tmp_path, "--seed", -1, monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert "seed is -1, but has to lie in 0..4294967295" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_another_model_size_is_refused_by_the_old_workdir(workdir, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:

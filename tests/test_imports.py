@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "dalle_jax"
 
 # Each room, and the rooms above it in this table that it may import.
 ROOMS = {
-    "compiled": set(),
+    "cache": set(),
+    "compiled": {"cache"},
     "memory": set(),
     "terminal": set(),
     "image": set(),
@@ -17,7 +18,7 @@ ROOMS = {
     "optim": set(),
     "parallel": {"precision"},
     "models": {"image", "precision"},
-    "data": {"image", "text"},
+    "data": {"cache", "image", "text"},
     "weights": {"text", "models"},
     "generate": {"image", "text", "precision", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
@@ -27,7 +28,9 @@ ROOMS = {
     "serve": {"image", "generate"},
     "__init__": {"compiled", "memory", "generate"},
 }
+ROOMS["options"] = set()
 ROOMS["cli"] = set(ROOMS)
+ROOMS = {"errors": set()} | {room: below | {"errors"} for room, below in ROOMS.items()}
 
 # Slow or large to import: a user who only draws pictures should not wait for them.
 HEAVY = {"grain", "tensorflow_datasets", "array_record", "orbax", "optax"}

@@ -4,7 +4,16 @@ import pytest
 from rich.console import Console
 
 from dalle_jax import terminal
+from dalle_jax.data.sources import SourceError
+from dalle_jax.errors import UserError
+from dalle_jax.evaluate.votes import VotesError
+from dalle_jax.generate.folder import ModelError
+from dalle_jax.image.pixels import PictureError
 from dalle_jax.terminal import bar, complaints, show_log_lines
+from dalle_jax.text.bpe import TextError
+from dalle_jax.train.checkpoint import CheckpointError
+from dalle_jax.train.window import NonFiniteError
+from dalle_jax.weights.torch_file import WeightsError
 
 
 def test_log_lines_go_to_the_terminal_once(capsys):
@@ -29,21 +38,28 @@ def test_a_bar_counts_on_a_terminal_and_says_nothing_elsewhere(capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    "kind",
     [
-        (ValueError("n is 0"), "dalle: n is 0\n"),
-        (FileNotFoundError(2, "No such file", "x.png"), "dalle: x.png: No such file\n"),
-        (OSError("record 3 is damaged"), "dalle: record 3 is damaged\n"),
-        (LookupError("nothing there"), "dalle: nothing there\n"),
+        UserError,
+        CheckpointError,
+        ModelError,
+        NonFiniteError,
+        PictureError,
+        SourceError,
+        TextError,
+        VotesError,
+        WeightsError,
     ],
 )
-def test_what_the_user_can_mend_ends_the_program_with_one_sentence(capsys, error, said):
-    with pytest.raises(SystemExit) as stopped, complaints("dalle", LookupError):
-        raise error
+def test_what_the_user_can_mend_ends_the_program_with_one_sentence(capsys, kind):
+    with pytest.raises(SystemExit) as stopped, complaints("dalle"):
+        raise kind("n is 0; give 1")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == "dalle: n is 0; give 1\n"
 
 
-def test_a_mistake_of_ours_is_no_complaint():
-    with pytest.raises(TypeError), complaints("dalle"):
-        raise TypeError
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, RuntimeError])
+def test_every_other_error_goes_on_with_its_traceback(capsys, kind):
+    with pytest.raises(kind), complaints("dalle"):
+        raise kind("all the input arrays must have matching shapes")
+    assert capsys.readouterr().err == ""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from dalle_jax.cache import cache_folder
 from dalle_jax.data.drawings import DEFAULT_PX, Picture, distinct_pictures, drawings, render
 from dalle_jax.data.emoji_splits import SPLITS, assign_splits
 from dalle_jax.data.sources import Record, SourceError
@@ -58,17 +59,21 @@ def emoji_source(
         that training knows from the other designer alone); "heldout_cell" (a role, gender and
         skin tone that training knows only apart).
       px: side of the drawings, in pixels.
-      data_dir: where prepared sets are kept; by default `tfds` below $DALLE_JAX_CACHE or
-        ~/.cache/dalle_jax.
+      data_dir: where prepared sets are kept; by default `tfds` below `cache.cache_folder`.
     Raises:
-      SourceError: unknown split, too small a side, or the emoji packages are missing or are not
-        the versions we know.
+      SourceError: unknown split, too small a side, no folder to keep them in, or the emoji packages
+        are missing or are not the versions we know.
     """
     if split not in SPLITS:
         raise SourceError(f"the emoji have no split {split!r}; choose from {', '.join(SPLITS)}")
     if data_dir is None:
-        cache = os.environ.get("DALLE_JAX_CACHE") or Path.home() / ".cache" / "dalle_jax"
-        data_dir = Path(cache) / "tfds"
+        cache = cache_folder()
+        if cache is None:
+            raise SourceError(
+                "the emoji are drawn once and kept, but DALLE_JAX_CACHE is empty, which stands for "
+                "nothing to be kept; name a folder in it, or give one as data_dir"
+            )
+        data_dir = cache / "tfds"
     if px < 8:
         raise SourceError(f"emoji need at least 8 pixels a side, got {px}")
     builder = Emoji(px=px, data_dir=Path(data_dir) / f"px{px}", file_format="array_record")

@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from dalle_jax.errors import UserError
+
 Record = dict[str, Any]
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TABLES = ("captions.jsonl", "captions.csv")
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """Data that cannot be trained on as it is; the message says what to change."""
 
 

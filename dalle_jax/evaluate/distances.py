@@ -1,13 +1,16 @@
 """How far two sets of pictures are apart, and other numbers that are made of features alone.
 
-Everything is float64 on the host. Letters: N, M pictures of a set, D width of the features, C
-classes, E width of an embedding.
+Everything is float64 on the host, in blocks, so that features may lie on disk.
+
+Letters: N, M pictures of a set, D width of the features, C classes, E width of an embedding.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float
+
+from dalle_jax.errors import UserError
 
 Features = Float[np.ndarray, "N D"]
 Others = Float[np.ndarray, "M D"]
@@ -16,7 +19,7 @@ KID_SUBSETS, KID_SIZE = 100, 1000
 SCORE_SPLITS = 10
 NEIGHBOURS = 3
 
-_BLOCK = 2048  # rows of a table of pairs that are in memory at a time
+_BLOCK = 2048  # pictures of either set that are compared at a time
 
 
 class Moments:
@@ -36,8 +39,8 @@ class Moments:
     def of(cls, features: Features) -> "Moments":
         """Moments of one set."""
         moments = cls(features.shape[1])
-        for start in range(0, len(features), _BLOCK):
-            moments.add(features[start : start + _BLOCK])
+        for _, part in _blocks(features):
+            moments.add(part)
         return moments
 
     def add(self, features: Features) -> None:
@@ -56,7 +59,7 @@ class Moments:
     def covariance(self) -> Float[np.ndarray, "D D"]:
         """The unbiased estimate, divided by N - 1."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 pictures, got {self.count}")
+            raise UserError(f"a covariance needs at least 2 pictures, got {self.count}")
         return self._scatter / (self.count - 1)
 
 
@@ -102,17 +105,16 @@ def kernel_distance_of_subsets(
     """The KID as it is mostly published: mean and deviation over random subsets.
 
     Raises:
-      ValueError: if a set holds fewer pictures than a subset.
+      UserError: if a set holds fewer pictures than a subset.
     """
     fewest = min(len(first), len(second))
     if fewest < size:
-        raise ValueError(f"a KID over subsets of {size} needs as many pictures, got {fewest}")
+        raise UserError(f"a KID over subsets of {size} needs as many pictures, got {fewest}")
     rng = np.random.RandomState(seed)  # its stream is fixed for ever, and what peers use
-    drawn = [
-        [features[rng.choice(len(features), size, replace=False)] for features in (first, second)]
-        for _ in range(subsets)
-    ]
-    distances = [kernel_distance(*pair) for pair in drawn]
+    distances = []
+    for _ in range(subsets):
+        rows = [rng.choice(len(features), size, replace=False) for features in (first, second)]
+        distances.append(kernel_distance(first[rows[0]], second[rows[1]]))
     return float(np.mean(distances)), float(np.std(distances))
 
 
@@ -135,14 +137,11 @@ def kernel_distance_and_error(
 
 def _kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
     """Sum of the kernel over all pairs; if x is y, over those of two different pictures."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
     total = 0.0
-    for start in range(0, len(x), _BLOCK):
-        kernel = (x[start : start + _BLOCK] @ y.T / x.shape[1] + 1) ** 3
-        if same:
-            rows = np.arange(len(kernel))
-            kernel[rows, start + rows] = 0
-        total += kernel.sum()
+    for i, rows in _blocks(x):
+        for j, columns in _blocks(y):
+            kernel = (rows @ columns.T / x.shape[1] + 1) ** 3
+            total += kernel.sum() - (np.trace(kernel) if same and i == j else 0)
     return total
 
 
@@ -156,19 +155,22 @@ def inception_score(
     Returns:
       Mean and deviation over the splits.
     Raises:
-      ValueError: if there are fewer pictures than splits.
+      UserError: if there are fewer pictures than splits.
     Source: Salimans et al. 2016.
     """
     if len(logits) < splits:
-        raise ValueError(f"a score over {splits} splits needs as many pictures, got {len(logits)}")
-    logits = logits.astype(np.float64)
-    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        raise UserError(f"a score over {splits} splits needs as many pictures, got {len(logits)}")
     scores = []
     for part in range(splits):
-        rows = log_p[part * len(logits) // splits : (part + 1) * len(logits) // splits]
-        p = np.exp(rows)
-        log_mean = np.log(np.maximum(p.mean(axis=0, keepdims=True), np.finfo(float).tiny))
-        scores.append(np.exp((p * (rows - log_mean)).sum(axis=1).mean()))
+        split = logits[part * len(logits) // splits : (part + 1) * len(logits) // splits]
+        mean, negative_entropy = np.zeros(logits.shape[1]), 0.0
+        for _, rows in _blocks(split):
+            log_p = rows - np.logaddexp.reduce(rows, axis=1, keepdims=True)
+            p = np.exp(log_p)
+            mean += p.sum(axis=0) / len(split)
+            negative_entropy += (p * log_p).sum() / len(split)
+        log_mean = np.log(np.maximum(mean, np.finfo(float).tiny))
+        scores.append(np.exp(negative_entropy - mean @ log_mean))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -185,33 +187,43 @@ def precision_recall(
       drawn: features of drawn ones.
       neighbours: k.
     Raises:
-      ValueError: if a set has no k neighbours.
+      UserError: if a set has no k neighbours.
     Source: Kynkäänniemi et al. 2019.
     """
     fewest = min(len(real), len(drawn))
     if fewest <= neighbours:
-        raise ValueError(f"{neighbours} neighbours need more pictures than that, got {fewest}")
+        raise UserError(f"{neighbours} neighbours need more pictures than that, got {fewest}")
     return _share_among(drawn, real, neighbours), _share_among(real, drawn, neighbours)
 
 
 def _share_among(pictures: np.ndarray, of: np.ndarray, k: int) -> float:
-    """The picture itself is its nearest, hence column k."""
-    radii = [np.partition(rows, k, axis=1)[:, k] for rows in _squared_distances(of, of)]
-    reach = np.concatenate(radii)[None] * (1 + 1e-9)  # equal up to rounding counts as inside
-    inside = [(rows <= reach).any(axis=1) for rows in _squared_distances(pictures, of)]
-    return float(np.concatenate(inside).mean())
+    nearest = np.full((len(of), k + 1), np.inf)  # the picture itself is its nearest
+    for rows, _, squared in _squared_distances(of, of):
+        closest = np.concatenate([nearest[rows], squared], axis=1)
+        nearest[rows] = np.partition(closest, k, axis=1)[:, : k + 1]
+    reach = nearest.max(axis=1)[None] * (1 + 1e-9)  # equal up to rounding counts as inside
+    inside = np.zeros(len(pictures), bool)
+    for rows, columns, squared in _squared_distances(pictures, of):
+        inside[rows] |= (squared <= reach[:, columns]).any(axis=1)
+    return float(inside.mean())
 
 
-def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
-    """Blocks of rows [<= 2048, M]."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    middle = y.mean(axis=0, keepdims=True)
-    x, y = x - middle, y - middle  # less is lost in the subtraction below
-    lengths = np.square(y).sum(axis=1)[None]
-    for start in range(0, len(x), _BLOCK):
-        rows = x[start : start + _BLOCK]
-        own = np.square(rows).sum(axis=1, keepdims=True)
-        yield np.maximum(own + lengths - 2 * rows @ y.T, 0)
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Rows, columns, and the block of the table that they are of."""
+    middle = y.mean(axis=0, keepdims=True, dtype=np.float64)  # near 0 less is lost in subtracting
+    for i, rows in _blocks(x):
+        rows = rows - middle
+        for j, columns in _blocks(y):
+            columns = columns - middle
+            own, other = (np.square(part).sum(axis=1, keepdims=True) for part in (rows, columns))
+            yield i, j, np.maximum(own + other.T - 2 * rows @ columns.T, 0)
+
+
+def _blocks(features: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Places of some pictures and their features in float64."""
+    for start in range(0, len(features), _BLOCK):
+        places = slice(start, start + _BLOCK)
+        yield places, features[places].astype(np.float64)
 
 
 def clip_score(images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"]) -> float:

@@ -7,6 +7,7 @@ finds its parts again; one that asks for something else asks other questions, an
 import hashlib
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,15 @@ class Kept:
             np.savez_compressed(file, **found)
         os.replace(partial, path)
         return found
+
+
+def on_disk(*shape: int) -> np.ndarray:
+    """Makes an array of float32 that lies in a temporary file, which the system removes with it.
+
+    Only the parts in use are in memory, unless TMPDIR lies there too.
+    """
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def digest(question: Any) -> str:

@@ -22,13 +22,16 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from dalle_jax.data.sources import list_folder
+from dalle_jax.errors import UserError
+from dalle_jax.evaluate.kept import on_disk
 from dalle_jax.image.pixels import crop_center, decode
 from dalle_jax.image.sheet import contact_sheet
 
 PX = 224  # side that pictures are compared at
 DETAIL = 64  # after a reduction to this, or a picture and its small copy differ in sharpness
 COPIES = 1000  # changed copies that the threshold is learned from
-_BLOCK = 1024
+LEAST = 20  # held-out pictures that it takes: the nearest of few others is too far away
+_BLOCK = 1024  # pictures of either set that are compared at a time
 
 Picture = UInt8[np.ndarray, "H W 3"]
 Embed = Callable[[UInt8[np.ndarray, "B R R 3"]], Float[np.ndarray, "B E"]]
@@ -71,6 +74,11 @@ class Overlap:
     def remove(self) -> list[str]:
         """Training pictures to leave out."""
         return sorted({pair.training for pair in self.pairs})
+
+    def write_remove_list(self, path: Path) -> None:
+        """Writes the names of those, one a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in self.remove))
 
     def __str__(self) -> str:
         """Says the counts, and the first pairs by name."""
@@ -145,32 +153,43 @@ def find_overlap(
       seed: of those copies.
       progress: called with pictures done and in all.
     Raises:
-      ValueError: if the threshold is not a cosine.
+      UserError: if the threshold is not a cosine, or there are too few pictures to learn one from.
     """
     if threshold is not None and not -1 <= threshold <= 1:
-        raise ValueError(f"the threshold is {threshold}; it is a cosine and lies in [-1, 1]")
+        raise UserError(f"the threshold is {threshold}; it is a cosine and lies in [-1, 1]")
+    if threshold is None and len(held) < LEAST:
+        raise UserError(
+            f"{len(held)} held-out pictures are too few to learn a threshold from, which takes "
+            f"{LEAST}; give one with --threshold, a cosine such as 0.9, and look at what it finds"
+        )
     rng = np.random.default_rng(seed)
     originals = rng.integers(len(held), size=0 if threshold is not None else COPIES)
     total = len(training) + len(held) + len(originals)
     done = 0
 
-    def features(pictures: Iterable[Picture]) -> np.ndarray:
+    def features(pictures: Iterable[Picture], count: int) -> np.ndarray:
         nonlocal done
-        found = []
+        found, start = None, 0
         for images in _batched(pictures):
             images = np.stack([crop_center(crop_center(image, DETAIL), PX) for image in images])
-            found.append(np.asarray(embed(images), np.float32))
-            done += len(images)
+            part = np.asarray(embed(images), np.float32)
+            if found is None:
+                found = on_disk(count, part.shape[1])
+            found[start : start + len(part)] = part
+            start += len(part)
+            done += len(part)
             if progress is not None:
                 progress(done, total)
-        return np.concatenate(found)
+        return found
 
-    seen, new = features(training), features(held)
-    mean = seen.mean(axis=0, keepdims=True)
-    seen, new = _units(seen - mean), _units(new - mean)
+    seen, new = features(training, len(training)), features(held, len(held))
+    mean = seen.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+    _make_units(seen, mean)
+    _make_units(new, mean)
     missed = mistaken = None
     if threshold is None:
-        copies = _units(features(changed(held[int(i)], rng) for i in originals) - mean)
+        copies = features((changed(held[int(i)], rng) for i in originals), len(originals))
+        _make_units(copies, mean)
         threshold, missed, mistaken = _learned(copies, new, originals)
     pairs = [
         Pair(held.names[m], training.names[s], similarity)
@@ -189,9 +208,12 @@ def find_overlap(
 
 def _learned(copies, new, originals) -> tuple[float, float, float]:
     """The threshold that mistakes least, the share of same pairs below it, of others not below."""
-    similar = copies @ new.T
-    own = np.arange(len(new)) == originals[:, None]
-    same, other = similar[own], np.where(own, -1, similar).max(axis=1)
+    same, other = np.empty(len(copies)), np.full(len(copies), -1.0)
+    for start in range(0, len(new), _BLOCK):
+        similar = copies @ new[start : start + _BLOCK].T
+        own = start + np.arange(similar.shape[1]) == originals[:, None]
+        same[own.any(axis=1)] = similar[own]
+        other = np.maximum(other, np.where(own, -1, similar).max(axis=1))
     candidates = np.sort(np.concatenate([same, other]))
     missed = np.searchsorted(np.sort(same), candidates) / len(same)
     mistaken = 1 - np.searchsorted(np.sort(other), candidates) / len(other)
@@ -263,16 +285,21 @@ def _batched(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
         yield batch
 
 
-def _units(features):
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+def _make_units(features, mean) -> None:
+    """Takes the mean from features and gives them the length 1, in their place."""
+    for start in range(0, len(features), _BLOCK):
+        part = features[start : start + _BLOCK] - mean
+        part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+        features[start : start + _BLOCK] = part
 
 
 def _near(new, seen, threshold) -> Iterator[tuple[int, int, float]]:
     """Every pair from the threshold on, blockwise."""
     for start in range(0, len(new), _BLOCK):
-        similar = new[start : start + _BLOCK] @ seen.T
-        for m, s in zip(*np.nonzero(similar >= threshold), strict=True):
-            yield start + int(m), int(s), float(similar[m, s])
+        for other in range(0, len(seen), _BLOCK):
+            similar = new[start : start + _BLOCK] @ seen[other : other + _BLOCK].T
+            for m, s in zip(*np.nonzero(similar >= threshold), strict=True):
+                yield start + int(m), other + int(s), float(similar[m, s])
 
 
 def sheet(overlap: Overlap, training: Pictures, held: Pictures, *, count: int = 16) -> Picture:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate.studies import Row
 from dalle_jax.image.sheet import save_png
 
@@ -52,10 +53,10 @@ def write(out: Path, sections: Sequence[Section]) -> None:
             page.append(f"![{section.title}]({section.key}-sheet.png)")
         pages += [part for part in page if part]
     numbers = {section.key: section.rows for section in sections if section.rows}
-    _replace(out / "report.json", json.dumps(numbers, indent=2) + "\n")
+    write_text(out / "report.json", json.dumps(numbers, indent=2) + "\n")
     request = sections[0].rows[0]
     title = f"# {request['model']} on {request['suite']}"
-    _replace(out / "report.md", "\n\n".join([title, *pages]) + "\n")
+    write_text(out / "report.md", "\n\n".join([title, *pages]) + "\n")
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -104,18 +105,22 @@ def _plot(path: Path, rows: Sequence[Row], along: str) -> None:
 
 
 def plotting() -> tuple[type, type]:
-    """Gives matplotlib's figure and canvas; ValueError with what to install without it."""
+    """Gives matplotlib's figure and canvas; UserError with what to install without it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "plots need the package matplotlib: pip install dalle_jax[evaluate]"
         ) from error
     return Figure, FigureCanvasAgg
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dalle_jax.data.sources import FolderSource
+from dalle_jax.errors import UserError
 from dalle_jax.generate.folder import CONFIG, shipped
 from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import crop_center, decode
@@ -69,7 +70,7 @@ def shared_captions(painters: Sequence[Painter], file: Path, *, must: bool) -> l
       file: a caption a line, for models.
       must: whether these captions and no others are wanted; else folders of pictures decide.
     Raises:
-      ValueError: if there are none, or a folder has no picture for one that is wanted.
+      UserError: if there are none, or a folder has no picture for one that is wanted.
     """
     known = [painter.known for painter in painters if painter.known is not None]
     if known and not must:
@@ -80,11 +81,11 @@ def shared_captions(painters: Sequence[Painter], file: Path, *, must: bool) -> l
         for painter in painters:
             missing = [c for c in asked if painter.known is not None and c not in painter.known]
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"{painter.name} has no picture for {len(missing)} of {len(asked)} captions, "
                     f"such as {missing[0]!r}; its first captions have to be the same, letter by "
                     "letter"
                 )
     if not asked:
-        raise ValueError("there are no captions that both sides have pictures for")
+        raise UserError("there are no captions that both sides have pictures for")
     return asked

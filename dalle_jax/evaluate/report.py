@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate import studies
 from dalle_jax.evaluate.composition import Judge
 from dalle_jax.evaluate.composition_study import NOTE, composition_study
@@ -119,10 +120,10 @@ def evaluate(
     Returns:
       The sections of the report.
     Raises:
-      ValueError: if a study is unknown, or matplotlib, which plots, is not installed.
+      UserError: if a study is unknown, or matplotlib, which plots, is not installed.
     """
     if unknown := set(chosen) - set(STUDIES):
-        raise ValueError(
+        raise UserError(
             f"there is no study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}"
         )
     plotting()  # says so before hours of work if it is missing
@@ -243,6 +244,7 @@ def _request(model, suite, small, plan, usual, seed, networks) -> Section:
         "fingerprints": model.fingerprints,
         "suite": suite.name,
         "captions": len(small.captions),
+        "captions cut short": _overlong(model, small.captions),
         "real pictures": len(suite.real),
         "px": model.px,
         "seed": seed,
@@ -251,6 +253,14 @@ def _request(model, suite, small, plan, usual, seed, networks) -> Section:
         "networks": {network.name: network.fingerprint for network in networks},
     }
     return Section(key="request", title="What was asked", rows=[row])
+
+
+def _overlong(model, captions) -> int:
+    """How many captions have more tokens than the model reads."""
+    sizes, _ = next(iter(model.priors.values()))
+    before = model.tokenizer.truncated
+    model.tokenizer.encode(captions, length=sizes.text_length - 1)
+    return model.tokenizer.truncated - before
 
 
 def _samples(small, truth, through, parts) -> Section:

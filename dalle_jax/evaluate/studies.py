@@ -17,7 +17,7 @@ from dalle_jax.evaluate.composition import Judge
 from dalle_jax.evaluate.distances import Moments
 from dalle_jax.evaluate.drawing import Part, Sampling, drawn, singles
 from dalle_jax.evaluate.features import Network
-from dalle_jax.evaluate.kept import Kept, digest
+from dalle_jax.evaluate.kept import Kept, digest, on_disk
 from dalle_jax.generate.model import Model
 
 RADII = (0, 1, 2, 4, 8)
@@ -80,7 +80,7 @@ class Bench:
         return row
 
     def _features(self, network, parts, radius):
-        rows, found = [], []
+        features = logits = None
         for done, part in enumerate(parts, 1):
             question = {
                 "features of": part.key,
@@ -93,12 +93,14 @@ class Bench:
                 return dict(zip(("features", "logits"), network(images), strict=True))
 
             answered = self.kept.arrays(question, answer)
-            rows.append(part.rows)
-            found.append((answered["features"], answered["logits"]))
+            if features is None:
+                count = sum(len(part.rows) for part in parts)
+                features, logits = (
+                    on_disk(count, answered[name].shape[1]) for name in ("features", "logits")
+                )
+            features[part.rows], logits[part.rows] = answered["features"], answered["logits"]
             if self.progress is not None:
                 self.progress(done, len(parts))
-        order = np.argsort(np.concatenate(rows))
-        features, logits = (np.concatenate(kind)[order] for kind in zip(*found, strict=True))
         return features, logits
 
 
@@ -132,12 +134,13 @@ def blur_study(
 
 def agreement(judge: Judge, parts: Iterable[Part], captions: Sequence[str]) -> float:
     """The CLIP score of pictures with their captions, [B, R, R, 3] in each part."""
-    images, rows = [], []
+    total = count = 0
     for part in parts:
-        images.append(np.asarray(judge.images(part.images())))
-        rows.extend(part.rows)
-    texts = np.asarray(judge.texts([captions[row] for row in rows]))
-    return distances.clip_score(np.concatenate(images), texts)
+        texts = np.asarray(judge.texts([captions[row] for row in part.rows]))
+        images = np.asarray(judge.images(part.images()))
+        total += len(part.rows) * distances.clip_score(images, texts)
+        count += len(part.rows)
+    return total / count
 
 
 def scores(

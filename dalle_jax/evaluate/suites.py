@@ -81,7 +81,7 @@ def open_suite(
     else:
         source = _open(Path(data), split, {"coco": "validation", "cub": "test"}.get(name))
 
-    records = [source[i] for i in range(len(source))]
+    records = [_without_picture(source[i]) for i in range(len(source))]
     rows = list(_asked(name, records))
     order = np.random.default_rng(seed).permutation(len(rows))
     if name == "coco":
@@ -111,6 +111,11 @@ def _open(folder: Path, split: str | None, usual: str | None) -> DataSource:
 
         return PreparedSource(folder, split or usual or "validation")
     return FolderSource(folder, split=split)
+
+
+def _without_picture(record: dict) -> dict:
+    """What fits into memory of a record."""
+    return {name: value for name, value in record.items() if name != "image"}
 
 
 def _asked(name: str, records: Sequence[dict]) -> Iterator[tuple[str, int]]:

@@ -12,16 +12,18 @@ import collections
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate.kept import digest
+from dalle_jax.evaluate.page import write_text
 from dalle_jax.evaluate.suites import digest_of
 from dalle_jax.image.pixels import encode_png
 
@@ -29,13 +31,24 @@ QUESTIONS = {
     "realism": "Which picture looks more realistic?",
     "caption": "Which picture matches the caption better?",
 }
+SIDES = ("left", "right")
 NEITHER = {"caption"}  # may be answered with "neither"
 HASTY = 4.0  # seconds; the paper left a worker out who often took less
+_KINDS = {str: "text", list: "a list", int: "a whole number", int | float: "a number"}
 _CONFIDENCE = 1.96  # normal quantile of 95 %
 
 
-class VotesError(ValueError):
+class VotesError(UserError):
     """Votes that cannot be counted, said in one sentence."""
+
+
+class _Key(NamedTuple):
+    """What stays with whoever made the page."""
+
+    page: str
+    names: tuple[str, str]
+    sides: dict[int, str]
+    """Of each pair the side that the first model is on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +106,7 @@ def write_page(
       VotesError: if the name does not end in .html, or there are no pairs.
     """
     path = Path(path)
-    if path.suffix != ".html":
+    if path.suffix.lower() != ".html":
         raise VotesError(f"the page is {path}; its name must end in .html")
     if not captions:
         raise VotesError("a page needs at least one pair of pictures, got none")
@@ -111,11 +124,10 @@ def write_page(
     template = Template(Path(__file__).with_name("votes.html").read_text(encoding="utf-8"))
     text = template.substitute(content=safe, count=len(pairs), title=html.escape(page))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
     key_path = path.with_suffix(".key.json")
-    key_path.write_text(
-        json.dumps({"page": page, "names": names, "pairs": key}, indent=1) + "\n", encoding="utf-8"
-    )
+    secret = {"page": page, "names": names, "pairs": key}
+    write_text(key_path, json.dumps(secret, indent=1) + "\n")
+    write_text(path, text)
     return key_path
 
 
@@ -131,34 +143,29 @@ def count_votes(
       A tally for each question, and remarks on voters who should perhaps be left out: those who
       mostly took less than 4 seconds, or mostly disagree with the majority. Nobody is left out.
     Raises:
-      VotesError: if a file is damaged, belongs to another page, or comes twice.
+      VotesError: if a file is damaged, belongs to another page, or comes twice; if an answer is
+        missing, or none of those that the page offers.
     """
-    secret = _read(key)
-    first_side = {row["pair"]: row["first"] for row in secret["pairs"]}
+    secret = _read_key(key)
     ballots = {}
     for path in votes:
-        cast = _read(path)
-        if cast["page"] != secret["page"]:
-            raise VotesError(
-                f"{path} votes on page {cast['page']}, but the key is of {secret['page']}; "
-                "count it with its own key"
-            )
-        if cast["voter"] in ballots:
-            raise VotesError(f"{path}: voter {cast['voter']!r} comes twice; keep one of the files")
-        ballots[cast["voter"]] = cast["votes"]
+        voter, cast = _read_ballot(path, secret)
+        if voter in ballots:
+            raise VotesError(f"{path}: voter {voter!r} comes twice; keep one of the files")
+        ballots[voter] = cast
     if not ballots:
         raise VotesError("no votes were given; name the files that voters saved")
 
     chosen = collections.defaultdict(dict)  # (question, pair): voter: choice
-    for voter, rows in ballots.items():
-        for row in rows:
+    for voter, cast in ballots.items():
+        for pair, answers in cast.items():
             for question in QUESTIONS:
-                choice = row[question]
+                choice = answers[question]
                 if choice != "neither":
-                    choice = "first" if choice == first_side[row["pair"]] else "second"
-                chosen[question, row["pair"]][voter] = choice
+                    choice = "first" if choice == secret.sides[pair] else "second"
+                chosen[question, pair][voter] = choice
     majority = {place: _majority(choices.values()) for place, choices in chosen.items()}
-    tallies = [_tally(question, tuple(secret["names"]), majority, chosen) for question in QUESTIONS]
+    tallies = [_tally(question, secret.names, majority, chosen) for question in QUESTIONS]
     return tallies, _remarks(ballots, chosen, majority)
 
 
@@ -201,8 +208,8 @@ def _majority(choices) -> str:
 
 def _remarks(ballots, chosen, majority) -> list[str]:
     remarks = []
-    for voter, rows in ballots.items():
-        hasty = np.mean([row["seconds"] < HASTY for row in rows]) if rows else 0
+    for voter, cast in ballots.items():
+        hasty = np.mean([vote["seconds"] < HASTY for vote in cast.values()]) if cast else 0
         if hasty > 0.5:
             remarks.append(f"{voter} answered {100 * hasty:.0f} % of pairs in under {HASTY:g} s")
         if len(ballots) > 2:
@@ -220,12 +227,74 @@ def _uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
 
 
-def _read(path: str | os.PathLike) -> dict[str, Any]:
+def _read(path: str | os.PathLike) -> "_Entry":
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        wanted = {"page", "names", "pairs"} if "names" in content else {"page", "voter", "votes"}
-        if not wanted <= set(content):
-            raise KeyError(*(wanted - set(content)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise VotesError(f"{path} holds no votes nor a key to them ({error!r})") from error
-    return content
+    except (OSError, ValueError) as error:
+        raise VotesError(f"{path} holds no votes nor a key to them ({error})") from error
+    return _Entry(str(path), content)
+
+
+class _Entry:
+    """An object of a file of JSON, whose fields are checked as they are read."""
+
+    def __init__(self, where: str, content: Any):
+        if not isinstance(content, dict):
+            raise VotesError(f"{where} holds no votes nor a key to them, but {content!r:.40}")
+        self.where, self._content = where, content
+
+    def get(self, name: str, kind: Any) -> Any:
+        if name not in self._content:
+            raise VotesError(f"{self.where} has no {name!r}; take the file as it was saved")
+        value = self._content[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self.refuse(name, _KINDS[kind])
+        return value
+
+    def choice(self, name: str, allowed: Collection[str]) -> str:
+        value = self.get(name, str)
+        if value not in allowed:
+            self.refuse(name, " or ".join(allowed))
+        return value
+
+    def entries(self, name: str) -> list["_Entry"]:
+        return [
+            _Entry(f"{self.where}, entry {number} of {name!r}", content)
+            for number, content in enumerate(self.get(name, list), 1)
+        ]
+
+    def refuse(self, name: str, allowed: str) -> NoReturn:
+        value = self._content[name]
+        raise VotesError(f"{self.where}: {name!r} is {value!r:.40}; it must be {allowed}")
+
+
+def _read_key(path: str | os.PathLike) -> _Key:
+    entry = _read(path)
+    names = entry.get("names", list)
+    if len(names) != 2 or not all(isinstance(name, str) for name in names):
+        entry.refuse("names", "the names of two models")
+    sides = {row.get("pair", int): row.choice("first", SIDES) for row in entry.entries("pairs")}
+    return _Key(entry.get("page", str), tuple(names), sides)
+
+
+def _read_ballot(path: str | os.PathLike, key: _Key) -> tuple[str, dict[int, dict[str, Any]]]:
+    """Who votes, and for each pair the answers and the seconds they took."""
+    entry = _read(path)
+    if (page := entry.get("page", str)) != key.page:
+        raise VotesError(
+            f"{path} votes on page {page}, but the key is of {key.page}; count it with its own key"
+        )
+    votes = {}
+    for row in entry.entries("votes"):
+        pair = row.get("pair", int)
+        if pair not in key.sides:
+            row.refuse("pair", f"one of the {len(key.sides)} pairs of the key")
+        if pair in votes:
+            row.refuse("pair", "another one, since a pair is voted on once")
+        if not (seconds := row.get("seconds", int | float)) >= 0:
+            row.refuse("seconds", "0 or more")
+        votes[pair] = {"seconds": seconds}
+        for question in QUESTIONS:
+            allowed = (*SIDES, "neither") if question in NEITHER else SIDES
+            votes[pair][question] = row.choice(question, allowed)
+    return entry.get("voter", str), votes

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.transformer import Prior
@@ -113,7 +114,7 @@ def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, 
 def _check_prompt(config, keys, prompt_codes, keep_rows):
     B, G = keys.size, config.grid
     if not 0 <= keep_rows <= G:
-        raise ValueError(f"keep_rows is {keep_rows}, but must lie in 0..{G}, the rows of the grid")
+        raise UserError(f"keep_rows is {keep_rows}, but must lie in 0..{G}, the rows of the grid")
     if prompt_codes is None:
         if keep_rows:
             raise ValueError(

@@ -29,8 +29,6 @@ from dalle_jax.image import pixels
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.text.bpe import Tokenizer
 
-WEIGHTS, FOLDER = "clip.safetensors", "clip"
-
 
 class Clip:
     """A contrastive model and the tokenizer that belongs to it."""
@@ -87,12 +85,12 @@ class Clip:
         folder = files.find(name_or_folder)
         config = files.read_config(folder)
         if "clip" not in config:
-            if not (folder / FOLDER / files.CONFIG).is_file():
+            if not (folder / files.CLIP_FOLDER / files.CONFIG).is_file():
                 raise ModelError(
                     f"the model in {folder} has no CLIP of its own; name the folder of another, or "
                     "train one with the stage `clip` of an experiment"
                 )
-            folder = folder / FOLDER
+            folder = folder / files.CLIP_FOLDER
             config = files.read_config(folder)
         try:
             name, fields = config["name"], config["clip"]
@@ -102,7 +100,7 @@ class Clip:
         return cls(
             name=name,
             config=files.sizes(CLIPConfig, fields, folder),
-            params=files.to_params(files.read_tensors(folder / WEIGHTS)),
+            params=files.to_params(files.read_tensors(folder / files.CLIP)),
             tokenizer=Tokenizer.load(folder / files.TOKENIZER),
             fingerprints=fingerprints,
             **files.read_texts(folder),
@@ -120,7 +118,7 @@ class Clip:
     def write(self, folder: Path) -> None:
         """Writes the files into an empty folder."""
         files.write_config(folder, name=self.name, clip=self.config, fingerprints=self.fingerprints)
-        files.write_tensors(folder / WEIGHTS, files.to_tensors(self.params))
+        files.write_tensors(folder / files.CLIP, files.to_tensors(self.params))
         self.tokenizer.save(folder / files.TOKENIZER)
         files.write_texts(folder, card=self.card, license=self.license)
 
@@ -133,7 +131,7 @@ class Clip:
         Returns:
           Vectors of length 1, in float32.
         Raises:
-          ValueError: if a picture is not uint8 with three channels.
+          UserError: if a picture is not uint8 with three channels.
         """
         squares = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
         for i, image in enumerate(images):
@@ -143,10 +141,13 @@ class Clip:
     def texts(self, captions: Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Gives the features of captions; one that is too long is cut, and the log says so.
 
+        White space around them does not count.
+
         Returns:
           Vectors of length 1, in float32.
         """
-        text = self.tokenizer.encode(list(captions), length=self.config.slots)
+        captions = [caption.strip() for caption in captions]
+        text = self.tokenizer.encode(captions, length=self.config.slots)
         return self._features("encode_text", text)
 
     def score(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float16, Int, Int32, UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate import folder as files
 from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.fit import check_tensors, codec_shapes
@@ -66,7 +67,7 @@ class Codec:
           Codes in [0, K), and errors, greater where the fit is worse: of a VQ-GAN the squared
           distance to the code, of a dVAE minus the greatest logit.
         Raises:
-          ValueError: if a picture is not uint8 with three channels.
+          UserError: if a picture is not uint8 with three channels.
         """
         squares = np.empty((len(images), self.px, self.px, 3), np.uint8)
         for i, image in enumerate(images):
@@ -86,11 +87,11 @@ class Codec:
         Returns:
           The pictures.
         Raises:
-          ValueError: if a code is not in the codebook.
+          UserError: if a code is not in the codebook.
         """
         codes = np.asarray(codes)
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codec.codes:
-            raise ValueError(
+            raise UserError(
                 f"codes go from {codes.min()} to {codes.max()}, but the codebook holds 0 to "
                 f"{self.codec.codes - 1}; were they made by another {codecs.TITLES[self.kind]}?"
             )

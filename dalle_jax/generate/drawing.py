@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.filters import filter_logits
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
@@ -54,29 +55,29 @@ def check_options(
     top_p: float | int | None,
     guidance: float | int,
 ) -> None:
-    """Raises ValueError for what cannot be drawn with, whichever way."""
+    """Raises UserError for what cannot be drawn with, whichever way."""
     U = text.shape[0]
     if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(f"keys have dtype {keys.dtype}, but must come from jax.random.key")
     if keys.ndim != 1 or not U or keys.size % U:
-        raise ValueError(
+        raise UserError(
             f"got {U} captions and keys of shape {keys.shape}; give one key a picture, as many for "
             "each caption, for example jax.random.split(key, number)"
         )
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(
+        raise UserError(
             f"temperature is {temperature}, but must be 0 (always the likeliest code) or a "
             "positive finite number"
         )
     if top_k is not None and not 1 <= top_k <= config.codes:
-        raise ValueError(
+        raise UserError(
             f"top_k is {top_k}, but must lie in 1..{config.codes}, the size of the codebook; "
             "leave it out to draw from all codes"
         )
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(
+        raise UserError(
             f"top_p is {top_p}, but must be above 0 and at most 1; "
             "leave it out to draw from all codes"
         )
     if not math.isfinite(guidance):
-        raise ValueError(f"guidance is {guidance}, but must be a finite number; 1 turns it off")
+        raise UserError(f"guidance is {guidance}, but must be a finite number; 1 turns it off")

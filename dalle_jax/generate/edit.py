@@ -11,38 +11,67 @@ from jaxtyping import Bool, UInt8
 from numpy.typing import ArrayLike
 from PIL import Image, ImageFilter
 
+from dalle_jax.errors import UserError
 from dalle_jax.image.pixels import decode, square
+
+COLOURLESS = 64  # greatest difference between the channels of a grey pixel, which JPEG may colour
 
 
 def masked_cells(
-    mask: str | os.PathLike | ArrayLike, size: tuple[int, int], *, px: int, grid: int
+    mask: str | os.PathLike | ArrayLike | Image.Image, size: tuple[int, int], *, px: int, grid: int
 ) -> Bool[np.ndarray, "G G"]:
     """Reads a mask: the cells of which it marks a pixel.
 
     Args:
-      mask: a picture, as a file or uint8 [H, W, 3], brighter than middle grey where the other one
-        is to be drawn again; or bool [H, W], True there.
+      mask: a picture without colours, brighter than middle grey where the other one is to be drawn
+        again; what is transparent is not marked. A file, a picture of Pillow, or an array: bool
+        [H, W], True there, or uint8 [H, W], [H, W, 3] or [H, W, 4].
       size: height and width of that picture, which is scaled and cut to px as the mask will be.
       px: side R that codes stand for.
       grid: G.
     Raises:
-      ValueError: if the mask has another size, or marks nothing.
+      UserError: if the mask has another size, marks nothing, or has colours.
       PictureError: if it cannot be read.
     """
     name = "the mask"
     if isinstance(mask, str | os.PathLike):
-        name, mask = f"the mask {os.fspath(mask)}", decode(mask)
-    mask = np.asarray(mask)
-    marked = mask if mask.dtype == bool else mask.mean(axis=-1) > 127.5
+        name, mask = f"the mask {os.fspath(mask)}", decode(mask, background="black")
+    marked = _marked(mask, name)
     if marked.shape != size:
         sides = [f"{W} x {H}" for H, W in (marked.shape, size)]
-        raise ValueError(f"{name} has {sides[0]} pixels and its picture {sides[1]}; make them one")
+        raise UserError(f"{name} has {sides[0]} pixels and its picture {sides[1]}; make them one")
     white = np.repeat(np.where(marked, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
     pixels = square(white, px)[..., 0] > 127
     cells = pixels.reshape(grid, px // grid, grid, px // grid).any(axis=(1, 3))
     if not cells.any():
-        raise ValueError(f"{name} marks nothing to be drawn; paint that part of it white")
+        raise UserError(f"{name} marks nothing to be drawn; paint that part of it white")
     return cells
+
+
+def _marked(mask, name) -> Bool[np.ndarray, "H W"]:
+    if isinstance(mask, Image.Image):
+        mask = mask.convert("RGBA")
+    mask = np.asarray(mask)
+    if mask.dtype == bool and mask.ndim == 2:
+        return mask
+    if mask.dtype != np.uint8 or mask.ndim not in (2, 3) or mask.shape[2:] not in ((), (3,), (4,)):
+        raise UserError(
+            f"{name} is {mask.dtype} {list(mask.shape)}; it must be bool [H, W], or uint8 [H, W], "
+            "[H, W, 3] or [H, W, 4] with values from 0 to 255"
+        )
+    if mask.ndim == 2:
+        return mask > 127
+    colours = mask[..., :3].astype(int)
+    if mask.shape[-1] == 4:  # on black
+        colours = colours * mask[..., 3:] // 255
+    coloured = np.argwhere(np.ptp(colours, axis=-1) > COLOURLESS)
+    if len(coloured):
+        y, x = coloured[0]
+        raise UserError(
+            f"{name} has the colour {tuple(colours[y, x].tolist())} at x={x}, y={y}; paint white "
+            "what is to be drawn again, and leave the rest black or transparent"
+        )
+    return colours.mean(axis=-1) > 127.5
 
 
 def some_cells(share: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray, "n G G"]:
@@ -54,10 +83,10 @@ def some_cells(share: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray
       n: pictures; the cells of picture j depend on seed and j alone.
       seed: as for drawing.
     Raises:
-      ValueError: if the share is out of its range.
+      UserError: if the share is out of its range.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share is {share}, but must be above 0 and at most 1, of the cells")
+        raise UserError(f"share is {share}, but must be above 0 and at most 1, of the cells")
     count = max(1, round(share * grid**2))
     cells = np.zeros((n, grid**2), bool)
     for j in range(n):

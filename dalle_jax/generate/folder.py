@@ -15,6 +15,7 @@ tokenizer, that it was trained with, and any other is refused.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +32,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dalle_jax.errors import UserError
+
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "pretrained"
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -39,7 +42,10 @@ CODECS = {"dvae": "dvae.safetensors", "vqgan": "vqgan.safetensors"}
 PRIORS = {"prior": "prior.safetensors", "progressive": "progressive.safetensors"}
 """Parts that draw codes, and their files."""
 CARD, LICENSE = "README.md", "LICENSE"
+CLIP, CLIP_FOLDER = "clip.safetensors", "clip"
 CAPTIONS = "captions.txt"  # beside a shipped model
+
+_OWN = {CONFIG, TOKENIZER, CARD, LICENSE, CLIP, *CODECS.values(), *PRIORS.values()}
 
 # The ends of the network, where rounding would choose other codes: with all kernels in bfloat16
 # the shipped dVAE kept the codes of 46 % of the cells, with these in float32 of 99 %.
@@ -48,7 +54,7 @@ EXACT = ("encoder/output/", "decoder/input/", "encoder/conv_out/", "quant_conv/"
 Tensors = dict[str, np.ndarray]
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model, or a folder with one, that cannot be used, said in one sentence."""
 
 
@@ -73,6 +79,12 @@ def find(name_or_folder: str | os.PathLike) -> Path:
     folder = Path(name_or_folder)
     if (folder / CONFIG).is_file():
         return folder
+    if not folder.exists():
+        for old in folder.parent.glob(f".{glob.escape(folder.name)}.*/old/{CONFIG}"):
+            raise ModelError(
+                f"saving {folder} was cut short; the model that was there is in {old.parent}, the "
+                f"new one in {old.parent.with_name('new')}; move one of them back"
+            )
     names = ", ".join(shipped()) or "none in this installation"
     problem = f"has no {CONFIG}" if folder.is_dir() else "is neither a shipped model nor a folder"
     raise ModelError(f"{str(name_or_folder)!r} {problem}; shipped models: {names}")
@@ -185,23 +197,53 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 def replacing(folder: str | os.PathLike) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of `folder` when all went well.
 
+    Files of the old folder that no model writes come along. Whatever happens in between, the old
+    model stays in its place, or both models stay in a folder beside it, which the error names.
+
     Raises:
-      ModelError: if something is there that is not a model folder; it is left alone.
+      ModelError: if something is there that is not a model folder; it is left alone. If neither
+        model could be put in its place.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     if target.exists() and not (target / CONFIG).is_file() and not _is_empty(target):
         raise ModelError(f"{target} holds other files; choose a new folder for the model")
     target.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = workplace / "new", workplace / "old"
     try:
-        new = workplace / "new"  # mkdir, unlike mkdtemp, lets others read it
-        new.mkdir()
+        new.mkdir()  # unlike mkdtemp it lets others read the folder
         yield new
         if target.exists():
-            os.replace(target, workplace / "old")
+            _bring_along(target, new)
+            os.replace(target, old)
         os.replace(new, target)
     finally:
+        if old.exists() and new.exists():  # stopped between the two
+            try:
+                os.replace(old, target)
+            except OSError as error:
+                raise ModelError(
+                    f"{target} could not be replaced ({error.strerror}); the model that was there "
+                    f"is in {old}, the new one in {new}; move one of them back"
+                ) from error
         shutil.rmtree(workplace)
+
+
+def _bring_along(old: Path, new: Path) -> None:
+    """Links or copies the files that are not of a model from one model folder to another."""
+    for path in old.rglob("*"):
+        place = path.relative_to(old)
+        if place.name in _OWN and place.parts[:-1] in ((), (CLIP_FOLDER,)):
+            continue
+        copy = new / place
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            copy.symlink_to(path.readlink())
+        elif path.is_file():
+            try:
+                os.link(path, copy)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, copy)
 
 
 def _is_empty(path: Path) -> bool:

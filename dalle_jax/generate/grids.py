@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt32
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate.batching import rectangles
 from dalle_jax.models.cache import layout
@@ -49,19 +50,21 @@ def draw_grids(
       config: sizes of a prior of either style.
       params: its weights.
       tokenizer: belongs to it.
-      prompts: captions.
+      prompts: captions; white space around them does not count, as in training, and those too long
+        for the prior are cut, as there, which the log says.
       n: pictures of each.
       seed: in [0, 2**32). A grid depends on seed, caption and its number alone.
       given: for each number, or once for all, codes of cells that are kept, K in the others. In the
         autoregressive style these have to be whole rows at the top, as many for each.
       options: of `autoregressive.sample` or `progressive.sample`.
     Raises:
-      ValueError: if something asked for is out of its range.
+      UserError: if something asked for is out of its range.
     """
     check_request(prompts, n=n, seed=seed)
     if given is not None:
         given = np.broadcast_to(given, (n, *given.shape[1:]))
-    text = tokenizer.encode(prompts, length=config.text_length - 1, overlong="error")
+    prompts = [prompt.strip() for prompt in prompts]
+    text = tokenizer.encode(prompts, length=config.text_length - 1)
     hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
     hashes = np.asarray(hashes, np.uint32)
     for rows, columns in rectangles(
@@ -101,7 +104,7 @@ def _sample(config, params, text, keys, given, options):
         kept = given < config.codes
         rows = int(kept[0].all(axis=1).sum())
         if (kept != (np.arange(config.grid) < rows)[:, None]).any():
-            raise ValueError(
+            raise UserError(
                 "the autoregressive decoder keeps whole rows at the top alone; give these, or draw "
                 "with the progressive one"
             )
@@ -120,16 +123,16 @@ def _bytes_each(config, guidance):
 
 
 def check_request(prompts: Sequence[str], *, n: int, seed: int) -> None:
-    """Raises ValueError for what cannot be drawn by any prior."""
+    """Raises UserError for what cannot be drawn by any prior."""
     if not prompts:
-        raise ValueError("no caption was given; give at least one")
+        raise UserError("no caption was given; give at least one")
     for i, prompt in enumerate(prompts, 1):
         if not prompt.strip():
-            raise ValueError(f"caption {i} of {len(prompts)} is empty; say what to draw")
+            raise UserError(f"caption {i} of {len(prompts)} is empty; say what to draw")
     if n < 1:
-        raise ValueError(f"n is {n}; at least 1 picture per caption can be drawn")
+        raise UserError(f"n is {n}; at least 1 picture per caption can be drawn")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
+        raise UserError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
 
 
 @jax.jit

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import UInt8
+from PIL import Image
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate import folder as files
-from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.codec import Codec
 from dalle_jax.generate.edit import blend, masked_cells, some_cells
@@ -26,7 +27,7 @@ from dalle_jax.generate.fit import (
     check_tensors,
     prior_shapes,
 )
-from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate.folder import CLIP_FOLDER, ModelError
 from dalle_jax.generate.grids import check_request, draw_grids, finished, row_by_row
 from dalle_jax.generate.rerank import Best, Ranked
 from dalle_jax.image import pixels
@@ -201,7 +202,8 @@ class Model(Codec):
         """Draws n pictures for each caption, and with `keep` chooses the best of them.
 
         Args:
-          prompts: captions; one alone counts as a list of one.
+          prompts: captions; one alone counts as a list of one. White space around them does not
+            count, and those too long for the prior are cut, which the log says: as in training.
           n: pictures per caption, at least 1.
           seed: in [0, 2**32). Sample j of a caption depends on seed, caption and j alone, up to
             float rounding: not on the other captions, nor on n.
@@ -224,7 +226,7 @@ class Model(Codec):
           The pictures; with `keep` the best ones first, and their scores.
         Raises:
           ModelError: if the model has no prior, or nothing to choose with.
-          ValueError: if an argument is out of its range or a caption is empty or too long.
+          UserError: if an argument is out of its range or a caption is empty.
           PictureError: if the picture to start from cannot be read.
         Source: Ramesh et al. 2021, section 2.6 (which keeps the best of 512); guidance: Ho and
           Salimans 2021.
@@ -232,7 +234,7 @@ class Model(Codec):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         best = None if keep is None else self._best(prompts, n, keep, judge)
         if judge is not None and keep is None:
-            raise ValueError("a judge was given, but nothing to choose; say how many to keep")
+            raise UserError("a judge was given, but nothing to choose; say how many to keep")
         drawn = self._draw(
             prompts,
             n=n,
@@ -289,7 +291,7 @@ class Model(Codec):
         image: str | os.PathLike | ArrayLike,
         prompts: str | Sequence[str],
         *,
-        mask: str | os.PathLike | ArrayLike | None = None,
+        mask: str | os.PathLike | ArrayLike | Image.Image | None = None,
         share: float | None = None,
         n: int = 1,
         seed: int = 0,
@@ -303,9 +305,10 @@ class Model(Codec):
         Args:
           image: the picture, as a file or uint8 [H, W, 3]; its middle square counts.
           prompts: what the whole picture shall show.
-          mask: which part: a picture of the same size, as a file or uint8 [H, W, 3], white there,
-            or bool [H, W]. All cells that it touches are drawn again, from the codes of all others,
-            and blended into the picture over half a cell around them; beyond, no pixel changes.
+          mask: which part: a picture of the same size, white there and black or transparent
+            elsewhere, as `masked_cells` takes it: a file, an array, or a picture of Pillow. All
+            cells that it touches are drawn again, from the codes of all others, and blended into
+            the picture over half a cell around them; beyond, no pixel changes.
           share: instead of a mask: of the cells, drawn at random for each sample, above 0 and at
             most 1. The result is all drawn from codes.
           n: pictures per caption, at least 1.
@@ -318,12 +321,12 @@ class Model(Codec):
           The pictures.
         Raises:
           ModelError: if the model has no progressive prior.
-          ValueError: if an argument is out of its range, or mask and picture do not fit.
+          UserError: if an argument is out of its range, or mask and picture do not fit.
           PictureError: if a picture cannot be read.
         Source: ours; Chang et al. 2022, section 4.3.
         """
         if (mask is None) == (share is None):
-            raise ValueError(f"the mask is {mask} and share {share}; give one of the two")
+            raise UserError(f"the mask is {mask} and share {share}; give one of the two")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_request(prompts, n=n, seed=seed)
         self._part("progressive", stages, revise)
@@ -368,7 +371,7 @@ class Model(Codec):
             able = " or ".join(STYLES[part] for part in self.priors)
             raise ModelError(f"model {self.name!r} has no {decoder} prior; its decoder is {able}")
         if part != "progressive" and (stages, revise) != (None, None):
-            raise ValueError(
+            raise UserError(
                 f"stages is {stages} and revise {revise}, but only the progressive decoder has them"
             )
         return part
@@ -405,7 +408,7 @@ class Model(Codec):
 
     def _best(self, prompts, n, keep, judge):
         if not 1 <= keep <= n:
-            raise ValueError(f"keep is {keep}; it must be 1 to {n}, the pictures drawn a caption")
+            raise UserError(f"keep is {keep}; it must be 1 to {n}, the pictures drawn a caption")
         judge = judge or self.clip
         if judge is None:
             raise ModelError(
@@ -418,10 +421,10 @@ class Model(Codec):
         """Codes [1, G, G] of the rows to be kept, and K below."""
         if image_prompt is None:
             if keep_rows:
-                raise ValueError(f"keep_rows is {keep_rows}, but no image prompt was given")
+                raise UserError(f"keep_rows is {keep_rows}, but no image prompt was given")
             return None
         if not 1 <= keep_rows < self.grid:
-            raise ValueError(
+            raise UserError(
                 f"keep_rows is {keep_rows}; with an image prompt it must be 1 to "
                 f"{self.grid - 1}, since the grid has {self.grid} rows"
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, with_room
 
@@ -31,12 +32,12 @@ def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " sta
       schedule: "linear" fills the same number each time, "cosine" few at first: the share left
         after stage k of n is cos(pi k / (2 n)).
     Raises:
-      ValueError: if there are more stages than cells, or none.
+      UserError: if there are more stages than cells, or none.
     Source: linear: Fei et al. 2022 as far as the first author's prototype shows it; cosine: Chang
       et al. 2022 (MaskGIT), whose counts these are.
     """
     if not 1 <= stages <= cells:
-        raise ValueError(f"stages is {stages}, but must lie in 1..{cells}, the cells to be filled")
+        raise UserError(f"stages is {stages}, but must lie in 1..{cells}, the cells to be filled")
     share = np.arange(1, stages + 1) / stages
     if schedule == "linear":
         return np.floor(cells * share + 0.5).astype(int)
@@ -97,7 +98,7 @@ def sample(
       The grids after each stage and each revision; the last ones hold no K.
 
     Raises:
-      ValueError: for a value outside its range, or sizes that do not fit each other.
+      UserError: for a value outside its range, or sizes that do not fit each other.
 
     Source: ours, after Li et al. 2025 (ARPG); the stages: Fei et al. 2022 in our reading; confidence
       follows Chang et al. 2022, rising guidance Chang et al. 2023.
@@ -105,15 +106,15 @@ def sample(
     check_options(config, text, keys, temperature, top_k, top_p, guidance)
     B, G, K = keys.shape[0], config.grid, config.codes
     if order not in get_args(Order):
-        raise ValueError(f"order is {order!r}, but must be one of {list(get_args(Order))}")
+        raise UserError(f"order is {order!r}, but must be one of {list(get_args(Order))}")
     if choice_temperature < 0:
-        raise ValueError(f"choice_temperature is {choice_temperature}; it may not be negative")
+        raise UserError(f"choice_temperature is {choice_temperature}; it may not be negative")
     if revise < 0:
-        raise ValueError(f"revise is {revise}; it is a number of passes, 0 for none")
+        raise UserError(f"revise is {revise}; it is a number of passes, 0 for none")
     start = np.full((B, G, G), K) if given is None else np.asarray(given)
     empty = np.unique((start == K).reshape(len(start), -1).sum(axis=1))
     if start.shape != (B, G, G) or not 0 <= start.min() <= start.max() <= K or len(empty) != 1:
-        raise ValueError(
+        raise UserError(
             f"given has shape {list(start.shape)}; give {[B, G, G]} codes in 0..{K}, with {K} in "
             "the cells to be drawn, as many in each picture"
         )

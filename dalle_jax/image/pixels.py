@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from dalle_jax.errors import UserError
+
 Picture = UInt8[np.ndarray, "H W 3"]
 Square = UInt8[np.ndarray, "R R 3"]
 Pixels = Float[jax.Array, "..."] | Float[np.ndarray, "..."]
@@ -21,19 +23,23 @@ Pixels = Float[jax.Array, "..."] | Float[np.ndarray, "..."]
 PIXEL_MARGIN = 0.1
 
 
-class PictureError(ValueError):
+class PictureError(UserError):
     """A picture that cannot be used; the message is one sentence for the person who owns it."""
 
 
-def decode(data: bytes | str | os.PathLike, *, min_px: int = 1) -> Picture:
+def decode(
+    data: bytes | str | os.PathLike, *, min_px: int = 1, background: str = "white"
+) -> Picture:
     """Reads any picture Pillow knows as 8-bit RGB, upright, without transparency.
 
-    Alpha is laid on white; 16-bit grey keeps its upper 8 bits, rounded; palette, grey and CMYK
-    become RGB; the camera's EXIF orientation is applied; of an animation the first frame counts.
+    Alpha is laid on the background; 16-bit grey keeps its upper 8 bits, rounded; palette, grey and
+    CMYK become RGB; the camera's EXIF orientation is applied; of an animation the first frame
+    counts.
 
     Args:
       data: the encoded bytes, or the path of a file that holds them.
       min_px: smallest short side allowed, in pixels.
+      background: colour that shows where the picture is transparent, as Pillow names it.
     Raises:
       PictureError: unreadable, truncated, without a known brightness range, or too small.
       OSError: if the file cannot be opened at all.
@@ -66,16 +72,16 @@ def decode(data: bytes | str | os.PathLike, *, min_px: int = 1) -> Picture:
             f"{name}: {upright.width}x{upright.height} pixels, but the short side must have at "
             f"least {min_px}"
         )
-    return _to_rgb(upright)
+    return _to_rgb(upright, background)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, background: str) -> np.ndarray:
     if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255 instead of scaling
         grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return np.array(image.convert("RGB"))
 
 
@@ -188,10 +194,10 @@ def square(image: np.ndarray, px: int) -> Square:
     """Gives a picture of side px: as it is, or by `crop_center`.
 
     Raises:
-      ValueError: if it is not uint8 with three channels.
+      UserError: if it is not uint8 with three channels.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(
+        raise UserError(
             f"got a picture of {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3] "
             "with values from 0 to 255"
         )

@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.attention import dense
 from dalle_jax.models.layers import init_layers, init_norm, layer, layer_norm, normal
 
@@ -64,14 +65,14 @@ class CLIPConfig:
         for field in dataclasses.fields(self):
             size, least = getattr(self, field.name), 3 if field.name == "text_length" else 1
             if size < least:
-                raise ValueError(f"{field.name} is {size}, but must be at least {least}")
+                raise UserError(f"{field.name} is {size}, but must be at least {least}")
         for size, part in (
             ("px", "patch"),
             ("image_width", "image_heads"),
             ("text_width", "text_heads"),
         ):
             if getattr(self, size) % getattr(self, part):
-                raise ValueError(
+                raise UserError(
                     f"{size} (={getattr(self, size)}) must be a multiple of {part} "
                     f"(={getattr(self, part)})"
                 )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.image.pixels import map_pixels, unmap_pixels
 from dalle_jax.models.convolution import Conv, draw, enlarged, kernel_matrices, max_pool
 
@@ -41,9 +42,9 @@ class DVAEConfig:
     def __post_init__(self):
         for name in ("width", "groups", "blocks_per_group", "codes", "code_width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"dVAE {name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"dVAE {name} is {getattr(self, name)}; it must be at least 1")
         if self.width % 4:
-            raise ValueError(
+            raise UserError(
                 f"dVAE width is {self.width}; it must be a multiple of 4, since the blocks work "
                 "at a quarter of it"
             )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.layers import init_layers, init_norm, normal
 from dalle_jax.models.masks import Kind, layer_kinds
 
@@ -44,7 +45,7 @@ class PriorConfig:
 
     def __post_init__(self):
         if self.attention not in ATTENTION:
-            raise ValueError(
+            raise UserError(
                 f"attention is {self.attention!r}, but must be one of {list(ATTENTION)}"
             )
         least = {"text_length": 2}  # the start token and one caption slot
@@ -52,11 +53,11 @@ class PriorConfig:
             if isinstance(size, str):
                 continue
             if size < least.get(name, 1):
-                raise ValueError(f"{name} is {size}, but must be at least {least.get(name, 1)}")
+                raise UserError(f"{name} is {size}, but must be at least {least.get(name, 1)}")
         if self.width % self.heads:
-            raise ValueError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
+            raise UserError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}, but must be odd, so that it has a middle")
+            raise UserError(f"kernel is {self.kernel}, but must be odd, so that it has a middle")
 
     @property
     def image_length(self) -> int:
@@ -83,12 +84,12 @@ def check_lengths(config: Any, text: Array, codes: Array | None = None) -> None:
       codes: of pictures [B, I].
     """
     if text.shape[1] != config.text_length - 1:
-        raise ValueError(
+        raise UserError(
             f"got {text.shape[1]} caption slots, but text_length {config.text_length} "
             f"needs {config.text_length - 1}, since the first position is the start token"
         )
     if codes is not None and codes.shape[1] != config.image_length:
-        raise ValueError(
+        raise UserError(
             f"got {codes.shape[1]} codes a picture, but grid {config.grid} needs "
             f"{config.image_length}; were these codes made by another dVAE?"
         )

@@ -27,6 +27,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.attention import dense
 from dalle_jax.models.layers import cut, init_norm, layer, layer_norm, project
 from dalle_jax.models.prior_parts import check_lengths, init_stack, init_tables
@@ -59,14 +60,14 @@ class ProgressiveConfig:
         for name, size in vars(self).items():
             least = 2 if name in ("text_length", "depth") else 1
             if size < least:
-                raise ValueError(f"{name} is {size}, but must be at least {least}")
+                raise UserError(f"{name} is {size}, but must be at least {least}")
         if self.query_depth >= self.depth:
-            raise ValueError(
+            raise UserError(
                 f"query_depth is {self.query_depth}, but must be below depth (={self.depth}), "
                 "since the lower layers read the text and the filled cells"
             )
         if self.width % self.heads:
-            raise ValueError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
+            raise UserError(f"width (={self.width}) must be a multiple of heads (={self.heads})")
 
     @property
     def image_length(self) -> int:
@@ -137,7 +138,7 @@ class ProgressivePrior(nn.Module):
         Returns:
           Unnormalised log-probabilities in float32.
         Raises:
-          ValueError: if text or codes do not have the lengths of the config.
+          UserError: if text or codes do not have the lengths of the config.
         """
         check_lengths(self.config, text, codes)
         config, split = self.config, self.config.content_depth

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.convolution import Conv, draw, enlarged, kernel_matrices
 
 
@@ -47,16 +48,16 @@ class VQGANConfig:
         sizes |= {"patch": self.patch}
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"VQ-GAN {name} is {size}; it must be at least 1")
+                raise UserError(f"VQ-GAN {name} is {size}; it must be at least 1")
         for width in sorted(self.width * multiplier for multiplier in self.multipliers):
             if width < 4 or width % (32 if width >= 128 else 4):
-                raise ValueError(
+                raise UserError(
                     f"VQ-GAN width times a multiplier is {width}; it must be a multiple of 4, and "
                     "from 128 on of 32, since channels are normalised in groups"
                 )
         factors = {self.patch * 2**i for i in range(len(self.multipliers))}
         if odd := set(self.attention) - factors:
-            raise ValueError(
+            raise UserError(
                 f"VQ-GAN attention is at the factors {sorted(odd)}, but the groups reduce pictures "
                 f"by {sorted(factors)}"
             )

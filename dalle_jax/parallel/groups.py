@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from dalle_jax.errors import UserError
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR
 from dalle_jax.parallel.powersgd import PowerSGDConfig, PowerSGDState
@@ -31,12 +32,12 @@ class Groups:
       config: of the compression.
       mesh: from `make_mesh`.
     Raises:
-      ValueError: if devices share the kernels in another way than by slices.
+      UserError: if devices share the kernels in another way than by slices.
     """
 
     def __init__(self, config: PowerSGDConfig, mesh: Mesh | AbstractMesh):
         if mesh.shape[TENSOR] > 1:
-            raise ValueError(
+            raise UserError(
                 f"powersgd cannot compress kernels cut by tensor={mesh.shape[TENSOR]}; set "
                 "mesh.tensor to 1 and mesh.fsdp higher, or leave powersgd.rank out"
             )

@@ -14,6 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
+from dalle_jax.errors import UserError
+
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = PartitionSpec((DATA, FSDP))
 
@@ -33,21 +35,21 @@ class MeshConfig:
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
             if size is not None and size < 1:
-                raise ValueError(f"mesh {field.name} is {size}, but has to be at least 1")
+                raise UserError(f"mesh {field.name} is {size}, but has to be at least 1")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """Arranges all devices of all processes.
 
     Raises:
-      ValueError: if their number does not fit the sizes.
+      UserError: if their number does not fit the sizes.
     """
     devices = jax.device_count()
     shared = config.fsdp * config.tensor
     data = devices // shared if config.data is None else config.data
     if data * shared != devices:
         wanted = "" if config.data is None else f"data={config.data} x "
-        raise ValueError(
+        raise UserError(
             f"a mesh of {wanted}fsdp={config.fsdp} x tensor={config.tensor} does not fit "
             f"{devices} devices; their product has to be, or to divide, that number"
         )
@@ -65,7 +67,7 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     Returns:
       Global arrays, the examples spread over data and fsdp.
     Raises:
-      ValueError: if the examples cannot be spread evenly.
+      UserError: if the examples cannot be spread evenly.
     """
     shares = mesh.shape[DATA] * mesh.shape[FSDP]
     sharding = NamedSharding(mesh, BATCH)
@@ -73,7 +75,7 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     def place(part):
         examples = len(part) * jax.process_count()
         if examples % shares:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {examples} examples cannot be spread over {shares} devices "
                 f"(data={mesh.shape[DATA]} x fsdp={mesh.shape[FSDP]}); choose a multiple"
             )

@@ -25,6 +25,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, PyTree
 
+from dalle_jax.errors import UserError
 from dalle_jax.precision.formats import largest, round_to
 
 FORMAT = "1-6-9"
@@ -51,11 +52,11 @@ class PowerSGDConfig:
 
     def __post_init__(self):
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank is {self.rank}, but must be at least 1")
+            raise UserError(f"rank is {self.rank}, but must be at least 1")
         for name in ("epsilon", "p_scale", "q_scale"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}, but must be positive and finite")
+                raise UserError(f"{name} is {value}, but must be positive and finite")
 
 
 @struct.dataclass
@@ -143,7 +144,7 @@ def _plan(shape, name, shards):
         )
     kind = _KERNELS[name]
     if shape[kind.cut] % shards:
-        raise ValueError(
+        raise UserError(
             f"axis {kind.cut} of the {name} kernel {list(shape)} cannot be cut into {shards} equal "
             "slices; choose shards that divide it"
         )
@@ -170,7 +171,7 @@ def create(params: PyTree, *, config: PowerSGDConfig, shards: int = 1) -> PowerS
     """
     kernels = compressed(params)
     if not kernels:
-        raise ValueError(
+        raise UserError(
             'powersgd compresses stacked kernels below "layers", but there are none here; leave '
             "powersgd.rank out for this model"
         )
@@ -341,7 +342,7 @@ def _matrix_shape(path, leaf, config, shards):
     if config.rank is None:
         raise ValueError("rank is None, which stands for no compression; give PowerSGD a number")
     if config.rank > m:
-        raise ValueError(
+        raise UserError(
             f"rank is {config.rank}, but {path} {list(leaf.shape)} gives matrices of {m} x {n} in "
             f"{shards} slices; choose a rank of at most {m}"
         )

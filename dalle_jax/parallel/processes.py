@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dalle_jax.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig:
@@ -33,12 +35,12 @@ class ProcessConfig:
     def __post_init__(self):
         given = [value is not None for value in (self.coordinator, self.count, self.index)]
         if any(given) and not all(given):
-            raise ValueError(
+            raise UserError(
                 f"coordinator is {self.coordinator}, count {self.count} and index {self.index}; "
                 "give all three, or none to look around"
             )
         if all(given) and not 0 <= self.index < self.count:
-            raise ValueError(f"index is {self.index}, but must lie in 0..{self.count - 1}")
+            raise UserError(f"index is {self.index}, but must lie in 0..{self.count - 1}")
 
 
 def join(config: ProcessConfig) -> None:

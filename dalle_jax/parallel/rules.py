@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import PyTree
 
+from dalle_jax.errors import UserError
 from dalle_jax.parallel.mesh import FSDP, TENSOR
 
 Rules = tuple[tuple[str, Spec], ...]
@@ -93,7 +94,7 @@ def _spec(name, leaf, mesh, rules):
         parts = math.prod(mesh.shape[n] for n in names if n is not None)
         if leaf.shape[i] % parts:
             if leaf.size >= SMALL:
-                raise ValueError(
+                raise UserError(
                     f"axis {i} of {name} {list(leaf.shape)} cannot be cut into {parts} equal parts "
                     f"({', '.join(f'{n}={mesh.shape[n]}' for n in names)}); choose another mesh"
                 )

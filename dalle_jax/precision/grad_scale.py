@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float32, PyTree
 
+from dalle_jax.errors import UserError
+
 
 @jax.custom_vjp
 def enter(x: Float32[Array, "*shape"], scale: Float32[Array, ""]) -> Float32[Array, "*shape"]:
@@ -102,16 +104,16 @@ class ScaleConfig:
 
     def __post_init__(self):
         if not 0 < self.least <= self.start <= self.greatest < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"least, start and greatest are {self.least}, {self.start} and {self.greatest}, "
                 "but must be positive, finite and in rising order"
             )
         if not 1 <= self.growth < math.inf:
-            raise ValueError(f"growth is {self.growth}, but must be at least 1 and finite")
+            raise UserError(f"growth is {self.growth}, but must be at least 1 and finite")
         if not 0 < self.backoff < 1:
-            raise ValueError(f"backoff is {self.backoff}, but must lie between 0 and 1")
+            raise UserError(f"backoff is {self.backoff}, but must lie between 0 and 1")
         if self.window < 0:
-            raise ValueError(f"window is {self.window}, but must be at least 0")
+            raise UserError(f"window is {self.window}, but must be at least 0")
 
 
 @struct.dataclass

@@ -25,6 +25,8 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
+from dalle_jax.errors import UserError
+
 _log = logging.getLogger(__name__)
 
 _SPACE = "\u2581"  # SentencePiece writes a space so, and would read this sign back as a space
@@ -34,7 +36,7 @@ _MERGED = re.compile("[a-z]{2,}$")
 _SMALLEST = 1 + 256 + len(_SPACE) + len(_LETTERS)  # <unk>, bytes, the space, the letters
 
 
-class TextError(ValueError):
+class TextError(UserError):
     """A caption or tokenizer that cannot be used, said in one sentence."""
 
 
@@ -162,7 +164,7 @@ class Tokenizer:
         if length < 1:
             raise ValueError(f"length is {length}; at least one caption slot is needed")
         if not 0 <= dropout <= 1:
-            raise ValueError(f"BPE dropout is {dropout}; it is a chance and lies in [0, 1]")
+            raise UserError(f"BPE dropout is {dropout}; it is a chance and lies in [0, 1]")
         if dropout and (seeds is None or len(seeds) != len(captions)):
             got = "none" if seeds is None else str(len(seeds))
             raise ValueError(f"BPE dropout needs one seed per caption: {len(captions)}, got {got}")

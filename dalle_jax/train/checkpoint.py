@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from dalle_jax.errors import UserError
 from dalle_jax.parallel.processes import agreed, is_leader, where
 from dalle_jax.train import differences, manifest
 from dalle_jax.train.state import TrainState
@@ -39,7 +40,7 @@ _TRIES = 3
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be used or written; the message says why and what to do."""
 
 
@@ -56,7 +57,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 3):
         if keep < 1:
-            raise ValueError(f"keep is {keep}, but at least 1 checkpoint has to be kept")
+            raise UserError(f"keep is {keep}, but at least 1 checkpoint has to be kept")
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import tyro
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.clip import retrieval_accuracy
 from dalle_jax.losses import contrastive_loss
 from dalle_jax.models.clip import CLIP, LOG_SCALE_MAX, CLIPConfig
@@ -59,12 +60,12 @@ class ClipRun(MuonOptions):
 
     def __post_init__(self):
         if self.loop.accumulate > 1:
-            raise ValueError(
+            raise UserError(
                 f"accumulate is {self.loop.accumulate}, but a contrastive loss compares all of a "
                 "batch; leave it at 1 and give a micro_batch to save memory"
             )
         if self.loop.powersgd.rank is not None:
-            raise ValueError(
+            raise UserError(
                 f"powersgd.rank is {self.loop.powersgd.rank}, but with compressed gradients every "
                 "group has a loss of its own, and a contrastive loss compares all of a batch; "
                 "leave it out"
@@ -72,7 +73,7 @@ class ClipRun(MuonOptions):
         if self.micro_batch is not None and (
             self.micro_batch < 1 or self.batch_size % self.micro_batch
         ):
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {self.batch_size}, but has to be a multiple of "
                 f"micro_batch={self.micro_batch}"
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.models import dvae, vqgan
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.vqgan import VQGAN, VQGANConfig
@@ -37,7 +38,7 @@ def kmeans_start(
     Returns:
       Parameters of the same structure.
     Raises:
-      ValueError: if the pictures have fewer different cells than there are codes.
+      UserError: if the pictures have fewer different cells than there are codes.
     Source: ours.
     """
     key_centres, key_rotation = jax.random.split(key)
@@ -78,7 +79,7 @@ def _clusters(key, features: Callable, codes: int, images):
     """Centres of the clusters of all cells, and their mean squared distance in the last round."""
     cells = _different_cells(features, images)
     if len(cells) < codes:
-        raise ValueError(
+        raise UserError(
             f"the {len(images)} pictures for the k-means start have {len(cells)} different cells, "
             f"fewer than the {codes} codes; give more pictures or fewer codes"
         )

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree, UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.image.pixels import decibels
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.models import codec as codecs
@@ -102,13 +103,13 @@ class CodecStage(Stage):
 
 
 def check_sides(model: CodecConfig, *, px: int, crop_px: int | None) -> None:
-    """Raises a ValueError unless pictures and the squares cut from them fit the grid."""
+    """Raises a UserError unless pictures and the squares cut from them fit the grid."""
     f = model.factor
     for name, side in (("px", px), ("crop_px", crop_px)):
         if side is not None and (side < f or side % f):
-            raise ValueError(f"{name} is {side}, but has to be a multiple of the model's f={f}")
+            raise UserError(f"{name} is {side}, but has to be a multiple of the model's f={f}")
     if crop_px is not None and crop_px > px:
-        raise ValueError(f"crop_px is {crop_px}, more than the pictures' px={px}")
+        raise UserError(f"crop_px is {crop_px}, more than the pictures' px={px}")
 
 
 def windows(

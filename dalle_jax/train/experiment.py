@@ -18,9 +18,9 @@ import tyro
 from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches, once
 from dalle_jax.data.sources import DataSource, Joined
-from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
+from dalle_jax.errors import UserError
 from dalle_jax.generate.clip import Clip
-from dalle_jax.generate.folder import CONFIG
+from dalle_jax.generate.folder import CLIP_FOLDER, CONFIG
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
@@ -29,7 +29,6 @@ from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train.checkpoint import CheckpointError
 from dalle_jax.train.clip import ClipRun, ClipStage
 from dalle_jax.train.dvae import DVAERun, DVAEStage
 from dalle_jax.train.encode import EncodedBatches, encoded, redrawn
@@ -38,7 +37,6 @@ from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
 from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, progressive_run
 from dalle_jax.train.vqgan import VQGANRun, VQGANStage
-from dalle_jax.train.window import NonFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +115,7 @@ def main(
     show_log_lines()
     keep_memory()
     keep_programs()
-    with complaints(f"{name}.py", CheckpointError, NonFiniteError):
+    with complaints(f"{name}.py"):
         options = tyro.cli(Union[commands], prog=f"{name}.py", args=args)  # noqa: UP007
         join(options.processes)
         if not is_leader():
@@ -330,7 +328,7 @@ def _check_fit(prior: PriorRun, *, px: int, codec: CodecConfig, title: str) -> N
         ("codes", prior.model.codes, codec.codes),
     ):
         if got != wanted:
-            raise ValueError(
+            raise UserError(
                 f"the prior's model.{option} is {got}, but the {title} makes {wanted}; "
                 f"give the prior --model.{option} {wanted} (--prior.model.{option} with `all`)"
             )

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from dalle_jax.errors import UserError
 from dalle_jax.image.sheet import save_png
 from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, greatest, make_mesh, place_batch, whole
@@ -80,9 +81,11 @@ class LoopConfig:
             value = getattr(self, field.name)
             is_number = isinstance(value, int) and field.name != "seed"
             if is_number and value < 1:
-                raise ValueError(f"{field.name} is {value}, but has to be at least 1")
+                raise UserError(f"{field.name} is {value}, but has to be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}, but has to lie in 0..{2**32 - 1}")
         if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay is {self.average_decay}, but has to be in [0, 1)")
+            raise UserError(f"average_decay is {self.average_decay}, but has to be in [0, 1)")
 
 
 def train(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.transformer import Prior, draw_params
 from dalle_jax.parallel import powersgd
@@ -81,7 +82,7 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
       one layer's gradient before it is cut, and both heads with their gradients; "total".
       Activations are counted whole for tensor > 1.
     Raises:
-      ValueError: if a large parameter or the batch cannot be cut evenly.
+      UserError: if a large parameter or the batch cannot be cut evenly.
     Source: ours.
     """
     state = _shapes(run)
@@ -143,11 +144,11 @@ def pictures_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
     """Pictures of one backward pass on one device.
 
     Raises:
-      ValueError: if the batch cannot be spread evenly.
+      UserError: if the batch cannot be spread evenly.
     """
     parts = mesh[DATA] * mesh[FSDP] * run.loop.accumulate
     if run.batch_size % parts:
-        raise ValueError(
+        raise UserError(
             f"a batch of {run.batch_size} pictures cannot be spread over data={mesh[DATA]} x "
             f"fsdp={mesh[FSDP]} devices in {run.loop.accumulate} micro-batches; choose a multiple "
             f"of {parts}, or more of tensor"

@@ -15,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from dalle_jax.errors import UserError
 from dalle_jax.parallel import rules as rules_lib
 from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.rules import Rules
@@ -261,7 +262,7 @@ def _accumulated(differentiate, k: int, params, batch, key, step):
 
     def split(x):
         if x.shape[0] % k:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {x.shape[0]} examples cannot be cut into {k} equal micro-batches; "
                 f"choose a batch size that is a multiple of accumulate={k}"
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dalle_jax.errors import UserError
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.state import Metrics
 
@@ -20,7 +21,7 @@ from dalle_jax.train.state import Metrics
 _IN_FLIGHT = 2
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(UserError):
     """A metric became nan or infinite; no checkpoint was written from that step on."""
 
 

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dalle_jax.errors import UserError
+
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES = {
@@ -37,7 +39,7 @@ _DTYPES = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file of weights that cannot be used, said in one sentence."""
 
 

@@ -1,5 +1,7 @@
 """Golden numbers: torch-fidelity 0.4.0 and pytorch-fid 0.3.0 on the features of `sets`."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -106,6 +108,19 @@ def test_precision_and_recall_equal_the_reference(sets, monkeypatch):
         assert found == pytest.approx((0.7346153855323792, 0.7866666913032532), abs=1e-6)
     with pytest.raises(ValueError, match="3 neighbours need more pictures than that, got 3"):
         precision_recall(sets[0], sets[1][:3])
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
+    monkeypatch.setattr(distances, "_BLOCK", 100)
+    x = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        for measure in (precision_recall, kernel_distance, lambda x, y: inception_score(x)):
+            measure(x, x)
+        kernel_distance_of_subsets(x, x, subsets=50, size=500)
+        assert tracemalloc.get_traced_memory()[1] < 10**6  # a table of all would take 32 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_copied_corner_is_precise_but_recalls_little():

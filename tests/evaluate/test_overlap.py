@@ -1,10 +1,13 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from dalle_jax.data.drawings import distinct_pictures, drawings, render
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate import overlap
-from dalle_jax.evaluate.overlap import PX, changed, find_overlap, open_pictures, sheet
+from dalle_jax.evaluate.overlap import PX, Pictures, changed, find_overlap, open_pictures, sheet
 from dalle_jax.image.pixels import encode_png
 
 
@@ -28,11 +31,11 @@ def written(folder, images):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Twelve pictures to train on, of which "a" and "b" are held out too, one of another size."""
+    """Twelve pictures to train on, of which two of twenty are held out too, one of another size."""
     path = tmp_path_factory.mktemp("overlap")
     training = {f"t{i:02d}": blobs(i) for i in range(12)}
     other_size = np.asarray(Image.fromarray(blobs(5)).resize((90, 90), Image.BICUBIC))
-    held = {"a": blobs(3), "b": other_size, "c": blobs(100), "d": blobs(101)}
+    held = {"a": blobs(3), "b": other_size} | {f"c{i}": blobs(100 + i) for i in range(18)}
     return written(path / "training", training), written(path / "held", held)
 
 
@@ -52,9 +55,40 @@ def test_copies_and_other_sizes_are_found_and_nothing_else(folders):
     assert found.missed + found.mistaken < 0.1
     assert find_overlap(*sets, embed) == found
     text = str(found)
-    assert text.startswith("2 of 4 pictures (50.0 %) are nearly in the other 12, at a cosine of ")
+    assert text.startswith("2 of 20 pictures (10.0 %) are nearly in the other 12, at a cosine of ")
     assert "\n  1.0000 a.png = t03.png" in text
     assert sheet(found, *sets).ndim == 3
+
+
+def test_what_is_found_does_not_depend_on_the_blocks(folders, monkeypatch):
+    sets = [open_pictures(folder) for folder in folders]
+    found = find_overlap(*sets, embed)
+    monkeypatch.setattr(overlap, "_BLOCK", 5)
+    again = find_overlap(*sets, embed)
+    assert [pair[:2] for pair in again.pairs] == [pair[:2] for pair in found.pairs]
+    assert again.threshold == pytest.approx(found.threshold, abs=1e-5)
+    assert (again.missed, again.mistaken) == (found.missed, found.mistaken)
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
+    monkeypatch.setattr(overlap, "_BLOCK", 100)
+    features = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        assert not list(overlap._near(features, features, 1e9))
+        overlap._learned(features[:100], features, np.arange(100))
+        overlap._make_units(features, np.zeros((1, 4), np.float32))
+        assert tracemalloc.get_traced_memory()[1] < 10**6  # a table of all would take 36 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_too_few_pictures_to_learn_a_threshold_ask_for_one(folders):
+    training, held = map(open_pictures, folders)
+    few = Pictures(held.names[:19], [folders[1] / name for name in held.names[:19]])
+    with pytest.raises(UserError, match="19 held-out pictures are too few to learn a threshold"):
+        find_overlap(training, few, lambda images: pytest.fail("work began"))
+    assert find_overlap(training, few, embed, threshold=0.9).overlapping == ["a.png", "b.png"]
 
 
 def test_the_threshold_mistakes_the_fewest_of_written_out_pairs():
@@ -70,10 +104,10 @@ def test_a_given_threshold_needs_no_copies(folders):
     sets = [open_pictures(folder) for folder in folders]
     done = []
     found = find_overlap(*sets, embed, threshold=-1.0, progress=lambda *at: done.append(at))
-    assert len(found.pairs) == 4 * 12
-    assert done[-1] == (16, 16)
+    assert len(found.pairs) == 20 * 12
+    assert done[-1] == (32, 32)
     assert found.missed is None
-    assert "... and 28 more pairs" in str(found)
+    assert "... and 220 more pairs" in str(found)
     with pytest.raises(ValueError, match=r"the threshold is 1.5; it is a cosine and lies in"):
         find_overlap(*sets, embed, threshold=1.5)
 

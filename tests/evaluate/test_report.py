@@ -129,6 +129,21 @@ def test_a_report_is_self_contained(whole):
     assert {"blur.png", "rerank.png", "samples-sheet.png", "sampling-sheet.png"} <= shown
 
 
+def test_captions_that_are_too_long_are_cut_and_counted(model, suite, tmp_path):
+    captions = ("red apple " * 40, *suite.captions[1:])
+    parts = {**vars(suite), "captions": captions}
+    sections = run(model, Suite(**parts), tmp_path, chosen=())
+    assert sections[0].rows[0]["captions cut short"] == 1
+
+
+def test_features_of_a_set_lie_on_disk_in_the_order_of_its_pictures(suite):
+    bench = Bench(networks=[network()], kept=Kept(None))
+    backwards = list(real(suite, suite.real, tiny.PX))[::-1]
+    features, logits = bench._features(bench.networks[0], backwards, 0)
+    assert isinstance(features, np.memmap) and isinstance(logits, np.memmap)
+    np.testing.assert_allclose(features, network()(pictures())[0], rtol=1e-6)
+
+
 def test_a_stopped_evaluation_goes_on_and_ends_as_an_unbroken_one(
     model, suite, whole, tmp_path, monkeypatch
 ):

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -45,6 +46,24 @@ def test_a_folder_is_asked_for_the_first_caption_of_each_picture(folder):
     pictures = suite.pictures([2, 0], 16)
     assert pictures.shape == (2, 16, 16, 3)
     assert (pictures[0] == 120).all()
+
+
+def test_a_suite_holds_no_pictures_in_memory(monkeypatch):
+    class Large:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            return {"image": bytes(10**6), "captions": [f"picture {index}"], "style": "plain"}
+
+    monkeypatch.setattr(suites, "open_emoji", lambda split, px: Large())
+    tracemalloc.start()
+    try:
+        suite = open_suite("emoji")
+        assert tracemalloc.get_traced_memory()[1] < 5 * 10**6
+    finally:
+        tracemalloc.stop()
+    assert len(suite.captions) == 50
 
 
 def test_coco_draws_captions_at_random_and_cub_takes_each_once(folder, monkeypatch):

@@ -112,6 +112,53 @@ def test_votes_that_do_not_belong_are_refused(tmp_path, page):
         write_page(tmp_path / "page.txt", CAPTIONS, FIRST, SECOND, names=("a", "b"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"realism": "banana"}, "'realism' is 'banana'; it must be left or right"),
+        ({"realism": "neither"}, "'realism' is 'neither'; it must be left or right"),
+        ({"caption": "Left"}, "'caption' is 'Left'; it must be left or right or neither"),
+        ({"caption": None}, "'caption' is None; it must be text"),
+        ({"caption": ...}, "has no 'caption'; take the file as it was saved"),
+        ({"pair": ...}, "has no 'pair'; take"),
+        ({"pair": 4}, "'pair' is 4; it must be one of the 4 pairs of the key"),
+        ({"pair": 1}, "'pair' is 1; it must be another one, since a pair is voted on once"),
+        ({"seconds": "9"}, "'seconds' is '9'; it must be a number"),
+        ({"seconds": -1}, "'seconds' is -1; it must be 0 or more"),
+    ],
+)
+def test_answers_that_the_page_does_not_offer_are_refused(tmp_path, page, change, message):
+    path = ballot(tmp_path, page[1], "ann", ["first"] * 4)
+    cast = json.loads(path.read_text())
+    vote = cast["votes"][2] | change
+    cast["votes"][2] = {name: value for name, value in vote.items() if value is not ...}
+    path.write_text(json.dumps(cast))
+    with pytest.raises(VotesError, match=f"{path}, entry 3 of 'votes':? {message}"):
+        count_votes(page[1], [path])
+
+
+@pytest.mark.parametrize("missing", ["page", "voter", "votes"])
+def test_files_of_votes_that_lack_a_part_are_refused(tmp_path, page, missing):
+    path = ballot(tmp_path, page[1], "ann", ["first"] * 4)
+    cast = json.loads(path.read_text())
+    del cast[missing]
+    path.write_text(json.dumps(cast))
+    with pytest.raises(VotesError, match=f"ann.json has no '{missing}'; take the file as it was"):
+        count_votes(page[1], [path])
+
+
+def test_a_key_with_a_side_that_is_none_is_refused(tmp_path, page):
+    mine = ballot(tmp_path, page[1], "ann", ["first"] * 4)
+    key = json.loads(page[1].read_text())
+    key["pairs"][0]["first"] = "up"
+    page[1].write_text(json.dumps(key))
+    with pytest.raises(VotesError, match="entry 1 of 'pairs': 'first' is 'up'; it must be left or"):
+        count_votes(page[1], [mine])
+    page[1].write_text("[]")
+    with pytest.raises(VotesError, match=r"page.key.json holds no votes nor a key to them"):
+        count_votes(page[1], [mine])
+
+
 def test_intervals_are_wilsons():
     assert wilson(9, 10) == pytest.approx((0.9, 0.5958, 0.9821), abs=1e-4)
     assert wilson(0, 5)[1] == pytest.approx(0, abs=1e-12)

@@ -82,6 +82,10 @@ def test_retrieval_counts_equal_captions_once_and_ties_as_wrong():
     assert found["image_to_text_5"] == found["text_to_image_5"] == 1
 
 
+def test_white_space_around_captions_does_not_count(clip):
+    np.testing.assert_array_equal(clip.texts([" red apple\n"]), clip.texts(["red apple"]))
+
+
 # The folder
 
 

@@ -3,7 +3,9 @@ import functools
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.edit import blend, masked_cells, some_cells
 from dalle_jax.image.pixels import encode_png
 
@@ -22,6 +24,55 @@ def test_a_mask_file_is_cut_as_its_picture_is(tmp_path):
     (tmp_path / "mask.png").write_bytes(encode_png(mask))
     cells = masked_cells(tmp_path / "mask.png", (8, 16), px=8, grid=4)
     assert np.argwhere(cells).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def strokes(colour, background):
+    """One painted pixel of a mask of 8 x 8."""
+    image = np.full((8, 8, 4), background, np.uint8)
+    image[1, 5] = colour
+    return image
+
+
+WHITE, BLACK, CLEAR = (255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        strokes(WHITE, CLEAR),
+        strokes(WHITE, (0, 0, 0, 0)),
+        strokes(WHITE, (255, 0, 0, 0)),
+        strokes((200, 180, 230, 255), BLACK),  # as JPEG colours it
+        strokes(WHITE, BLACK)[..., :3],
+        strokes(WHITE, BLACK)[..., 0],
+        strokes(WHITE, BLACK)[..., 0] > 0,
+    ],
+)
+def test_white_is_marked_in_masks_of_every_kind(mask, tmp_path):
+    wanted = np.zeros((4, 4), bool)
+    wanted[0, 2] = True
+    file = tmp_path / "mask.png"
+    picture = Image.fromarray(mask)
+    picture.save(file)
+    for given in (mask, picture, file):
+        np.testing.assert_array_equal(masked_cells(given, (8, 8), px=8, grid=4), wanted)
+
+
+@pytest.mark.parametrize(
+    "mask", [strokes((255, 0, 0, 255), CLEAR), strokes(BLACK, (0, 0, 255, 255))]
+)
+def test_colours_of_a_mask_are_refused_with_what_counts_as_marked(mask, tmp_path):
+    file = tmp_path / "mask.png"
+    Image.fromarray(mask).save(file)
+    for given in (mask, file):
+        with pytest.raises(UserError, match="at x=.*; paint white what is to be drawn ag"):
+            masked_cells(given, (8, 8), px=8, grid=4)
+
+
+@pytest.mark.parametrize("mask", [np.ones((8, 8)), np.ones((1, 8, 8), bool), np.ones(8, np.uint8)])
+def test_arrays_that_are_no_mask_are_refused(mask):
+    with pytest.raises(UserError, match=r"the mask is .* \[.*\]; it must be bool \[H, W\], or"):
+        masked_cells(mask, (8, 8), px=8, grid=4)
 
 
 def test_masks_that_do_not_fit_are_refused():

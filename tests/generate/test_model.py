@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -235,6 +236,70 @@ def test_failed_save_leaves_the_old_model(copy, monkeypatch):
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
+def test_files_that_a_user_put_into_the_folder_stay(copy):
+    (copy / "notes" / "old").mkdir(parents=True)
+    (copy / "notes" / "old" / "ideas.txt").write_text("mine")
+    (copy / "clip").mkdir()
+    (copy / "clip" / "scores.csv").write_text("mine too")
+    (copy / "latest").symlink_to("notes")
+    (copy / "vqgan.safetensors").touch()  # of a model that was here before
+    tiny.model(name="new").save(copy)
+    tiny.model(name="newer").save(copy)
+    assert dalle_jax.load(copy).name == "newer"
+    assert (copy / "latest" / "old" / "ideas.txt").read_text() == "mine"
+    assert (copy / "clip" / "scores.csv").read_text() == "mine too"
+    assert not (copy / "vqgan.safetensors").exists()
+
+
+class Renames:
+    """Stands in for os.replace, and fails at those calls of it that are listed."""
+
+    def __init__(self, monkeypatch, *failing, error):
+        self.calls, self.failing, self.error = 0, failing, error
+        self.replace = os.replace
+        monkeypatch.setattr(files.os, "replace", self)
+
+    def __call__(self, source, target):
+        self.calls += 1
+        if self.calls in self.failing:
+            raise self.error
+        self.replace(source, target)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_save_that_stops_between_two_renames_leaves_the_old_model(
+    copy, monkeypatch, failing, error
+):
+    (copy / "notes.txt").write_text("mine")
+    Renames(monkeypatch, failing, error=error)
+    with pytest.raises(type(error)):
+        tiny.model(name="new").save(copy)
+    assert dalle_jax.load(copy).name == "tiny"
+    assert (copy / "notes.txt").read_text() == "mine"
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_models_that_cannot_be_put_in_their_place_are_both_there_and_named(copy, monkeypatch):
+    Renames(monkeypatch, 2, 3, error=OSError(5, "Input/output error"))
+    with pytest.raises(ModelError, match="could not be replaced .* move one of them back"):
+        tiny.model(name="new").save(copy)
+    [workplace] = copy.parent.iterdir()
+    assert dalle_jax.load(workplace / "old").name == "tiny"
+    assert dalle_jax.load(workplace / "new").name == "new"
+    refused(
+        copy, f"saving {copy} was cut short; the model that was there is in {workplace / 'old'}"
+    )
+
+
+def test_saving_through_a_symbolic_link_replaces_the_folder_behind_it(copy):
+    link = copy.parent / "link"
+    link.symlink_to("copy")
+    tiny.model(name="new").save(link)
+    assert link.is_symlink()
+    assert dalle_jax.load(copy).name == "new"
+
+
 def test_saving_over_other_files_is_refused(tmp_path, model):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ModelError, match="holds other files; choose a new folder"):
@@ -360,6 +425,21 @@ def test_prior_without_tokenizer_is_refused():
         tiny.model(tokenizer=None)
 
 
+def test_a_caption_that_is_too_long_is_cut_as_in_training_and_the_log_says_so(model, caplog):
+    fits = "red apple " * 12
+    assert len(model.tokenizer.encode([fits], length=63)[0]) == 63
+    long = fits + "crying cat " * 30
+    images = model.generate([long, long + "blue"], seed=5)
+    assert images.shape[:2] == (2, 1)
+    assert "tokens, but only 63 fit: truncated" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["red apple\n", " red apple", "\tRed Apple \r\n"])
+def test_prompts_are_read_as_training_captions_are(model, prompt):
+    wanted = model.generate("red apple", seed=3)
+    np.testing.assert_array_equal(model.generate(prompt, seed=3), wanted)
+
+
 # Bad requests
 
 
@@ -368,7 +448,6 @@ def test_prior_without_tokenizer_is_refused():
     [
         ({"prompts": []}, "no caption was given"),
         ({"prompts": ["red apple", "  "]}, "caption 2 of 2 is empty; say what to draw"),
-        ({"prompts": "red " * 99}, "has 198 tokens, but only 63 fit; shorten it"),
         ({"n": 0}, "n is 0; at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),

@@ -1,9 +1,20 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from dalle_jax.errors import UserError
+from dalle_jax.image import fonts
+from dalle_jax.image.fonts import FONT_PX, Typesetter, typesetter
 from dalle_jax.image.pixels import decode
-from dalle_jax.image.sheet import GAP_PX, PAPER, contact_sheet, save_gif, save_png
+from dalle_jax.image.sheet import (
+    COLUMNS,
+    GAP_PX,
+    PAPER,
+    check_gif,
+    contact_sheet,
+    save_gif,
+    save_png,
+)
 
 
 def pictures(rows, n, px):
@@ -38,6 +49,93 @@ def test_a_long_label_is_wrapped_and_stays_inside_the_sheet():
     assert sheet.shape[1] == short.shape[1]
     assert sheet.shape[0] > short.shape[0]
     assert (sheet[:, -GAP_PX:] == PAPER).all()
+
+
+def test_a_word_longer_than_the_sheet_is_broken():
+    sheet = contact_sheet(pictures(1, 1, 128), ["w" * 400])
+    assert (sheet[:, -GAP_PX:] == PAPER).all()
+    assert len(typesetter().wrap("w" * 400, 128)) > 20
+
+
+def test_more_pictures_than_fit_side_by_side_go_on_below():
+    images = pictures(2, COLUMNS + 1, 128)
+    sheet = contact_sheet(images, ["red apple", "crying cat"])
+    assert sheet.shape[1] == contact_sheet(images[:, :COLUMNS]).shape[1]
+    np.testing.assert_array_equal(
+        sheet[-GAP_PX - 128 : -GAP_PX, GAP_PX : GAP_PX + 128], images[1, COLUMNS]
+    )
+    right = sheet[-2 * GAP_PX - 256 : -2 * GAP_PX - 128, -GAP_PX - 128 : -GAP_PX]
+    np.testing.assert_array_equal(right, images[1, COLUMNS - 1])
+    assert (sheet[-GAP_PX - 128 :, 2 * GAP_PX + 128 :] == PAPER).all()
+
+
+def test_a_sheet_too_large_for_a_gif_is_refused_by_its_size():
+    check_gif(490, 64, ["red apple"])
+    with pytest.raises(UserError, match=r"has 2150 x 67\d+ pixels, but a GIF at most 65535 a side"):
+        check_gif(8000, 64, ["red apple"])
+
+
+# Scripts that Pillow's own font does not have
+
+
+@pytest.fixture
+def plain():
+    """A typesetter on a system without fonts."""
+    return Typesetter([])
+
+
+@pytest.fixture
+def with_font(tmp_path, monkeypatch):
+    """A typesetter that has a font for Chinese: Pillow's own, which claims to."""
+    font = ImageFont.load_default(FONT_PX)
+    (tmp_path / "fonts" / "deep").mkdir(parents=True)
+    for name in ("cjk.ttf", "damaged.otf", "cjk-Bold.ttf", "notes.txt"):
+        (tmp_path / "fonts" / "deep" / name).touch()
+    setter, opened = Typesetter([tmp_path / "fonts"]), []
+
+    def truetype(path, size):
+        opened.append(path.name)
+        if path.name == "damaged.otf":
+            raise OSError("unknown file format")
+        return font
+
+    def draws(of, char, nothing):
+        return char.isascii() or (of is font and char in "红苹果")
+
+    monkeypatch.setattr(fonts.ImageFont, "truetype", truetype)
+    monkeypatch.setattr(fonts, "_draws", draws)
+    return setter, font, opened
+
+
+def test_characters_that_no_font_has_become_escapes_and_the_log_says_so_once(plain, caplog):
+    assert plain.legible("红 red\tapple") == "\\u7ea2 red apple"
+    assert plain.legible("苹果") == "\\u82f9\\u679c"
+    assert plain.legible("\ud800") == "\\ud800"
+    assert caplog.text.count("no font of this system can show '红'") == 1
+    assert "果" not in caplog.text
+
+
+def test_a_font_of_the_system_is_taken_for_what_it_has(with_font):
+    setter, font, opened = with_font
+    assert setter.legible("a 红苹果 猫") == "a 红苹果 \\u732b"
+    assert opened == ["cjk.ttf", "damaged.otf", "cjk-Bold.ttf"]  # plain ones first
+    runs = list(setter._runs("a 红苹果 b"))
+    assert [part for _, part in runs] == ["a ", "红苹果 ", "b"]
+    assert runs[1][0] is font
+    setter.legible("果红猫")
+    assert len(opened) == 3  # what was looked for is known
+
+
+def test_letters_written_leftwards_need_a_library_that_can(monkeypatch):
+    font = ImageFont.load_default(FONT_PX)
+    monkeypatch.setattr(fonts.features, "check", lambda name: name != "fribidi")
+    assert not fonts._draws(font, "\u0639", b"")
+    assert fonts._draws(font, "a", b"")
+
+
+def test_accents_and_joiners_are_drawn_with_their_letter(plain):
+    assert plain.legible("a\u200bpp\ufe0fle") == "apple"
+    assert plain.legible("e\u0301") == plain.legible("\u00e9")
 
 
 def test_a_label_missing_is_an_error():

@@ -36,7 +36,7 @@ def stage(tokens, validation=lambda: iter(())):
         tokens=tokens,
         tokenizer=tiny.tokenizer(),
         validation=validation,
-        captions=["red apple"],
+        captions=["red apple", "crying cat " * 30],  # too long for the prior
     )
 
 
@@ -79,7 +79,7 @@ def test_evaluation_weighs_a_smaller_last_batch_by_its_size(tokens):
     assert first == pytest.approx(second, rel=1e-5)
 
 
-def test_sheet_draws_each_caption_and_the_model_is_whole(tokens):
+def test_sheet_draws_long_captions_too_and_the_model_is_whole(tokens):
     s = stage(tokens)
     params = tiny.parts()["prior_params"]
     assert s.sheet(params).ndim == 3

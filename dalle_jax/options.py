@@ -1,0 +1,86 @@
+"""What the options of a command name: checked before any work, and saved whatever happens."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dalle_jax.errors import UserError
+
+SEEDS = 2**32
+
+
+def check_input(option: str, path: Path | None) -> None:
+    """Raises a UserError if there is a path, but no file that can be read."""
+    if path is None:
+        return
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} is {path}, which cannot be read: {error.strerror}") from error
+
+
+def check_output(option: str, path: Path | None, suffix: str = "") -> None:
+    """Checks that a file can be written; None stands for none.
+
+    Args:
+      option: as the user knows it.
+      path: of the file, which may be there already.
+      suffix: that its name must have, in small letters; "" for any.
+    Raises:
+      UserError: if it has another, or something is in the way.
+    """
+    if path is None:
+        return
+    if suffix and path.suffix.lower() != suffix:
+        kind = suffix[1:].upper()
+        raise UserError(f"{option} is {path}; it is a {kind}, so its name must end in {suffix}")
+    _check_folder_of(option, path, path.parent)
+    if path.is_dir():
+        raise UserError(f"{option} is {path}, but that is a folder; name a file")
+
+
+def check_output_folder(option: str, path: Path | None) -> None:
+    """Raises a UserError if there is a path, but no files can be written to that folder."""
+    if path is not None:
+        _check_folder_of(option, path, path)
+
+
+def _check_folder_of(option, path, folder):
+    try:
+        path.with_name(f".{path.name}.partial").exists()  # which is how long its name gets
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a path without a name, or with a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{option} is {path}, where nothing can be written ({reason}); choose another place"
+        ) from error
+
+
+def save_outputs(outputs: Sequence[tuple[Path, Callable[[Path], object]]]) -> None:
+    """Saves what took long to make, each file or folder by a function of its path.
+
+    What cannot be written goes to a temporary folder instead, and the rest is still saved.
+
+    Raises:
+      UserError: then; it says where everything is.
+    """
+    failed = []
+    for path, save in outputs:
+        try:
+            save(path)
+        except OSError as error:
+            instead = Path(tempfile.mkdtemp(prefix="dalle-jax-")) / path.name
+            save(instead)
+            failed.append(f"{path} could not be written ({error.strerror}); it is {instead} now")
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def check_seed(seed: int) -> None:
+    """Raises a UserError for a seed that JAX or numpy would not take."""
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"--seed is {seed}; it must be a whole number from 0 to {SEEDS - 1}")
