@@ -44,7 +44,7 @@ def generate(
     keep_rows: int = 0,
     decoder: Literal["autoregressive", "progressive"] | None = None,
     stages: int | None = None,
-    revise: float | None = None,
+    revise: int | None = None,
     keep: int | None = None,
     clip: Path | None = None,
     trace: Path | None = None,
@@ -68,8 +68,8 @@ def generate(
       decoder: Code after code (autoregressive) or in few passes, from coarse to fine (progressive);
         None for the latter if the model can do it.
       stages: Passes of the progressive decoder; None for 16.
-      revise: Greatest share of the cells that a pass of the progressive decoder may change, 0 to 1;
-        None for 0.1.
+      revise: Passes of the progressive decoder over the full grid that replace unlikely codes;
+        None for none.
       keep: Pictures per caption to keep, those that fit it best, best first; None for all.
       clip: Folder of the CLIP that chooses them; None for the model's own.
       trace: GIF file that shows the sheet arise, pass by pass or row by row.
@@ -157,7 +157,7 @@ def edit(
     top_p: float | None = None,
     guidance: float = 1.0,
     stages: int | None = None,
-    revise: float | None = None,
+    revise: int | None = None,
     out: Path = Path("edit.png"),
     singles: Path | None = None,
 ) -> None:
@@ -177,7 +177,7 @@ def edit(
       top_p: Draw from the likeliest codes that hold this probability, above 0 and up to 1.
       guidance: Weight of the caption against none; 1 is off, 2 to 4 follow it more closely.
       stages: Passes; None for 16, or one a cell if fewer are drawn again.
-      revise: Greatest share of the new cells that a pass may change, 0 to 1; None for 0.1.
+      revise: Passes over the full grid that replace unlikely codes; None for none.
       out: PNG file for the sheet: the picture as it was, then the new ones.
       singles: Folder for each new picture by itself, as PNG; None for the sheet alone.
     """

@@ -7,7 +7,7 @@ E features.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -180,52 +180,6 @@ def contrastive_loss(
         right = jnp.take_along_axis(same, choice.argmax(axis=1, keepdims=True), axis=1)
         metrics[name] = right.mean()
     return loss, metrics
-
-
-def progressive_loss(
-    logits: Float[Array, "B I K"],
-    fill: Float[Array, "B I"],
-    *,
-    cells: Int[Array, "B I"],
-    codes: Int[Array, "B I"],
-    now: Bool[Array, "B I"],
-    changed_weight: float = 10.0,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Weighted cross-entropy of every cell's code, plus that of whether to fill it now.
-
-    A code that does not stand there yet, since the cell is empty or holds a wrong one, has weight
-    `changed_weight`; one that is to be kept has 1. The second part is a mean over empty cells.
-
-    Args:
-      logits: of the codes.
-      fill: log-odds of filling now.
-      cells: what the model saw: codes, or K for an empty cell.
-      codes: the true ones.
-      now: which cells are filled after this stage.
-      changed_weight: see above.
-    Returns:
-      The loss, and means in nats: "new_nats" of codes new at this stage, "later_nats" of those
-      still to come, "fill_nats" of filling now.
-    Source: the weights: Fei et al. 2022, the first author's prototype; that later cells learn their
-      codes too, with two outputs in place of a code for "not yet", is ours.
-    """
-    K = logits.shape[-1]
-    is_empty = cells == K
-    is_new, is_later = is_empty & now, is_empty & ~now
-    nats = _cross_entropy(logits, codes)
-    weight = jnp.where(cells == codes, 1.0, changed_weight)
-    # -log sigmoid of the log-odds of what is right
-    fill_nats = jax.nn.softplus(jnp.where(now, -fill, fill))
-    metrics = {
-        "new_nats": _mean(nats, is_new),
-        "later_nats": _mean(nats, is_later),
-        "fill_nats": _mean(fill_nats, is_empty),
-    }
-    return jnp.sum(weight * nats) / jnp.sum(weight) + metrics["fill_nats"], metrics
-
-
-def _mean(x, chosen):
-    return jnp.sum(jnp.where(chosen, x, 0)) / jnp.maximum(jnp.sum(chosen), 1)
 
 
 def _cross_entropy(logits, labels):

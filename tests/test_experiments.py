@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -93,15 +92,6 @@ def test_a_progressive_prior_learns_and_joins_the_model(workdir, monkeypatch):
     # finished: asked again, it finds its own end, though the model now has both priors
     run("debug", "progressive", "--workdir", workdir, monkeypatch=monkeypatch)
     assert metrics(workdir / "progressive")[-1] == lines[-1]
-
-
-@pytest.mark.slow
-def test_a_progressive_prior_begins_with_the_other_one(workdir, tmp_path, monkeypatch, capsys):
-    shutil.copytree(workdir / "dvae" / "model", tmp_path / "dvae" / "model")
-    with pytest.raises(SystemExit) as stop:
-        run("debug", "progressive", "--workdir", tmp_path, monkeypatch=monkeypatch)
-    assert stop.value.code == 2
-    assert "train one before (stage `prior`), or give --no-from-prior" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -132,30 +132,3 @@ def test_a_picture_that_chooses_a_caption_equal_to_its_own_is_right():
     _, equal = losses.contrastive_loss(image, text, jnp.float32(5), jnp.array([[7], [7], [8]]))
     assert float(apart["image_to_text"]) == float(apart["text_to_image"]) == pytest.approx(1 / 3)
     assert float(equal["image_to_text"]) == float(equal["text_to_image"]) == 1
-
-
-def test_the_progressive_loss_weighs_new_wrong_kept_and_later_codes():
-    K = 4
-    codes = jnp.array([[0, 1, 2, 3]])
-    cells = jnp.array([[0, 3, K, K]])  # kept, wrong, new, later
-    now = jnp.array([[True, True, True, False]])
-    # the true code's chance is 1/2, 1/4, 1/8 and 1/16, the rest is shared evenly
-    chance = np.array([1 / 2, 1 / 4, 1 / 8, 1 / 16])
-    logits = np.log(np.repeat((1 - chance)[:, None] / 3, K, 1))
-    logits[range(K), codes[0]] = np.log(chance)
-    fill = jnp.log(jnp.array([[9.0, 9.0, 3.0, 1.0]]))  # chances 3/4 and 1/2 where it counts
-    loss, metrics = losses.progressive_loss(
-        jnp.asarray(logits, jnp.float32)[None],
-        fill,
-        cells=cells,
-        codes=codes,
-        now=now,
-        changed_weight=10.0,
-    )
-    two = np.log(2)
-    fill_nats = (np.log(4 / 3) + two) / 2
-    assert float(metrics["new_nats"]) == pytest.approx(3 * two, rel=1e-5)
-    assert float(metrics["later_nats"]) == pytest.approx(4 * two, rel=1e-5)
-    assert float(metrics["fill_nats"]) == pytest.approx(fill_nats, rel=1e-5)
-    code_nats = (1 * 1 + 10 * 2 + 10 * 3 + 10 * 4) * two / 31
-    assert float(loss) == pytest.approx(code_nats + fill_nats, rel=1e-5)

@@ -1,6 +1,5 @@
 """A model with random weights that draws in milliseconds, for the tests of several rooms."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,10 +8,12 @@ import numpy as np
 
 from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.model import Model
+from dalle_jax.models import progressive_prior
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior, draw_params
+from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.models.transformer import Prior
 from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 from dalle_jax.text.bpe import Tokenizer
 
@@ -65,9 +66,11 @@ def model(**changes):
 
 @functools.cache
 def progressive_parts():
-    """A second prior, of the other style."""
-    config = dataclasses.replace(parts()["prior"], style="progressive")
-    draw = functools.partial(draw_params, config)
+    """A second prior, of the other kind."""
+    sizes = {"width": 16, "depth": 2, "query_depth": 1, "heads": 2, "grid": 4, "codes": 12}
+    sizes |= {"text_vocabulary": tokenizer().vocabulary, "text_length": 64}
+    config = ProgressiveConfig(**sizes)
+    draw = functools.partial(progressive_prior.draw_params, config)
     return {"progressive": config, "progressive_params": _filled(3, draw, jax.random.key(0))}
 
 

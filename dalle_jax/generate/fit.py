@@ -12,17 +12,20 @@ import jax
 from dalle_jax.generate import folder as files
 from dalle_jax.generate.folder import ModelError, Tensors
 from dalle_jax.models import codec as codecs
+from dalle_jax.models import progressive_prior, transformer
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import draw_params
+from dalle_jax.models.progressive_prior import ProgressiveConfig
 
-STYLES = {"prior": "autoregressive", "progressive": "progressive"}
-"""What each part that draws codes is called in `PriorConfig`."""
+DECODERS = {"prior": "autoregressive", "progressive": "progressive"}
+"""What users call each part that draws codes."""
+CONFIGS = {"prior": PriorConfig, "progressive": ProgressiveConfig}
+"""Sizes of each."""
 
 Shapes = dict[str, jax.ShapeDtypeStruct]  # by the names that weights are stored by
 
 
-def check_parts(model: Any, priors: dict[str, PriorConfig]) -> None:
+def check_parts(model: Any, priors: dict[str, PriorConfig | ProgressiveConfig]) -> None:
     """Raises a ModelError if codec, priors and tokenizer of a model have other sizes."""
     name, px, factor = model.name, model.px, model.codec.factor
     if px < 1 or px % factor:
@@ -33,8 +36,11 @@ def check_parts(model: Any, priors: dict[str, PriorConfig]) -> None:
 
 def _check_prior(model, part, prior):
     name, owner_of_codes = model.name, codecs.TITLES[model.kind]
-    if prior.style != STYLES[part]:
-        raise ModelError(f"model {name!r}: its {part} has the style {prior.style}")
+    if not isinstance(prior, CONFIGS[part]):
+        raise ModelError(
+            f"model {name!r}: its {part} has a {type(prior).__name__}, but needs a "
+            f"{CONFIGS[part].__name__}"
+        )
     if model.tokenizer is None:
         raise ModelError(
             f"model {name!r} has a prior but no tokenizer; give the one it learned with"
@@ -86,9 +92,10 @@ def codec_shapes(config: CodecConfig) -> Shapes:
     return shapes(partial(codecs.draw_params, config))
 
 
-def prior_shapes(config: PriorConfig) -> Shapes:
+def prior_shapes(config: PriorConfig | ProgressiveConfig) -> Shapes:
     """What the weights of a prior look like."""
-    return shapes(partial(draw_params, config))
+    module = progressive_prior if isinstance(config, ProgressiveConfig) else transformer
+    return shapes(partial(module.draw_params, config))
 
 
 def shapes(init: Callable, *inputs: Any) -> Shapes:

@@ -146,6 +146,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def sizes(cls: type, fields: Any, path: Path) -> Any:
     """Makes a config dataclass from its saved fields; ModelError if they do not fit."""
+    if isinstance(fields, dict):  # folders of version 0.1 name the kind of a prior in it
+        style = fields.pop("style", None)
+        if style == "progressive":
+            raise ModelError(
+                f"{path / CONFIG} describes a progressive prior of version 0.1, which this version "
+                'cannot run; train it again, or take the entry "progressive" out of the file'
+            )
     try:  # of sequences JSON knows lists alone, configs tuples
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except (AttributeError, TypeError, ValueError) as error:

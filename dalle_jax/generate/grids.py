@@ -17,6 +17,7 @@ from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate.batching import rectangles
 from dalle_jax.models.cache import layout
 from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.text.bpe import Tokenizer
 
 
@@ -34,7 +35,7 @@ class Drawn(NamedTuple):
 
 
 def draw_grids(
-    config: PriorConfig,
+    config: PriorConfig | ProgressiveConfig,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -47,7 +48,7 @@ def draw_grids(
     """Draws n grids for each caption, some at a time.
 
     Args:
-      config: sizes of a prior of either style.
+      config: sizes of a prior of either kind.
       params: its weights.
       tokenizer: belongs to it.
       prompts: captions; white space around them does not count, as in training, and those too long
@@ -98,8 +99,8 @@ def row_by_row(drawn: Drawn) -> Drawn:
 
 
 def _sample(config, params, text, keys, given, options):
-    if config.style == "progressive":
-        return progressive.sample(config, params, text, keys, given=given, **options).cells
+    if isinstance(config, ProgressiveConfig):
+        return progressive.sample(config, params, text, keys, given=given, **options)
     if given is not None:
         kept = given < config.codes
         rows = int(kept[0].all(axis=1).sum())
@@ -114,8 +115,10 @@ def _sample(config, params, text, keys, given, options):
 
 def _bytes_each(config, guidance):
     branches = 1 if guidance == 1 else 2
-    if config.style == "progressive":  # logits and weights of attention, twice, are the most
-        return 4 * 4 * config.heads * config.image_length * config.length * branches
+    if isinstance(config, ProgressiveConfig):  # keys and values, and attention to all cells
+        cached = 2 * config.depth * config.length * config.width
+        attention = 2 * config.heads * config.image_length * config.length
+        return 4 * (cached + attention) * branches
     plans = (layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds)
     slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
     text = config.depth * config.text_length  # as if each picture had a caption of its own

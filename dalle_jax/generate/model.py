@@ -21,7 +21,8 @@ from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.codec import Codec
 from dalle_jax.generate.edit import blend, masked_cells, some_cells
 from dalle_jax.generate.fit import (
-    STYLES,
+    CONFIGS,
+    DECODERS,
     check_fingerprints,
     check_parts,
     check_tensors,
@@ -35,6 +36,7 @@ from dalle_jax.image.sheet import PAPER
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.text.bpe import Tokenizer
 
 Decoder = Literal["autoregressive", "progressive"]
@@ -56,7 +58,7 @@ class Model(Codec):
         codec_params: Any,
         prior: PriorConfig | None = None,
         prior_params: Any = None,
-        progressive: PriorConfig | None = None,
+        progressive: ProgressiveConfig | None = None,
         progressive_params: Any = None,
         tokenizer: Tokenizer | None = None,
         clip: Clip | Path | None = None,
@@ -91,7 +93,7 @@ class Model(Codec):
         given = {part: both for part, both in given.items() if both[0] is not None}
         check_parts(self, {part: sizes for part, (sizes, _) in given.items()})
 
-        self.priors: dict[str, tuple[PriorConfig, Any]] = {}
+        self.priors: dict[str, tuple[PriorConfig | ProgressiveConfig, Any]] = {}
         """Sizes and parameters of the parts that draw codes: "prior", "progressive", or both."""
         for part, (sizes, params) in given.items():
             tensors = files.to_tensors(params)
@@ -121,7 +123,7 @@ class Model(Codec):
             raise ModelError(f"{folder / files.CONFIG} lacks {error}; restore it") from error
         for part, file in files.PRIORS.items():
             if config.get(part) is not None:
-                parts[part] = files.sizes(PriorConfig, config[part], folder)
+                parts[part] = files.sizes(CONFIGS[part], config[part], folder)
                 parts[f"{part}_params"] = files.to_params(files.read_tensors(folder / file))
                 parts["tokenizer"] = Tokenizer.load(folder / files.TOKENIZER)
         if (folder / CLIP_FOLDER / files.CONFIG).is_file():
@@ -194,7 +196,7 @@ class Model(Codec):
         keep_rows: int = 0,
         decoder: Decoder | None = None,
         stages: int | None = None,
-        revise: float | int | None = None,
+        revise: int | None = None,
         keep: int | None = None,
         judge: Clip | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -215,9 +217,9 @@ class Model(Codec):
           keep_rows: rows of codes to keep, 1 to G - 1; 0 without image_prompt.
           decoder: "autoregressive", code after code, or "progressive", in few passes from coarse to
             fine; None for the latter if the model can do it.
-          stages: passes of the progressive decoder, 1 to the number of cells; None for 16.
-          revise: greatest share of the filled cells that a pass may change, in [0, 1], for the
-            progressive decoder; None for 0.1.
+          stages: of the progressive decoder, 1 to the number of cells; None for 16.
+          revise: passes of the progressive decoder over the full grid that replace unlikely codes;
+            None for none.
           keep: how many to keep, 1 to n: those that fit the caption best. Memory is that of these
             alone, however many are drawn. None: all, in the order of their numbers.
           judge: says how well a picture fits its caption; None for the model's own CLIP.
@@ -265,7 +267,7 @@ class Model(Codec):
         keep_rows: int = 0,
         decoder: Decoder | None = None,
         stages: int | None = None,
-        revise: float | int | None = None,
+        revise: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> UInt8[np.ndarray, "frames prompts n R R 3"]:
@@ -296,7 +298,7 @@ class Model(Codec):
         n: int = 1,
         seed: int = 0,
         stages: int | None = None,
-        revise: float | int | None = None,
+        revise: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> UInt8[np.ndarray, "prompts n R R 3"]:
@@ -313,7 +315,7 @@ class Model(Codec):
             most 1. The result is all drawn from codes.
           n: pictures per caption, at least 1.
           seed: as for `generate`.
-          stages: passes; None for 16, or one a cell if there are fewer.
+          stages: None for 16, or one a cell if there are fewer.
           revise: as for `generate`.
           progress: as for `generate`.
           options: temperature, top_k, top_p and guidance, as for `generate`.
@@ -366,9 +368,9 @@ class Model(Codec):
                 "decode, but drawing needs a prior trained on its codes"
             )
         usual = "progressive" if "progressive" in self.priors else "prior"
-        part = {style: part for part, style in STYLES.items()}.get(decoder, usual)
+        part = {name: part for part, name in DECODERS.items()}.get(decoder, usual)
         if part not in self.priors:
-            able = " or ".join(STYLES[part] for part in self.priors)
+            able = " or ".join(DECODERS[part] for part in self.priors)
             raise ModelError(f"model {self.name!r} has no {decoder} prior; its decoder is {able}")
         if part != "progressive" and (stages, revise) != (None, None):
             raise UserError(

@@ -100,8 +100,8 @@ def sample(
     Raises:
       UserError: for a value outside its range, or sizes that do not fit each other.
 
-    Source: ours, after Li et al. 2025 (ARPG); the stages: Fei et al. 2022 in our reading; confidence
-      follows Chang et al. 2022, rising guidance Chang et al. 2023.
+    Source: ours, after Li et al. 2025 (ARPG), with stages as in Fei et al. 2022; confidence follows
+      Chang et al. 2022, rising guidance Chang et al. 2023.
     """
     check_options(config, text, keys, temperature, top_k, top_p, guidance)
     B, G, K = keys.shape[0], config.grid, config.codes
@@ -141,7 +141,8 @@ def _sample(
     config, params, text, keys, start, *, temperature, choice_temperature, top_k, top_p, guidance,
     after, order, revise,
 ):  # fmt: skip
-    B, I, P, K = len(start), config.image_length, config.text_length, config.codes
+    B, P, K = len(start), config.text_length, config.codes
+    I = config.image_length  # noqa: E741
     samples, given = B // len(text), I - after[-1]
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
     prior = ProgressivePrior(config).bind({"params": params})

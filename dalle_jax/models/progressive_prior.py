@@ -243,8 +243,8 @@ class ProgressivePrior(nn.Module):
         Returns:
           Unnormalised log-probabilities in float32.
         """
-        P, I = self.config.text_length, self.config.image_length
-        row, column = np.divmod(np.arange(I), self.config.grid)
+        P, cells = self.config.text_length, np.arange(self.config.image_length)
+        row, column = np.divmod(cells, self.config.grid)
         quarter = row % 2 * 2 + column % 2
         logits = jnp.zeros((*codes.shape, self.config.codes))
         for q in np.unique(quarter):

@@ -46,7 +46,7 @@ def test_a_code_sees_the_text_and_the_stages_before_its_own():
     for cell in range(CELLS):
         after = forward(params(), text, codes.at[:, cell].set((codes[:, cell] + 1) % K), STAGES)
         changed = jnp.abs(after - before).max(-1) > 1e-5
-        chex.assert_trees_all_equal(changed, STAGES > STAGES[:, cell, None])
+        chex.assert_trees_all_equal(changed, STAGES[:, cell, None] < STAGES)
 
 
 def test_pads_differ_from_words_and_from_each_other():
