@@ -182,6 +182,10 @@ def contrastive_loss(
     return loss, metrics
 
 
+def _mean(x, chosen):
+    return jnp.sum(jnp.where(chosen, x, 0)) / jnp.maximum(jnp.sum(chosen), 1)
+
+
 def _cross_entropy(logits, labels):
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -29,7 +29,7 @@ def params(config=TINY):
 def batch(size=2):
     rng = np.random.default_rng(size)
     text = rng.integers(V, size=(size, P - 1))
-    return jnp.asarray(text), jnp.asarray(rng.integers(K, size=(size, I)))
+    return jnp.asarray(text), jnp.asarray(rng.integers(K, size=(size, CELLS)))
 
 
 @jax.jit
