@@ -48,15 +48,16 @@ def check_output_folder(option: str, path: Path | None) -> None:
 
 def _check_folder_of(option, path, folder):
     try:
-        path.with_name(f".{path.name}.partial").exists()  # which is how long its name gets
+        named = path.absolute()  # "." has no name
+        named.with_name(f".{named.name}.partial").exists()  # which is how long its name gets
         while not folder.exists():
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, ValueError) as error:  # ValueError: a path without a name, or with a zero byte
-        reason = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         raise UserError(
-            f"{option} is {path}, where nothing can be written ({reason}); choose another place"
+            f"{option} is {path}, where nothing can be written ({error.strerror}); choose another "
+            "place"
         ) from error
 
 

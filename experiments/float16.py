@@ -18,6 +18,7 @@ import tyro
 from curves import compare
 
 import dalle_jax
+from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.memory import keep_memory
@@ -57,6 +58,7 @@ class OneOfMany(PriorStage):
 def main(options: Options) -> None:
     """Trains the three and compares them."""
     keep_memory()
+    keep_programs()
     tokens = dalle_jax.load("emoji")
     source = ShapesSource("train", px=tokens.px)
     captions = [caption for i in range(len(source)) for caption in source[i]["captions"]]

@@ -20,6 +20,7 @@ import tyro
 from curves import compare
 
 import dalle_jax
+from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches
 from dalle_jax.data.emoji import emoji_source
 from dalle_jax.data.shapes import ShapesSource
@@ -65,6 +66,7 @@ class Options:
 def main(options: Options) -> None:
     """Trains without compression and with each rank, and compares."""
     keep_memory()
+    keep_programs()
     shipped = dalle_jax.load("emoji")
     tokens = Model(name="shapes", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
     source = SOURCES[options.data]("train", px=PX)

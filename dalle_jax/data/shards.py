@@ -72,7 +72,7 @@ def _write_shard(path: Path, records: Iterable[Record], shape: tuple[int, ...]) 
             writer.close()
     except RuntimeError as error:
         partial.unlink()
-        raise OSError(f"{path} could not be written: {error}") from None
+        raise SourceError(f"{path} could not be written: {error}") from None
     os.replace(partial, path)
     return count
 

@@ -70,13 +70,18 @@ def shared_captions(painters: Sequence[Painter], file: Path, *, must: bool) -> l
       file: a caption a line, for models.
       must: whether these captions and no others are wanted; else folders of pictures decide.
     Raises:
-      UserError: if there are none, or a folder has no picture for one that is wanted.
+      UserError: if there are none, the file is not in UTF-8, or a folder has no picture for a
+        caption that is wanted.
     """
     known = [painter.known for painter in painters if painter.known is not None]
     if known and not must:
         asked = sorted(frozenset.intersection(*known))
     else:
-        asked = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not in UTF-8 ({error}); save it so") from error
+        asked = [line.strip() for line in lines]
         asked = [caption for caption in dict.fromkeys(asked) if caption]
         for painter in painters:
             missing = [c for c in asked if painter.known is not None and c not in painter.known]

@@ -120,7 +120,8 @@ def evaluate(
     Returns:
       The sections of the report.
     Raises:
-      UserError: if a study is unknown, or matplotlib, which plots, is not installed.
+      UserError: if a study is unknown, there are too few pictures to compare, or matplotlib, which
+        plots, is not installed.
     """
     if unknown := set(chosen) - set(STUDIES):
         raise UserError(
@@ -132,6 +133,8 @@ def evaluate(
     usual = sampling or Sampling()
     small = suite.head(plan.captions)
     px = model.px
+    if (fewest := min(len(small.captions), len(suite.real))) < 2:
+        raise UserError(f"a distance needs 2 pictures or more of both kinds, got {fewest}")
 
     with show("Reading") as progress:
         truth = list(real(suite, small.truth, px))

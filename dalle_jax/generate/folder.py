@@ -173,9 +173,12 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def read_texts(folder: Path) -> dict[str, str]:
-    """Reads what there is of card and license."""
+    """Reads what there is of card and license; ModelError if it is not in UTF-8."""
     texts = {"card": folder / CARD, "license": folder / LICENSE}
-    return {k: path.read_text(encoding="utf-8") for k, path in texts.items() if path.is_file()}
+    try:
+        return {k: path.read_text(encoding="utf-8") for k, path in texts.items() if path.is_file()}
+    except UnicodeDecodeError as error:
+        raise ModelError(f"card or license in {folder} is not in UTF-8 ({error})") from error
 
 
 def write_texts(folder: Path, *, card: str, license: str) -> None:

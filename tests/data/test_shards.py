@@ -79,7 +79,7 @@ def test_an_interrupted_run_leaves_nothing_that_opens(tmp_path):
 
 def test_a_full_disk_is_said_and_nothing_is_left(tmp_path):
     (tmp_path / ".codes-00000.array_record.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="00000.array_record could not be written: .* No space left"):
+    with pytest.raises(SourceError, match=r"00000.array_record could not be written: .*No space"):
         write_codes(tmp_path, records(2), meta={"codec": CODEC})
     assert list(tmp_path.iterdir()) == []
 

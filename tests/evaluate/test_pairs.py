@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tiny
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate.pairs import FOLDER_PX, open_painter, shared_captions
 from dalle_jax.image.pixels import encode_png
 
@@ -36,6 +37,9 @@ def test_a_model_draws_what_is_listed_and_a_folder_has_to_have_it(folders, tmp_p
     np.testing.assert_array_equal(model.paint(["cat"]), tiny.model().generate("cat", seed=3)[:, 0])
     with pytest.raises(ValueError, match=r"b has no picture for 1 of 2 captions, such as 'red"):
         shared_captions([model, folders[1]], listed, must=True)
+    listed.write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"captions.txt is not in UTF-8 \(.*\); save it so"):
+        shared_captions([model], listed, must=True)
     listed.write_text("")
     with pytest.raises(ValueError, match="there are no captions that both sides have"):
         shared_captions([model], listed, must=True)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from PIL import Image, ImageFilter
 
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate import studies
 from dalle_jax.evaluate.drawing import Part, Sampling, drawn, gathered, real, singles
 from dalle_jax.evaluate.features import Network
@@ -142,6 +143,13 @@ def test_features_of_a_set_lie_on_disk_in_the_order_of_its_pictures(suite):
     features, logits = bench._features(bench.networks[0], backwards, 0)
     assert isinstance(features, np.memmap) and isinstance(logits, np.memmap)
     np.testing.assert_allclose(features, network()(pictures())[0], rtol=1e-6)
+
+
+def test_too_few_captions_are_refused_before_work_begins(model, suite, tmp_path):
+    for captions in (0, 1):
+        with pytest.raises(UserError, match=f"2 pictures or more of both kinds, got {captions}"):
+            run(model, suite, tmp_path, plan=Plan(captions=captions))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stopped_evaluation_goes_on_and_ends_as_an_unbroken_one(
