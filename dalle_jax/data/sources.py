@@ -1,8 +1,4 @@
-"""What a set of captioned pictures looks like to training, and the simplest one: a folder.
-
-A record is a dict with "id" (str), "image" (bytes or path of a picture file) or "codes"
-(uint16 [G, G]), and "captions" (list of str, at least one, the first being the primary one).
-"""
+"""Captioned pictures of a folder, and several sources as one."""
 
 import bisect
 import collections
@@ -14,25 +10,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
-Record = dict[str, Any]
+from dalle_jax.data.record import DataSource, Record, SourceError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TABLES = ("captions.jsonl", "captions.csv")
-
-
-class SourceError(ValueError):
-    """Data that cannot be trained on as it is; the message says what to change."""
-
-
-@runtime_checkable
-class DataSource(Protocol):
-    """Anything with a length and records by number: the seam for other storage."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
