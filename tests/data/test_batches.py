@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import threading
-import time
 import tracemalloc
 
 import numpy as np
@@ -271,27 +270,39 @@ def test_a_disk_that_goes_on_failing_stops_the_run_by_name(monkeypatch, code):
         list(once(Failing(code, -1), batch_size=4, px=8))
 
 
-def slow_run(monkeypatch, *, reading, training):
-    monkeypatch.setattr(batches_lib, "_WINDOW_S", 0.1)
-    source = Endless(40)
-    iterator = batches(source, batch_size=1, seed=0, px=8, crop="prior", threads=0)
-    usual = Endless.__getitem__
-    monkeypatch.setattr(
-        Endless, "__getitem__", lambda self, at: time.sleep(reading) or usual(self, at)
-    )
-    for _ in range(20):
+class Clock:
+    """Time that passes when something is said to take it."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("reading", "training", "said"),
+    [
+        (0.9, 0.1, ["27 of the last 30 s went into waiting for data, 900 ms a batch"]),
+        (0.7, 0.3, []),
+        (0.0, 0.1, []),
+    ],
+)
+def test_a_run_that_waits_for_its_pictures_most_of_the_time_is_warned(
+    monkeypatch, caplog, reading, training, said
+):
+    clock = Clock()
+    monkeypatch.setattr(batches_lib, "time", clock)
+
+    class Slow(Endless):
+        def __getitem__(self, index):
+            clock.now += reading
+            return super().__getitem__(index)
+
+    iterator = batches(Slow(40), batch_size=1, seed=0, px=8, crop="prior", threads=0)
+    for _ in range(100):
         next(iterator)
-        time.sleep(training)
-
-
-def test_a_run_that_waits_for_its_pictures_is_warned(monkeypatch, caplog):
-    slow_run(monkeypatch, reading=0.02, training=0)
-    assert "reading holds this run back: 0 of the last 0 s went into waiting" in caplog.text
-
-
-def test_a_run_that_computes_most_of_the_time_is_not(monkeypatch, caplog):
-    slow_run(monkeypatch, reading=0, training=0.01)
-    assert "holds this run back" not in caplog.text
+        clock.now += training
+    assert [m.split(": ")[1].split(";")[0] for m in caplog.messages] == said
 
 
 @pytest.mark.parametrize("threads", [0, 2])
