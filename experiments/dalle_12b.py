@@ -19,6 +19,7 @@ import jax
 import tyro
 from folder import FolderOptions
 
+from dalle_jax.data.filters import PAPER, Filters
 from dalle_jax.errors import UserError
 from dalle_jax.models.prior_parts import PUBLISHED
 from dalle_jax.models.vqgan import VQGANConfig
@@ -33,6 +34,13 @@ from dalle_jax.train.prior import PriorRun
 from dalle_jax.train.vqgan import VQGANRun
 
 RANKS = {"2.8B": 512, "5.6B": 640, "12B": 896}  # of PowerSGD, in all; table 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperOptions(FolderOptions):
+    """A folder of pictures with captions, filtered as the paper's were."""
+
+    filters: Filters = PAPER
 
 
 def dvae() -> DVAERun:
@@ -233,4 +241,4 @@ if __name__ == "__main__":
         plan(sys.argv[2:])
     else:
         runs = {"dvae": dvae(), "vqgan": vqgan(), "prior": prior(), "clip": ClipRun()}
-        main("dalle_12b", data=FolderOptions, **runs)
+        main("dalle_12b", data=PaperOptions, **runs)

@@ -6,10 +6,11 @@ docs/data.md says what the folder may hold; `dalle-jax data check my_pictures/` 
 defaults are sized for one CPU and some thousands of pictures.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dalle_jax.data.sources import FolderSource
+from dalle_jax.data.filters import Filters
+from dalle_jax.data.sources import folder_splits
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_parts import PriorConfig
@@ -28,13 +29,14 @@ class FolderOptions:
 
     data: Path
     """Folder with x.jpg beside x.txt, or with captions.jsonl or captions.csv."""
+    filters: Filters = field(default_factory=Filters)
 
     def open(self, px: int) -> Data:
         """Splits the folder into training and validation pictures."""
-        validation = FolderSource(self.data, split="validation")
+        train, validation = folder_splits(self.data, filters=self.filters)
         few = range(min(6, len(validation)))
         return Data(
-            train=FolderSource(self.data, split="train"),
+            train=train,
             validation=validation,
             captions=[validation[i]["captions"][0] for i in few],
             attribution=f"Pictures and captions of the folder {self.data.name}.",

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import dalle_jax
+from dalle_jax.image.pixels import encode_png
 
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 
@@ -138,6 +139,28 @@ def test_a_prior_that_does_not_fit_the_dvae_is_refused_before_training(
     assert stop.value.code == 2
     assert "model.grid is 4, but the dVAE makes 8" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_cannot_spell_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    for stage in ("prior", "clip"):
+        small = f"--{stage}.model.text-vocabulary=100"
+        with pytest.raises(SystemExit, match="2"):
+            run("debug", "all", "--workdir", tmp_path, small, monkeypatch=monkeypatch)
+        assert f"{stage}: model.text_vocabulary is 100, but must be at l" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("script", "left"), [("folder", 10), ("dalle_12b", 9)])
+def test_the_papers_filters_are_on_in_its_run_alone(script, left, tmp_path, monkeypatch):
+    for number in range(10):
+        image = encode_png(np.full((8, 8, 3), number, np.uint8))
+        (tmp_path / f"{number}.png").write_bytes(image)
+        (tmp_path / f"{number}.txt").write_text("a red apple" if number else "apple")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    names = runpy.run_path(str(SCRIPTS / f"{script}.py"))
+    data = names.get("PaperOptions", names["FolderOptions"])(data=tmp_path).open(64)
+    assert len(data.train) + len(data.validation) == left
+    assert data.captions == ["a red apple"]
 
 
 def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ Letters: B examples of a batch on this process, R pixel side, P text positions (
 P - 1 caption slots), G grid side.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from dalle_jax.data.sources import DataSource, Record, SourceError
+from dalle_jax.data.record import DamagedRecordError, DataSource, Record, SourceError, printable
 from dalle_jax.image.pixels import PictureError, crop_center, crop_dvae, crop_prior, decode
 from dalle_jax.text.bpe import Tokenizer
 
@@ -30,6 +31,11 @@ _CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] 
 _SMALLEST_SHARE = 4
 # A batch that takes longer than this is worth a line in the log, so that a dead disk is noticed.
 _PATIENCE_S = 60.0
+# Pauses before a record is read again whose disk or network had a failure.
+_RETRY_S = (0.5, 2.0, 8.0)
+# A run that waits for data for this share of a while is held back by reading. Less says little: the
+# host waits too while the device works on what it was given before.
+_HELD_BACK, _WINDOW_S = 0.75, 30.0
 
 _log = logging.getLogger("dalle_jax.data")
 
@@ -117,7 +123,7 @@ def batches(
 
 
 class Batches:
-    """Gives the batches of an iterator, and says in the log what it waits for when that is long.
+    """Gives the batches of an iterator, and says in the log when reading is too slow for its user.
 
     Args:
       iterator: the batches.
@@ -127,6 +133,8 @@ class Batches:
     def __init__(self, iterator: grain.DatasetIterator, being_read: Callable[[], list[str]]):
         self._iterator, self._being_read = iterator, being_read
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="waiting for data")
+        self._window_s, self._window_start = _WINDOW_S, time.monotonic()
+        self._batches, self._waited_s = 0, 0.0  # in this window
 
     def __iter__(self) -> "Batches":
         return self
@@ -141,6 +149,25 @@ class Batches:
             arrived.set()
             if (waited := time.monotonic() - start) > _PATIENCE_S:
                 _log.info("the data came after %d s", waited)
+            self._count(waited)
+
+    def _count(self, waited: float) -> None:
+        """Warns if most of a window went into waiting; the windows grow, so that it is no flood."""
+        self._batches, self._waited_s = self._batches + 1, self._waited_s + waited
+        elapsed = time.monotonic() - self._window_start
+        if elapsed < self._window_s:
+            return
+        if self._waited_s > _HELD_BACK * elapsed:
+            _log.warning(
+                "reading holds this run back: %d of the last %d s went into waiting for data, "
+                "%.0f ms a batch; smaller copies of large pictures help most, then more threads "
+                "or a faster disk (`dalle-jax data check FOLDER` lists large pictures)",
+                self._waited_s,
+                elapsed,
+                1000 * self._waited_s / self._batches,
+            )
+            self._window_s *= 4
+        self._batches, self._waited_s, self._window_start = 0, 0.0, time.monotonic()
 
     def _watch(self, arrived: threading.Event) -> None:
         waited, pause = 0.0, _PATIENCE_S
@@ -180,8 +207,8 @@ class Share(grain.MapDataset):
         self._first = process_index * self._part
 
     def __len__(self) -> int:
-        """Counts the examples of this process."""
-        return len(self._examples) // self._batch_size * self._part
+        """Counts the examples of this process, below 2**53 since grain divides in floats."""
+        return min(len(self._examples) // self._batch_size * self._part, 2**53)
 
     def __getitem__(self, step: int) -> Any:
         """Gives one of them."""
@@ -290,25 +317,52 @@ class _Pictures:
     def usable(
         self, index: int, crop: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[int, Record, Batch]:
-        """Finds the first record from `index` on, going round, that has a good picture or codes."""
-        for found in (*range(index, len(self._source)), *range(index)):
-            record = {"id": f"record {found}"}
+        """Finds the first record from `index` on, going round, that has a good picture or codes.
+
+        Only what is missing or damaged is passed over. Any other failure to read would let a
+        neighbour take the place of a good record, and a resumed run differ from an unbroken one.
+        """
+        for found in itertools.chain(range(index, len(self._source)), range(index)):
             try:
-                self._at[threading.get_ident()] = record["id"]
-                record = self._source[found]
-                self._at[threading.get_ident()] = record["id"]
-                if "codes" in record:
-                    made = {"codes": record["codes"].astype(np.int32)}
-                    return found, record, made | {"errors": record["errors"].astype(np.float32)}
-                image = decode(record["image"], min_px=self._min_px)
-            except (PictureError, OSError) as error:
-                self._leave_out(record["id"], error)
-            else:
+                record, image = self._patiently(found)
+            except (PictureError, DamagedRecordError, FileNotFoundError) as error:
+                self._leave_out(self._at[threading.get_ident()], error)
+                continue
+            if image is not None:
                 return found, record, {"image": crop(image)}
+            made = {"codes": record["codes"].astype(np.int32)}
+            return found, record, made | {"errors": record["errors"].astype(np.float32)}
         raise SourceError(
             f"none of the {len(self._source)} pictures can be used; "
             "`dalle-jax data check FOLDER` says what is wrong with each"
         )
+
+    def _patiently(self, index: int) -> tuple[Record, np.ndarray | None]:
+        """Reads a record and its picture, if it has one; again after a failure of the disk."""
+        for attempt in itertools.count():
+            try:
+                return self._read(index)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                name = self._at[threading.get_ident()]
+                if attempt == len(_RETRY_S):
+                    raise SourceError(
+                        f"{name} could not be read, tried {attempt + 1} times "
+                        f"({type(error).__name__}: {error}); see to the disk or the limits of "
+                        "this machine, then start again"
+                    ) from error
+                pause = _RETRY_S[attempt]
+                _log.warning("%s cannot be read (%s); trying again in %g s", name, error, pause)
+                time.sleep(pause)
+
+    def _read(self, index: int) -> tuple[Record, np.ndarray | None]:
+        self._at[threading.get_ident()] = f"record {index}"
+        record = self._source[index]
+        self._at[threading.get_ident()] = printable(record["id"])
+        if "codes" in record:
+            return record, None
+        return record, decode(record["image"], min_px=self._min_px)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         with self._lock:

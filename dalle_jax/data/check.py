@@ -3,14 +3,18 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dalle_jax.data.sources import list_folder
+from dalle_jax.data.listing import list_folder
+from dalle_jax.data.record import printable
 from dalle_jax.image.pixels import PictureError, decode
 
+_BLOCK = 1024  # pictures handed to threads at a time
+_LARGE = 4  # megapixels; a photograph of 12 takes 0.2 s of a core to read
 _SHOWN = 20  # lines per kind of finding in the printed form
 
 
@@ -28,8 +32,9 @@ class Report:
       tiny: picture and size, for a short side below `px`.
       elongated: picture and size, where one side is more than twice the other: square crops lose
         what lies at the ends (the paper drops such pictures).
+      large: picture and size, above 4 megapixels: reading them may hold training back.
       captionless: pictures without a caption.
-      missing: pictures that have captions but are not there.
+      missing: what has captions but no picture, and why.
       duplicates: groups of pictures with exactly the same pixels.
     """
 
@@ -41,8 +46,9 @@ class Report:
     unreadable: dict[str, str]
     tiny: dict[str, str]
     elongated: dict[str, str]
+    large: dict[str, str]
     captionless: list[str]
-    missing: list[str]
+    missing: dict[str, str]
     duplicates: list[list[str]]
 
     def __str__(self) -> str:
@@ -51,8 +57,10 @@ class Report:
             "cannot be read": _noted(self.unreadable),
             f"are tiny (short side below {self.px} px)": _noted(self.tiny),
             "are more than twice as long as wide": _noted(self.elongated),
+            f"are larger than {_LARGE} megapixels, so that reading may hold training back; smaller "
+            "copies train as well": _noted(self.large),
             "have no caption": self.captionless,
-            "have captions but are not there": self.missing,
+            "have captions but no picture": _noted(self.missing),
             "groups have exactly the same pixels": [" = ".join(g) for g in self.duplicates],
         }
         lines = [
@@ -61,7 +69,8 @@ class Report:
         ]
         for kind, found in kinds.items():
             if found:
-                lines += [f"{len(found)} {kind}:", *(f"  {line}" for line in found[:_SHOWN])]
+                shown = (f"  {printable(line)}" for line in found[:_SHOWN])
+                lines += [f"{len(found)} {kind}:", *shown]
             if len(found) > _SHOWN:
                 lines.append(f"  ... and {len(found) - _SHOWN} more")
         if len(lines) == 1:
@@ -93,10 +102,14 @@ def check(
     unreadable: dict[str, str] = {}
     tiny: dict[str, str] = {}
     elongated: dict[str, str] = {}
+    large: dict[str, str] = {}
     same = collections.defaultdict(list)
     names = list(listing.captions)
     with ThreadPoolExecutor() as pool:
-        looks = pool.map(_look, [root / name for name in names])
+        looks = itertools.chain.from_iterable(
+            pool.map(_look, [root / name for name in names[start : start + _BLOCK]])
+            for start in range(0, len(names), _BLOCK)
+        )
         for done, (name, look) in enumerate(zip(names, looks, strict=True), 1):
             if isinstance(look, str):
                 unreadable[name] = look
@@ -107,6 +120,8 @@ def check(
                     tiny[name] = f"{wide}x{high}"
                 if max(high, wide) > 2 * min(high, wide):
                     elongated[name] = f"{wide}x{high}"
+                if high * wide > _LARGE * 10**6:
+                    large[name] = f"{wide}x{high}"
             if progress is not None:
                 progress(done, len(names))
     return Report(
@@ -118,6 +133,7 @@ def check(
         unreadable=unreadable,
         tiny=tiny,
         elongated=elongated,
+        large=large,
         captionless=[name for name in names if not listing.captions[name]],
         missing=listing.missing,
         duplicates=[group for group in same.values() if len(group) > 1],
@@ -129,7 +145,7 @@ def _look(path: Path) -> tuple[int, int, str] | str:
     try:
         image = decode(path)
     except (PictureError, OSError) as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error).removeprefix(f"{printable(os.fspath(path))}: ")
     return *image.shape[:2], hashlib.sha256(
         repr(image.shape).encode() + image.tobytes()
     ).hexdigest()

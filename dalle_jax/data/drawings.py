@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_jax.data.sources import SourceError
+from dalle_jax.data.record import SourceError
 from dalle_jax.image.pixels import decode, encode_png
 
 DEFAULT_PX = 64

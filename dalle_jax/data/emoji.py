@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from dalle_jax.cache import cache_folder
 from dalle_jax.data.drawings import DEFAULT_PX, Picture, distinct_pictures, drawings, render
 from dalle_jax.data.emoji_splits import SPLITS, assign_splits
-from dalle_jax.data.sources import Record, SourceError
+from dalle_jax.data.record import Record, SourceError
 from dalle_jax.image.pixels import encode_png
 
 TWEMOJI = "Twemoji graphics, Copyright Twitter, Inc. and other contributors, CC BY 4.0."

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from dalle_jax.data.drawings import PACKAGES, TONES, Cell, Picture, role
-from dalle_jax.data.sources import SourceError
+from dalle_jax.data.record import SourceError
 
 SPLITS = ("train", "validation", "heldout_style", "heldout_cell")
 

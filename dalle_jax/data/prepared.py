@@ -5,7 +5,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from dalle_jax.data.sources import Record, SourceError
+from dalle_jax.data.record import Record, SourceError
+from dalle_jax.text.caption import normalize_caption
 
 _CAPTIONS = ("captions", "caption", "text")
 
@@ -61,7 +62,7 @@ class PreparedSource:
 def _texts(value: Any) -> list[str]:
     if isinstance(value, str | bytes):
         text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        return [text.strip()]
+        return [normalize_caption(text)]
     if isinstance(value, dict):
         return _texts(value["text"])
     return [text for part in value for text in _texts(part)]

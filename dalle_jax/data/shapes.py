@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dalle_jax.data.sources import Record
+from dalle_jax.data.record import Record
 from dalle_jax.image.pixels import encode_png
 
 COLOURS = ("red", "orange", "gold", "green", "blue", "purple", "black", "pink")

@@ -5,21 +5,25 @@ many errors, how badly each code fits its cell, as little-endian float16. `manif
 last, so a folder without it was never finished.
 """
 
+import bisect
+import collections
 import hashlib
 import itertools
 import json
 import os
+import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from dalle_jax.data.sources import Record, SourceError
+from dalle_jax.data.record import DamagedRecordError, Record, SourceError
 
 FORMAT = 2
 SHARD_RECORDS = 65_536  # about 150 MB at 32 x 32 codes
+OPEN_SHARDS = 128  # most files open at a time, 0.8 MB each; macOS allows 256 descriptors in all
 _MANIFEST = "manifest.json"
 _AGAIN = "copy it again, or encode the pictures again"
 
@@ -136,22 +140,54 @@ class CodeSource:
             size = path.stat().st_size if path.exists() else 0
             if size != shard["bytes"]:
                 raise SourceError(f"{path} has {size} bytes instead of {shard['bytes']}; {_AGAIN}")
-        try:
-            files = [str(self._root / shard["file"]) for shard in self._shards]
-            self._stored = ArrayRecordDataSource(files)
-        except RuntimeError as error:
-            raise SourceError(f"{self._root} is damaged ({error}); {_AGAIN}") from None
+        self._ends = list(itertools.accumulate(shard["records"] for shard in self._shards))
+        # A reader that falls out of this is closed when the last thread is through with it.
+        self._open: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
+        """Gives a record.
+
+        Raises:
+          DamagedRecordError: it is damaged.
+          SourceError: the index of its shard is damaged, and with it all of that file.
+          OSError: the file cannot be opened or read.
+        """
+        shard = bisect.bisect_right(self._ends, index)
+        place = index - (self._ends[shard - 1] if shard else 0)
+        path = self._root / self._shards[shard]["file"]
         try:
-            head, _, codes = self._stored[index].partition(b"\n")
+            reader = self._reader(shard, path)
+        except RuntimeError as error:
+            _raise_if_io(error)
+            raise SourceError(f"{path} is damaged ({error}); {_AGAIN}") from None
+        try:
+            (data,) = reader.read([place])
         except RuntimeError as error:  # the file's own check sums; one record stops no training
-            raise OSError(f"{self._root}: code record {index} is damaged ({error})") from None
+            with self._lock:
+                self._open.pop(shard, None)  # a reader that has failed may go on failing
+            _raise_if_io(error)
+            raise DamagedRecordError(f"{path}: code record {index} is damaged ({error})") from None
+        head, _, codes = data.partition(b"\n")
         grids = np.frombuffer(codes, "<u2").reshape(2, self.grid, self.grid)
         return json.loads(head) | {"codes": grids[0], "errors": grids[1].view("<f2")}
+
+    def _reader(self, shard: int, path: Path) -> ArrayRecordReader:
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+        if not reader.ok():
+            reader.close()  # raises, and says what is wrong with the index
+        with self._lock:
+            self._open[shard] = reader
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return reader
 
     def verify(self) -> None:
         """Reads every shard and compares it with the manifest.
@@ -163,3 +199,9 @@ class CodeSource:
             path = self._root / shard["file"]
             if _described(path)["sha256"] != shard["sha256"]:
                 raise SourceError(f"{path} is damaged; {_AGAIN}")
+
+
+def _raise_if_io(error: RuntimeError) -> None:
+    """Raises OSError if a system call failed, which says nothing about what the file holds."""
+    if re.search(r"\w\(\) failed: ", str(error)):
+        raise OSError(str(error)) from None

@@ -1,128 +1,33 @@
-"""What a set of captioned pictures looks like to training, and the simplest one: a folder.
-
-A record is a dict with "id" (str), "image" (bytes or path of a picture file) or "codes"
-(uint16 [G, G]), and "captions" (list of str, at least one, the first being the primary one).
-"""
+"""Captioned pictures of a folder, and several sources as one."""
 
 import bisect
 import collections
-import csv
-import dataclasses
-import hashlib
 import itertools
-import json
+import logging
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
-from dalle_jax.errors import UserError
+import numpy as np
 
-Record = dict[str, Any]
+from dalle_jax.data.filters import Filters
+from dalle_jax.data.folder_index import FolderIndex, open_index
+from dalle_jax.data.listing import PICTURE_SUFFIXES, TABLES, Listing, list_folder
+from dalle_jax.data.record import DamagedRecordError, DataSource, Record, SourceError
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-TABLES = ("captions.jsonl", "captions.csv")
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "TABLES",
+    "DamagedRecordError",
+    "DataSource",
+    "FolderSource",
+    "Joined",
+    "Listing",
+    "Record",
+    "SourceError",
+    "folder_splits",
+    "list_folder",
+]
 
-
-class SourceError(UserError):
-    """Data that cannot be trained on as it is; the message says what to change."""
-
-
-@runtime_checkable
-class DataSource(Protocol):
-    """Anything with a length and records by number: the seam for other storage."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What a folder holds, by name, before any picture is opened.
-
-    Attributes:
-      captions: for every picture (path below the folder, in order) its captions, maybe none.
-      missing: pictures that have captions but are not there.
-    """
-
-    captions: dict[str, list[str]]
-    missing: list[str]
-
-
-def list_folder(folder: str | os.PathLike) -> Listing:
-    """Finds pictures and their captions, in this folder and the folders below it.
-
-    Captions stand in `captions.jsonl` ({"image": ..., "caption": ...} or "captions": [...]), or in
-    `captions.csv` (a header `image,caption`; several rows of one picture are several captions), or
-    beside each picture in a text file of the same name, one caption a line. Hidden files are
-    passed over.
-
-    Raises:
-      SourceError: no folder, no pictures, two caption tables, or a line of one that is wrong.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise SourceError(f"{root} is not a folder; give the folder that holds the pictures")
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    names = [n for n in names if not any(part.startswith(".") for part in n.split("/"))]
-    pictures = [n for n in names if n.lower().endswith(PICTURE_SUFFIXES)]
-    if not pictures:
-        raise SourceError(f"{root} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
-
-    tables = [name for name in TABLES if name in names]
-    if len(tables) > 1:
-        raise SourceError(f"{root} holds {' and '.join(tables)}; keep one of them")
-    written: dict[str, list[str]] = collections.defaultdict(list)
-    if tables:
-        read = _read_jsonl if tables[0].endswith(".jsonl") else _read_csv
-        for name, captions in read(root / tables[0]):
-            written[os.path.normpath(name).replace(os.sep, "/")] += captions
-    else:
-        stems = collections.defaultdict(list)
-        for name in pictures:
-            stems[name.rpartition(".")[0]].append(name)
-        for name in names:
-            if name.endswith(".txt"):
-                lines = (root / name).read_text("utf-8-sig", errors="replace").splitlines()
-                for picture in stems.get(name.removesuffix(".txt"), [name]):
-                    written[picture] += lines
-    clean = {name: [c.strip() for c in lines if c.strip()] for name, lines in written.items()}
-    return Listing(
-        captions={name: clean.get(name, []) for name in pictures},
-        missing=sorted(set(clean) - set(pictures)),
-    )
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, list[str]]]:
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name = row["image"] if "image" in row else row["file"]
-            captions = row["captions"] if "captions" in row else [row["caption"]]
-            if not all(isinstance(text, str) for text in (name, *captions)):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise SourceError(
-                f'{path}, line {number}: expected {{"image": "x.jpg", "caption": "..."}} or '
-                f'"captions": ["...", ...], got {line[:80]}'
-            ) from None
-        yield name, captions
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        header = rows.fieldnames or []
-        if not {"image", "caption"} <= set(header):
-            raise SourceError(
-                f"{path}: the first line must name the columns image,caption; "
-                f"got {','.join(header) or 'an empty file'}"
-            )
-        for row in rows:
-            yield row["image"], [row["caption"] or ""]
+_log = logging.getLogger("dalle_jax.data")
 
 
 class Joined:
@@ -143,13 +48,16 @@ class Joined:
 class FolderSource:
     """The captioned pictures of a folder, in the order of their names.
 
-    Pictures without a caption are left out (`dalle-jax data check` lists them).
+    Pictures without a caption are left out (the log counts them, `dalle-jax data check` lists
+    them). What the folder holds is found once: see `data/folder_index.py`.
 
     Args:
       path: the folder; `list_folder` says how captions are found.
       split: None for every picture, or "train" or "validation", a fixed division. It goes by the
         names of the files, and files with the same bytes always stand on the same side.
       validation_share: part of the pictures that is kept for validation, in (0, 1).
+      filters: which pictures and captions to leave out, on both sides.
+      index: of the folder, if it is open already.
     Raises:
       SourceError: wrong split or share, or no picture with a caption remains.
     """
@@ -160,49 +68,81 @@ class FolderSource:
         *,
         split: str | None = None,
         validation_share: float = 0.05,
+        filters: Filters | None = None,
+        index: FolderIndex | None = None,
     ):
         if split not in (None, "train", "validation"):
             raise SourceError(f"a folder has the splits train and validation, not {split!r}")
         if not 0 < validation_share < 1:
             raise SourceError(f"validation_share must lie in (0, 1), got {validation_share}")
-        self._root = Path(path)
-        captions = {name: texts for name, texts in list_folder(path).captions.items() if texts}
-        if not captions:
-            raise SourceError(
-                f"none of the pictures in {self._root} has a caption; write x.txt beside x.jpg "
-                "(one caption a line), or a captions.jsonl or captions.csv"
-            )
+        self._index = open_index(path) if index is None else index
+        self._filters = filters or Filters()
+        chosen = np.ones(len(self._index), bool)
         if split is not None:
-            held_out = _validation_names(self._root, list(captions), validation_share)
-            captions = {n: c for n, c in captions.items() if (n in held_out) == (split != "train")}
-        if not captions:
-            raise SourceError(f"too few different pictures in {self._root} to split off validation")
-        self._captions = list(captions.items())
+            held_out = self._index.held_out(validation_share)
+            chosen = held_out if split == "validation" else ~held_out
+        if not chosen.any():
+            raise SourceError(
+                f"too few different pictures in {self._index.root} to split off validation"
+            )
+        self._chosen = self._filtered(np.flatnonzero(chosen), split)
 
     def __len__(self) -> int:
-        return len(self._captions)
+        return len(self._chosen)
 
     def __getitem__(self, index: int) -> Record:
-        name, captions = self._captions[index]
-        return {"id": name, "image": self._root / name, "captions": list(captions)}
+        name, captions = self._index[int(self._chosen[index])]
+        if self._filters.of_captions:
+            captions = [text for text in captions if self._filters.fault(text) is None]
+        return {"id": name, "image": self._index.root / name, "captions": captions}
+
+    def _filtered(self, chosen: np.ndarray, split: str | None) -> np.ndarray:
+        """Leaves out what the filters do not want, and counts it in the log."""
+        counts: collections.Counter[str] = collections.Counter()
+        before, filters = len(chosen), self._filters
+        if filters.max_aspect is not None:
+            sizes = self._index.sizes()[chosen]
+            chosen = chosen[[filters.fits(width, height) for width, height in sizes.tolist()]]
+            counts["pictures too long or too wide"] = before - len(chosen)
+        if filters.of_captions:
+            captioned = []
+            for number in chosen.tolist():
+                faults = [filters.fault(text) for text in self._index[number][1]]
+                counts.update(f"{fault} captions" for fault in faults if fault)
+                captioned.append(None in faults)
+            counts["pictures without any other caption"] = captioned.count(False)
+            chosen = chosen[captioned]
+        if counts:
+            _log.info(
+                "%s%s: %d of %d pictures are left after filters (left out: %s)",
+                self._index.root,
+                f", {split}" if split else "",
+                len(chosen),
+                before,
+                ", ".join(f"{count} {what}" for what, count in sorted(counts.items())),
+            )
+        if not len(chosen):
+            raise SourceError(f"no picture in {self._index.root} is left after {filters}")
+        return chosen
 
 
-def _validation_names(root: Path, names: list[str], share: float) -> set[str]:
-    """Takes copies of one file together, and at least one group for validation."""
-    sizes = collections.Counter((root / name).stat().st_size for name in names)
-    groups = collections.defaultdict(list)
-    for name in names:
-        file = root / name
-        alone = sizes[file.stat().st_size] == 1  # then it has no copy, and need not be read
-        groups[name if alone else _digest(file.read_bytes())].append(name)
-    drawn = sorted(groups.values(), key=lambda group: _digest(group[0].encode()))
-    held_out: set[str] = set()
-    for group in drawn:
-        if held_out and len(held_out) + len(group) > share * len(names):
-            break
-        held_out.update(group)
-    return held_out
+def folder_splits(
+    path: str | os.PathLike, *, validation_share: float = 0.05, filters: Filters | None = None
+) -> tuple[FolderSource, FolderSource]:
+    """Opens both splits of a folder, training first, looking it through once.
 
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    Args:
+      path: as all other arguments, of `FolderSource`.
+      validation_share: see there.
+      filters: see there.
+    Raises:
+      SourceError: likewise.
+    """
+    index = open_index(path)
+    train, validation = (
+        FolderSource(
+            path, split=split, validation_share=validation_share, filters=filters, index=index
+        )
+        for split in ("train", "validation")
+    )
+    return train, validation

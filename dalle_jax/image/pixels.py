@@ -4,9 +4,10 @@ Letters: H, W height and width of a picture as it came, R side of the square one
 Pictures are uint8 [H, W, 3], RGB, 0 to 255, throughout.
 """
 
-import functools
 import io
+import math
 import os
+import struct
 
 import jax
 import numpy as np
@@ -22,6 +23,16 @@ Pixels = Float[jax.Array, "..."] | Float[np.ndarray, "..."]
 # The logit-Laplace density lives on (0, 1): pixels keep this distance from both ends.
 PIXEL_MARGIN = 0.1
 
+# Formats that Pillow may use; others of its readers start programs, as for PostScript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# Pictures with more pixels are refused before anything of them is decoded.
+MAX_PIXELS = 2**26
+# Memory that `decode` takes at most for each pixel, beside the file's own bytes.
+BYTES_PER_PIXEL = 16
+_STRIP = 2**20  # pixels that are turned into RGB at a time
+_PNG = b"\x89PNG\r\n\x1a\n"
+_KNOWN = ", ".join(FORMATS)
+
 
 class PictureError(UserError):
     """A picture that cannot be used; the message is one sentence for the person who owns it."""
@@ -30,59 +41,126 @@ class PictureError(UserError):
 def decode(
     data: bytes | str | os.PathLike, *, min_px: int = 1, background: str = "white"
 ) -> Picture:
-    """Reads any picture Pillow knows as 8-bit RGB, upright, without transparency.
+    """Reads a picture as 8-bit RGB, upright, without transparency.
 
     Alpha is laid on the background; 16-bit grey keeps its upper 8 bits, rounded; palette, grey and
     CMYK become RGB; the camera's EXIF orientation is applied; of an animation the first frame
-    counts.
+    counts. It takes at most 16 bytes of memory a pixel, 1 GiB for the largest picture.
 
     Args:
       data: the encoded bytes, or the path of a file that holds them.
       min_px: smallest short side allowed, in pixels.
       background: colour that shows where the picture is transparent, as Pillow names it.
     Raises:
-      PictureError: unreadable, truncated, without a known brightness range, or too small.
-      OSError: if the file cannot be opened at all.
+      PictureError: unreadable, truncated, without a known brightness range, too small, or of more
+        than 2**26 pixels.
+      OSError: if the file cannot be read at all.
     Source: ours.
     """
     if isinstance(data, bytes):
         name = f"picture of {len(data)} bytes"
     else:
-        name = os.fspath(data)
+        name = os.fsencode(data).decode("utf-8", "backslashreplace")
         with open(data, "rb") as file:
             data = file.read()
-    # Damaged files make Pillow's parsers raise nearly anything (OSError, SyntaxError, struct.error,
-    # IndexError, ...); each of them means the same to the owner of the picture.
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-    except Image.UnidentifiedImageError:
-        raise PictureError(
-            f"{name}: not a picture in a known format (PNG, JPEG, WebP, ...)"
-        ) from None
-    except Exception as error:
-        raise PictureError(f"{name}: damaged or truncated ({error}); replace the file") from None
-    if upright.mode in ("I", "F"):
+    image = _loaded(data, name)
+    if image.mode in ("I", "F"):
         raise PictureError(
             f"{name}: 32-bit grey without a known range; save it with 8 or 16 bits a channel"
         )
-    if min(upright.size) < min_px:
+    if min(image.size) < min_px:
         raise PictureError(
-            f"{name}: {upright.width}x{upright.height} pixels, but the short side must have at "
+            f"{name}: {image.width}x{image.height} pixels, but the short side must have at "
             f"least {min_px}"
         )
-    return _to_rgb(upright, background)
+    return _to_rgb(image, background)
+
+
+def _loaded(data: bytes, name: str) -> Image.Image:
+    """Decodes a picture and turns it upright."""
+    # Damaged files make Pillow's parsers raise nearly anything (OSError, SyntaxError, struct.error,
+    # IndexError, ...); each of them means the same to the owner of the picture.
+    try:
+        try:
+            return _upright(data)
+        except ValueError:
+            if not data.startswith(_PNG):
+                raise
+            # Pillow refuses a PNG whose texts or colour profile unpack to more than a megabyte
+            return _upright(_without_texts(data))
+    except MemoryError:
+        raise
+    except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(
+            f"{name}: too large ({error}); reduce it to at most {MAX_PIXELS:,} pixels"
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise PictureError(f"{name}: not a picture in a known format ({_KNOWN})") from None
+    except Exception as error:
+        raise PictureError(f"{name}: damaged or truncated ({error}); replace the file") from None
+
+
+class _TooLarge(Exception):
+    """A picture of more than MAX_PIXELS."""
+
+
+def _upright(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _TooLarge(f"{image.width}x{image.height} pixels")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _without_texts(png: bytes) -> bytes:
+    """Leaves out the chunks that hold words and colour profiles."""
+    kept, at = [png[: len(_PNG)]], len(_PNG)
+    while at + 8 <= len(png):
+        length, kind = struct.unpack(">I4s", png[at : at + 8])
+        end = at + 12 + length  # with length, kind and check sum
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(png[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _to_rgb(image: Image.Image, background: str) -> np.ndarray:
+    """Converts a few rows at a time, so that what lies between takes no memory to speak of."""
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(image.height, top + rows)
+        rgb[top:bottom] = _strip_to_rgb(image.crop((0, top, image.width, bottom)), background)
+    return rgb
+
+
+def _strip_to_rgb(image: Image.Image, background: str) -> np.ndarray:
     if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255 instead of scaling
         grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
+
+
+def read_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Width and height from the head of a file; None if it is missing or no picture.
+
+    The camera's orientation is not applied.
+
+    Raises:
+      OSError: if the file is there, but cannot be opened.
+    """
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                return image.size
+        except Exception:  # of any kind, as in `_loaded`; decode says what is wrong
+            return None
 
 
 def encode_png(image: Picture) -> bytes:
@@ -105,24 +183,28 @@ def area_resize(image: Picture, size: tuple[int, int]) -> UInt8[np.ndarray, "H_o
     """
     if image.shape[:2] == tuple(size):
         return image
-    rows = _area_matrix(image.shape[0], size[0])
-    columns = _area_matrix(image.shape[1], size[1])
-    narrowed = columns @ image.astype(np.float32)  # H out 3
-    resized = np.tensordot(rows, narrowed, axes=1)  # out out 3
+    H, W, C = image.shape
+    low = _average_rows(image.reshape(H, W * C), size[0]).reshape(size[0], W, C)
+    turned = low.swapaxes(0, 1).reshape(W, size[0] * C)
+    resized = _average_rows(turned, size[1]).reshape(size[1], size[0], C).swapaxes(0, 1)
     return np.rint(np.clip(resized, 0, 255)).astype(np.uint8)
 
 
-@functools.lru_cache(maxsize=256)
-def _area_matrix(n_in: int, n_out: int) -> np.ndarray:
-    """Weights [out, in] that sum to 1 in each row."""
-    if n_in == 1:
-        return np.ones((n_out, 1), np.float32)
+def _average_rows(x: np.ndarray, n_out: int) -> Float[np.ndarray, "n_out N"]:
+    """Averages the rows [i s, (i + 1) s) of [n_in, N]; every row is read once or twice."""
+    n_in = x.shape[0]
     scale = (n_in - 1) / (n_out - 1) if n_out > 1 else float(n_in)
     start = np.arange(n_out)[:, None] * scale
-    left = np.arange(n_in)
-    right = np.append(left[1:], np.inf)  # the last pixel goes on for ever
+    first = np.minimum(start.astype(int), n_in - 1)
+    left = first + np.arange(math.ceil(scale) + 1)  # out K
+    right = np.where(left < n_in - 1, left + 1.0, np.inf)  # the last row goes on for ever
     overlap = np.minimum(start + scale, right) - np.maximum(start, left)
-    return (np.maximum(overlap, 0) / scale).astype(np.float32)
+    weights = (np.maximum(overlap, 0) / scale if n_in > 1 else left == 0).astype(np.float32)
+    averages = np.empty((n_out, x.shape[1]), np.float32)
+    for i, at in enumerate(first[:, 0]):
+        rows = x[at : at + weights.shape[1]].astype(np.float32)
+        np.einsum("k,kn->n", weights[i, : len(rows)], rows, out=averages[i])
+    return averages
 
 
 def crop_dvae(image: Picture, px: int, rng: np.random.Generator) -> Square:

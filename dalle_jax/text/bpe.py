@@ -33,7 +33,9 @@ _SPACE = "\u2581"  # SentencePiece writes a space so, and would read this sign b
 _LETTERS = string.ascii_lowercase
 _RUN = re.compile("[a-z]+|[^a-z]", re.DOTALL)
 _MERGED = re.compile("[a-z]{2,}$")
-_SMALLEST = 1 + 256 + len(_SPACE) + len(_LETTERS)  # <unk>, bytes, the space, the letters
+# Merging takes time that grows with the square of a run, so longer ones are drawn in parts.
+_PART = re.compile("[a-z]{1,64}|[^a-z]", re.DOTALL)
+SMALLEST_VOCABULARY = 1 + 256 + len(_SPACE) + len(_LETTERS)  # <unk>, bytes, the space, the letters
 
 
 class TextError(UserError):
@@ -68,52 +70,31 @@ class Tokenizer:
         Args:
           captions: the corpus, read once; only its distinct runs of letters stay in memory.
           vocabulary: pieces wanted, at least 284 (256 bytes, a-z, space, unknown); 16,384 in the
-            paper. A corpus with fewer merges gives fewer: read `.vocabulary` afterwards.
+            paper. A corpus with fewer merges gives fewer: read `.vocabulary` afterwards. Of more
+            characters than it can hold the rare ones are spelled in bytes.
         Returns:
           the tokenizer.
         Raises:
           TextError: if the vocabulary is too small or no caption holds a character.
         Source: Ramesh et al. 2021, section 2.2; byte fallback is ours.
         """
-        if vocabulary < _SMALLEST:
+        if vocabulary < SMALLEST_VOCABULARY:
             raise TextError(
-                f"a vocabulary of {vocabulary} is too small; it must hold at least {_SMALLEST} "
-                "pieces (256 bytes, the letters a-z, the space and the unknown sign)"
+                f"a vocabulary of {vocabulary} is too small; it must hold at least "
+                f"{SMALLEST_VOCABULARY} pieces (256 bytes, the letters a-z, the space and the "
+                "unknown sign)"
             )
         runs: collections.Counter[str] = collections.Counter()
         for caption in captions:
             runs.update(_RUN.findall(_clean(caption)))
         # the trainer reads "run <tab> count" lines, so control characters are left to the bytes
-        lines = [f"{run}\t{count}" for run, count in sorted(runs.items()) if run.isprintable()]
-        if not lines:
+        runs = collections.Counter({run: n for run, n in runs.items() if run.isprintable()})
+        if not runs:
             raise TextError("no text to learn a tokenizer from; every caption is empty")
-
-        written = io.BytesIO()
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                input_format="tsv",
-                model_writer=written,
-                model_type="bpe",
-                vocab_size=vocabulary,
-                hard_vocab_limit=False,
-                byte_fallback=True,
-                required_chars=_LETTERS + _SPACE,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                bos_id=-1,
-                eos_id=-1,
-                pad_id=-1,
-                num_threads=1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise TextError(
-                f"a vocabulary of {vocabulary} cannot hold the characters of these captions; "
-                f"ask for more pieces (SentencePiece says: {error})"
-            ) from error
-        return cls(written.getvalue())
+            return cls(_learn(runs, vocabulary))
+        except RuntimeError:  # too many different characters
+            return cls(_learn(_without_rare(runs, vocabulary), vocabulary))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
@@ -191,7 +172,7 @@ class Tokenizer:
         """
         draw = random.Random(int(seed)).random
         tokens: list[int] = []
-        for run in _RUN.findall(caption):
+        for run in _PART.findall(caption):
             parts = list(run)
             while len(parts) > 1:
                 pairs = (self._merges.get(a + b) for a, b in itertools.pairwise(parts))
@@ -215,6 +196,40 @@ class Tokenizer:
         self.truncated += 1
         if str(self.truncated).strip("0") == "1":  # 1, 10, 100, ...: a count, not a flood
             _log.warning("%s: truncated (%d so far)", said, self.truncated)
+
+
+def _learn(runs: collections.Counter[str], vocabulary: int) -> bytes:
+    """Trains SentencePiece; RuntimeError if the vocabulary cannot hold the characters."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(f"{run}\t{count}" for run, count in sorted(runs.items())),
+        input_format="tsv",
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=vocabulary,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        required_chars=_LETTERS + _SPACE,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return written.getvalue()
+
+
+def _without_rare(runs: collections.Counter[str], vocabulary: int) -> collections.Counter[str]:
+    """Leaves the rare characters to the bytes: the others get half of the room, merges the rest."""
+    others = [run for run in runs if run not in _LETTERS + " " and len(run) == 1]
+    others.sort(key=lambda run: (-runs[run], run))
+    kept = collections.Counter(runs)
+    for run in others[(vocabulary - SMALLEST_VOCABULARY) // 2 :]:
+        del kept[run]
+    return kept or collections.Counter({" ": 1})
 
 
 def _clean(caption: str) -> str:

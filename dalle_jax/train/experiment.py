@@ -28,7 +28,7 @@ from dalle_jax.models.codec import TITLES, CodecConfig
 from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import SMALLEST_VOCABULARY, TextError, Tokenizer
 from dalle_jax.train.clip import ClipRun, ClipStage
 from dalle_jax.train.dvae import DVAERun, DVAEStage
 from dalle_jax.train.encode import EncodedBatches, encoded, redrawn
@@ -287,6 +287,8 @@ def _run(name: str, options: Any) -> None:
     priors = {stage: getattr(options, stage, None) for stage in ("prior", "progressive")}
     priors = {stage: run for stage, run in priors.items() if run is not None}
     workdir: Path = options.workdir
+    for stage, run in (*priors.items(), ("clip", clip)):
+        _check_vocabulary(stage, run)
     for stage, codec in codecs.items():
         for prior in priors.values():
             _check_fit(prior, px=codec.px, codec=codec.model, title=TITLES[stage])
@@ -332,6 +334,15 @@ def _check_fit(prior: PriorRun, *, px: int, codec: CodecConfig, title: str) -> N
                 f"the prior's model.{option} is {got}, but the {title} makes {wanted}; "
                 f"give the prior --model.{option} {wanted} (--prior.model.{option} with `all`)"
             )
+
+
+def _check_vocabulary(stage: str, run: Any) -> None:
+    """Refuses before the first stage what would end the run at a later one."""
+    if run is not None and run.model.text_vocabulary < SMALLEST_VOCABULARY:
+        raise TextError(
+            f"{stage}: model.text_vocabulary is {run.model.text_vocabulary}, but must be at least "
+            f"{SMALLEST_VOCABULARY}, so that every caption can be spelled"
+        )
 
 
 def _opened(options: DataOptions, px: int) -> Data:

@@ -4,11 +4,13 @@
 
 Synthetic records: codes with captions in shards, and pictures of coloured shapes as PNG. The share
 is the time of a batch, made while nothing else runs, over that of an update: as if nothing
-overlapped.
+overlapped. The cases "of 10^N records" draw from a source that is made up as it is read: what an
+example costs must not depend on how many there are, nor may memory.
 """
 
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,19 @@ from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.data.shards import CodeSource, write_codes
 
 RECORDS = 2048
-QUICK = ("shipped sparse", "dVAE shipped 32 px")
+SIZES = {f"of 10^{n} records": 10**n for n in (4, 6, 8)}
+QUICK = ("shipped sparse", "dVAE shipped 32 px", *SIZES)
 
 
 def main(options: Options) -> None:
     """Runs all cases."""
     report = Report("data", as_json=options.json)
     count = 100 if options.quick else 400
+    for case, records in SIZES.items():
+        if options.wanted(case, QUICK):
+            seconds, peak = example_cost(records, count=5 * count)
+            report.add(case, "an example", 1e3 * seconds, "ms")
+            report.add(case, "memory of Python and NumPy", peak / 2**20, "MiB", 10)
     for case in ("shipped sparse", "small sparse", "wide sparse"):
         if options.wanted(case, QUICK):
             config, batch, *_ = PRIORS[case]
@@ -41,6 +49,47 @@ def main(options: Options) -> None:
             made = picture_time(px, batch, count=count)
             update = step_time(dvae_stage(config, px, batch), dvae_batch(px, batch), seconds=3)
             _add(report, case, made, update)
+
+
+class MadeUp:
+    """So many records with codes, none of which exists before it is asked for."""
+
+    def __init__(self, records):
+        self._records = records
+        self._codes, self._errors = np.zeros((32, 32), np.uint16), np.zeros((32, 32), np.float16)
+
+    def __len__(self):
+        return self._records
+
+    def __getitem__(self, index):
+        return {
+            "id": str(index),
+            "captions": [f"number {index}"],
+            "codes": self._codes,
+            "errors": self._errors,
+        }
+
+
+def example_cost(records, *, count):
+    """Seconds of an example, in batches of one process without threads, and peak memory."""
+
+    def run():
+        iterator = batches(
+            MadeUp(records), seed=0, batch_size=16, px=256, crop="prior", threads=0, **text
+        )
+        for _ in range(count // 16):
+            next(iterator)
+
+    text = {"tokenizer": dalle_jax.load("emoji").tokenizer, "text_length": 64}
+    start = time.perf_counter()
+    run()
+    seconds = (time.perf_counter() - start) / count
+    tracemalloc.start()  # apart from the time, which it makes longer
+    try:
+        run()
+        return seconds, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def code_time(folder, config, batch, *, count):

@@ -1,7 +1,10 @@
+import errno
 import itertools
 import json
 import logging
+import os
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -150,6 +153,10 @@ def test_a_source_smaller_than_the_batch_fills_it_again_and_again():
     assert sorted(shades(take(Pictures(3), 1, batch_size=6)[0])) == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_batch_may_hold_one_example():
+    assert sorted(shades(batch)[0] for batch in take(Pictures(3), 3, batch_size=1)) == [0, 1, 2]
+
+
 def test_both_captions_are_used_and_some_are_left_out(words):
     drawn = take(Pictures(10), 20, tokenizer=words, text_length=17, caption_dropout=0.25)
     texts = [words.decode(row) for batch in drawn for row in batch["text"]]
@@ -200,6 +207,102 @@ class Odd(Pictures):
 
 def fail():
     raise RuntimeError("no such column")
+
+
+class Endless:
+    """Records without number, made when they are asked for."""
+
+    def __init__(self, count, broken=()):
+        self.count, self.broken, self.asked = count, broken, 0
+        self.image = encode_png(np.zeros((8, 8, 3), np.uint8))
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.asked += 1
+        return {"id": f"n{index}", "image": self.image, "captions": ["a"]}
+
+
+def test_an_example_costs_the_same_of_a_million_records_as_of_ten():
+    """Neither indices of all records nor an order of them are made, and one record is read."""
+    source = Endless(10**6)
+    iterator = batches(source, batch_size=4, seed=0, px=8, crop="prior", threads=0)
+    next(iterator)
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            next(iterator)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10**5  # bytes; a tuple of the indices has 8,000,000
+    assert source.asked == 6 * 4
+
+
+class Failing(Pictures):
+    """The disk fails at one record, so many times."""
+
+    def __init__(self, code, times):
+        super().__init__(4)
+        self.code, self.times = code, times
+
+    def __getitem__(self, index):
+        if index == 2 and self.times:
+            self.times -= 1
+            raise OSError(self.code, os.strerror(self.code))
+        return super().__getitem__(index)
+
+
+def test_a_disk_that_fails_for_a_moment_changes_no_batch(monkeypatch, caplog):
+    monkeypatch.setattr(batches_lib, "_RETRY_S", (0, 0, 0))
+    assert equal(take(Failing(errno.EIO, 3), 3), take(Pictures(4), 3))
+    assert caplog.text.count("record 2 cannot be read ([Errno 5] Input/output error); trying") == 3
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_goes_on_failing_stops_the_run_by_name(monkeypatch, code):
+    monkeypatch.setattr(batches_lib, "_RETRY_S", (0, 0, 0))
+    with pytest.raises(SourceError, match=r"record 2 could not be read, tried 4 times .*Errno"):
+        take(Failing(code, -1), 2)
+    with pytest.raises(SourceError, match="record 2 could not be read"):
+        list(once(Failing(code, -1), batch_size=4, px=8))
+
+
+class Clock:
+    """Time that passes when something is said to take it."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("reading", "training", "said"),
+    [
+        (0.9, 0.1, ["27 of the last 30 s went into waiting for data, 900 ms a batch"]),
+        (0.7, 0.3, []),
+        (0.0, 0.1, []),
+    ],
+)
+def test_a_run_that_waits_for_its_pictures_most_of_the_time_is_warned(
+    monkeypatch, caplog, reading, training, said
+):
+    clock = Clock()
+    monkeypatch.setattr(batches_lib, "time", clock)
+
+    class Slow(Endless):
+        def __getitem__(self, index):
+            clock.now += reading
+            return super().__getitem__(index)
+
+    iterator = batches(Slow(40), batch_size=1, seed=0, px=8, crop="prior", threads=0)
+    for _ in range(100):
+        next(iterator)
+        clock.now += training
+    assert [m.split(": ")[1].split(";")[0] for m in caplog.messages] == said
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def test_each_kind_of_trouble_is_found_by_name(folder):
     assert report.tiny == {"small.png": "30x70"}
     assert report.elongated == {"long.png": "129x64", "small.png": "30x70"}
     assert report.captionless == ["mute.png"]
-    assert report.missing == ["ghost.txt"]
+    assert report.missing == {"ghost.txt": "no picture of that name is there"}
     assert report.duplicates == [["copy.png", "good.png"]]
 
 
@@ -47,6 +49,30 @@ def test_the_printed_report_counts_and_names(folder):
     assert "1 are tiny (short side below 64 px):\n  small.png: 30x70" in text
     assert "copy.png = good.png" in text
     assert "nothing to complain" not in text
+
+
+def test_large_photographs_are_named_since_reading_them_takes_long(tmp_path):
+    for name, high in {"large.png": 2001, "fits.png": 2000}.items():
+        (tmp_path / name).write_bytes(picture(high, 2000))
+        (tmp_path / name).with_suffix(".txt").write_text("a")
+    report = check(tmp_path)
+    assert report.large == {"large.png": "2000x2001"}
+    assert "1 are larger than 4 megapixels, so that reading may hold training back" in str(report)
+
+
+def test_names_that_are_not_utf_8_are_looked_at_and_printed(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(picture(64, 64)[:60])
+    report = check(tmp_path)
+    assert str(report).encode()
+    assert r"  caf\xe9.png: damaged or truncated" in str(report)
+
+
+def test_what_training_refuses_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(64, 64))
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,a green circle, on white\n")
+    with pytest.raises(SourceError, match="captions.csv, line 2: 3 cells"):
+        check(tmp_path)
 
 
 def test_what_counts_as_tiny_can_be_set(folder):

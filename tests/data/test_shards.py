@@ -1,12 +1,14 @@
 import json
+import os
+import re
 
 import numpy as np
 import pytest
 
 from dalle_jax.data import shards
 from dalle_jax.data.batches import batches
+from dalle_jax.data.record import DamagedRecordError, SourceError
 from dalle_jax.data.shards import CodeSource, write_codes
-from dalle_jax.data.sources import SourceError
 
 CODEC = "c" * 64
 
@@ -100,7 +102,7 @@ def damage(shard, position):
 def test_a_damaged_record_is_left_out_of_training_and_found_by_verify(folder, caplog):
     damage(folder / "codes-00002.array_record", 90)  # inside its one record
     source = CodeSource(folder, codec_fingerprint=CODEC)
-    with pytest.raises(OSError, match="code record 6 is damaged"):
+    with pytest.raises(DamagedRecordError, match="code record 6 is damaged"):
         source[6]
     batch = next(batches(source, batch_size=7, seed=0, px=8, crop="prior", threads=0))
     assert len({codes.tobytes() for codes in batch["codes"]}) == 6
@@ -109,11 +111,44 @@ def test_a_damaged_record_is_left_out_of_training_and_found_by_verify(folder, ca
         source.verify()
 
 
-def test_a_damaged_index_is_found_when_opening(folder):
+def test_a_damaged_index_stops_the_run_at_the_first_record_of_its_shard(folder):
     shard = folder / "codes-00001.array_record"
     damage(shard, shard.stat().st_size // 2)
-    with pytest.raises(SourceError, match=r"is damaged \(.*\); copy it again"):
-        CodeSource(folder, codec_fingerprint=CODEC)
+    source = CodeSource(folder, codec_fingerprint=CODEC)
+    with pytest.raises(SourceError, match=r"codes-00001\.array_record is damaged \(.*\); copy it"):
+        source[4]
+    with pytest.raises(SourceError, match=r"codes-00001\.array_record is damaged"):
+        next(batches(source, batch_size=7, seed=0, px=8, crop="prior", threads=0))
+
+
+def descriptors(folder):
+    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.path.exists(link) and os.readlink(link).startswith(str(folder)) for link in links)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+@pytest.mark.parametrize("threads", [0, 3])
+def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 1)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    write_codes(tmp_path, records(12), meta={"codec": CODEC})
+    source = CodeSource(tmp_path, codec_fingerprint=CODEC)
+    reading = batches(source, batch_size=12, seed=0, px=8, crop="prior", threads=threads)
+    got = [sorted(codes.tobytes() for codes in next(reading)["codes"]) for _ in range(3)]
+    assert got == 3 * [sorted(record["codes"].tobytes() for record in records(12))]
+    if threads == 0:
+        assert descriptors(tmp_path) == 3
+
+
+@pytest.mark.parametrize("failed", ["open() failed: Too many open files", "pread() failed: Stale"])
+def test_a_failing_disk_is_not_taken_for_a_damaged_record(folder, monkeypatch, failed):
+    def fail(*_):
+        raise RuntimeError(f"{failed}; reading x")
+
+    source = CodeSource(folder, codec_fingerprint=CODEC)
+    monkeypatch.setattr(shards, "ArrayRecordReader", fail)
+    with pytest.raises(OSError, match=re.escape(failed)):
+        source[0]
 
 
 def test_shards_of_another_format_are_refused(folder):

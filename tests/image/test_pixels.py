@@ -1,4 +1,9 @@
 import io
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +11,8 @@ import pytest
 from PIL import Image
 
 from dalle_jax.image.pixels import (
+    BYTES_PER_PIXEL,
+    MAX_PIXELS,
     PictureError,
     area_resize,
     crop_center,
@@ -14,6 +21,7 @@ from dalle_jax.image.pixels import (
     decode,
     encode_png,
     map_pixels,
+    read_size,
     unmap_pixels,
 )
 
@@ -73,6 +81,49 @@ def test_area_resize_keeps_a_flat_picture_flat():
     assert (area_resize(flat, (11, 17)) == 201).all()
     assert (area_resize(flat[:1, :1], (4, 4)) == 201).all()
     assert (area_resize(flat, (1, 1)) == 201).all()
+
+
+def dense_area(n_in, n_out):
+    """The same weights as one matrix [out, in], in double precision."""
+    scale = (n_in - 1) / (n_out - 1) if n_out > 1 else float(n_in)
+    start, left = np.arange(n_out)[:, None] * scale, np.arange(n_in)
+    right = np.append(left[1:], np.inf)
+    return np.maximum(np.minimum(start + scale, right) - np.maximum(start, left), 0) / scale
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((37, 50), (11, 17)),
+        ((90, 61), (61, 60)),
+        ((8, 9), (20, 31)),
+        ((7, 5), (1, 5)),
+        ((2, 64), (2, 3)),
+    ],
+)
+def test_area_resize_equals_a_product_with_dense_matrices(shape, size):
+    image = noise(*shape)
+    rows, columns = dense_area(shape[0], size[0]), dense_area(shape[1], size[1])
+    exact = np.einsum("ij,jkc,lk->ilc", rows, image, columns)
+    resized = area_resize(image, size)
+    clear = np.abs(exact % 1 - 0.5) > 1e-4  # which way a half is rounded, float32 may decide
+    assert clear.mean() > 0.95
+    np.testing.assert_array_equal(resized[clear], np.rint(exact)[clear])
+    assert np.abs(resized - exact).max() < 0.501
+
+
+def test_area_resize_takes_little_more_memory_than_the_picture():
+    image = noise(1500, 1500)[:, :1400]
+    tracemalloc.start()
+    try:
+        area_resize(image, (280, 288))
+        _, peak = tracemalloc.get_traced_memory()
+        area_resize(image[:1300], (280, 288))
+        left, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * image.nbytes  # dense float32 takes 4 for the picture alone
+    assert left < 10_000  # nothing stays behind
 
 
 def test_dvae_crop_draws_from_the_ranges_of_listing_1():
@@ -195,6 +246,94 @@ def test_a_truncated_file_is_named_with_the_reason(tmp_path):
 def test_bytes_that_are_no_picture_are_refused():
     with pytest.raises(PictureError, match="picture of 5 bytes: not a picture in a known format"):
         decode(b"hello")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "AVIF", "MPO"])
+def test_other_formats_are_read(kind, tmp_path):
+    flat = Image.new("RGB", (6, 4), (0, 0, 255))
+    second = {"save_all": True, "append_images": [flat]} if kind == "MPO" else {}
+    (tmp_path / "x").write_bytes(packed(flat, kind, **second))
+    assert np.abs(decode(tmp_path / "x") - np.array([0.0, 0, 255])).max() <= 3
+    assert read_size(tmp_path / "x") == (6, 4)
+
+
+def test_a_format_that_starts_programs_is_not_opened(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(packed(Image.new("RGB", (4, 4)), "EPS"))
+    with pytest.raises(PictureError, match="not a picture in a known format .PNG, JPEG, WEBP, GIF"):
+        decode(tmp_path / "x.jpg")
+    assert read_size(tmp_path / "x.jpg") is None
+
+
+def test_a_file_that_is_not_there_has_no_size(tmp_path):
+    assert read_size(tmp_path / "x.jpg") is None
+
+
+def chunk(kind, content):
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 2_000_000)),
+        chunk(b"iTXt", b"XML\0\1\0\0\0" + zlib.compress(b"a" * 2_000_000)),
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"a" * 2_000_000)),
+        chunk(b"tEXt", b"Comment\0" + b"a" * 2_000_000),
+    ],
+)
+@pytest.mark.parametrize("at", [33, -12])  # before and after the pixels
+def test_a_png_with_many_words_is_read(extra, at):
+    image = noise(5, 6)
+    plain = encode_png(image)
+    np.testing.assert_array_equal(decode(plain[:at] + extra + plain[at:]), image)
+
+
+def announced(wide, high):
+    """A PNG that says it has this size, and ends there."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, 2, 0, 0, 0))
+
+
+@pytest.mark.parametrize("size", [(8193, 8192), (14_000, 14_000), (60_000, 60_000)])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(size):
+    data = announced(*size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    with pytest.raises(PictureError, match=r"too large \(.*pixels.*\); reduce it to at most 67,1"):
+        decode(data)
+    assert MAX_PIXELS == 8192**2
+
+
+_PEAK = """
+import io, resource, sys
+from dalle_jax.image.pixels import decode
+data = sys.stdin.buffer.read()
+decode(data[:0] or open(sys.argv[1], "rb").read())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode(data)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_decoding_takes_no_more_memory_than_stated(tmp_path):
+    """A palette with transparency, turned upright: what used to be copied most often."""
+    side = 3000
+    picture = Image.new("P", (side, side))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = packed(picture, transparency=0, exif=exif)
+    (tmp_path / "small.png").write_bytes(packed(picture.crop((0, 0, 8, 8)), transparency=0))
+    told = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path / "small.png")],
+        input=data,
+        capture_output=True,
+        check=True,
+    )
+    assert 1024 * int(told.stdout) < BYTES_PER_PIXEL * side**2
 
 
 def test_float_pictures_are_refused_because_their_range_is_unknown():
