@@ -131,15 +131,17 @@ def train(
     alone = jax.process_count() == 1
     with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _Signals() as signals:
         checkpoints.prepare(shapes)
-        state = jax.jit(create, out_shardings=places)(key)
         step = stop = 0
-        if found := checkpoints.restore(state_lib.saved(state, groups), settings=fixed):
+        wanted = state_lib.saved_shapes(shapes, places, groups)
+        if found := checkpoints.restore(wanted, settings=fixed):
             step, kept, position, _ = found
-            state = state_lib.resumed(kept, state, groups)
+            state = state_lib.resumed(kept, places, groups)
             iterator.set_state(position)
             log.info("%s goes on from step %d of %s", stage.name, step, checkpoints.folder)
         else:
-            state = state_lib.begun(state, places, stage.begin(whole(state.params)))
+            state = jax.jit(create, out_shardings=places)(key)
+            if (params := stage.begin(state.params)) is not state.params:
+                state = state_lib.started(state, places, params)
         update = state_lib.update_step(
             stage,
             places=places,
@@ -173,8 +175,7 @@ def train(
                     window.read_all()  # a state whose metrics are not finite is never saved
                     kept = state_lib.saved(state, groups)
                     checkpoints.save(step, kept, iterator.get_state(), settings)
-                    # go on as a resumed run does, which cannot tell the errors of groups apart
-                    state = state_lib.resumed(kept, state, groups)
+                    del kept  # the error buffers' sum is as large as the kernels
                 if stop:
                     break
 

@@ -104,6 +104,27 @@ def test_resumed_run_equals_unbroken_run(tmp_path, accumulate):
     assert last_a["last/loss"] == last_b["last/loss"]
 
 
+def test_a_resumed_run_draws_no_weights_and_begins_nothing(tmp_path):
+    told = []
+
+    class Telling(Mlp):
+        def init(self, key):
+            jax.debug.callback(lambda: told.append("init"))
+            return super().init(key)
+
+        def begin(self, params):
+            told.append("begin")
+            return {"in": np.asarray(params["in"]), "out": 2 * params["out"]}
+
+    state, _ = run(tmp_path, 3, stage=Telling())
+    jax.effects_barrier()
+    assert told == ["init", "begin"]
+    resumed, _ = run(tmp_path, 3, stage=Telling())
+    jax.effects_barrier()
+    assert told == ["init", "begin"]
+    chex.assert_trees_all_equal(resumed, state)
+
+
 def test_run_leaves_checkpoints_metrics_and_sheets(tmp_path):
     run(tmp_path, 7)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [3, 6, 7]
