@@ -29,6 +29,7 @@ from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import loop
 from dalle_jax.train.checkpoint import CheckpointError
 from dalle_jax.train.clip import ClipRun, ClipStage
 from dalle_jax.train.dvae import DVAERun, DVAEStage
@@ -41,6 +42,14 @@ from dalle_jax.train.vqgan import VQGANRun, VQGANStage
 from dalle_jax.train.window import NonFiniteError
 
 log = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    *(f"loop.{name}" for name in loop.MAY_CHANGE),
+    "run.remat",  # memory and time, but not what is computed
+    "run.scan_layers",
+    "run.micro_batch",
+)
+"""Settings that may differ between a checkpoint and the run that goes on with it."""
 
 START_PICTURES = 1024  # pictures that the k-means start of a codebook looks at
 
@@ -140,16 +149,20 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
         crop="dvae",
         **_share(),
     )
-    settings = _settings(run)
     state = train(
-        stage, iterator, config=run.loop, workdir=workdir, settings=settings, must_agree=["run"]
+        stage,
+        iterator,
+        config=run.loop,
+        workdir=workdir,
+        settings=_settings(run),
+        may_change=MAY_CHANGE,
     )
     model = Model(
         name=name,
         px=run.px,
         codec=run.model,
         codec_params=jax.device_get(whole(stage.network(state.average))),
-        card=_card(name, data, [_summary(stage.name, run, workdir)]),
+        card=_card(name, data, [_summary(stage.name, run, state.step, workdir)]),
         license=data.license,
     )
     if is_leader():
@@ -192,17 +205,16 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         iterator = EncodedBatches(iterator, tokens)
     fingerprints = tokens.fingerprints | {"tokenizer": tokenizer.fingerprint}
     fingerprints.pop("progressive", None)  # an earlier end of this very run
-    settings = _settings(run) | {"fingerprints": fingerprints}
     state = train(
         stage,
         iterator,
         config=run.loop,
         workdir=workdir,
-        settings=settings,
-        must_agree=["run", "fingerprints"],
+        settings=_settings(run) | {"fingerprints": fingerprints},
+        may_change=MAY_CHANGE,
     )
     stages = [line for line in tokens.card.splitlines() if line.startswith(f"- {tokens.kind}:")]
-    card = _card(tokens.name, data, [*stages, _summary(stage.name, run, workdir)])
+    card = _card(tokens.name, data, [*stages, _summary(stage.name, run, state.step, workdir)])
     return stage.to_model(jax.device_get(whole(state.average)), card=card, license=data.license)
 
 
@@ -250,14 +262,19 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
         config=run.loop,
         workdir=workdir,
         settings=_settings(run) | {"fingerprints": fingerprints},
-        must_agree=["run", "fingerprints"],
+        may_change=MAY_CHANGE,
     )
     clip = Clip(
         name=name,
         config=run.model,
         params=jax.device_get(whole(state.average)),
         tokenizer=tokenizer,
-        card=_card(name, data, [_summary("clip", run, workdir)], opener="dalle_jax.Clip.load"),
+        card=_card(
+            name,
+            data,
+            [_summary("clip", run, state.step, workdir)],
+            opener="dalle_jax.Clip.load",
+        ),
         license=data.license,
     )
     if is_leader():
@@ -378,7 +395,7 @@ def _captions(source: DataSource):
 
 
 def _settings(run: Any) -> dict:
-    """What is saved with a checkpoint: all but the loop's lengths has to agree on resume."""
+    """What is saved with a checkpoint; all but `MAY_CHANGE` has to agree on resume."""
     settings = dataclasses.asdict(run)
     loop = settings.pop("loop")
     return {"run": settings, "loop": loop}
@@ -391,8 +408,11 @@ def _card(name: str, data: Data, stages: Sequence[str], *, opener: str = "dalle_
     return "\n".join([*head, *stages, "", "## Data", "", data.attribution + terms, ""])
 
 
-def _summary(stage: str, run: Any, workdir: Path) -> str:
-    """What a stage trained, for how long, and what it measured at the end, as one line."""
+def _summary(stage: str, run: Any, step: Any, workdir: Path) -> str:
+    """What a stage trained, for how long, and what it measured at the end, as one line.
+
+    `step` are the updates done, which may be more than the run asks for.
+    """
     measured = [
         f"{name.removeprefix('eval/')} {value:.4g}"
         for entry in read_metrics(workdir / "metrics.jsonl")[-1:]
@@ -401,6 +421,6 @@ def _summary(stage: str, run: Any, workdir: Path) -> str:
     ]
     sizes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(run.model).items())
     return (
-        f"- {stage}: {run.loop.steps:,} updates of {run.batch_size} examples ({sizes}); "
+        f"- {stage}: {int(step):,} updates of {run.batch_size} examples ({sizes}); "
         f"on validation pictures: {', '.join(measured) or 'not measured'}"
     )

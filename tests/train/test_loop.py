@@ -78,7 +78,7 @@ def config(steps, **changes):
     return dataclasses.replace(small, **changes)
 
 
-def run(workdir, steps, *, stage=None, settings=None, iterator=None, must_agree=None, **changes):
+def run(workdir, steps, *, stage=None, settings=None, iterator=None, may_change=(), **changes):
     iterator = iterator or data()
     state = train(
         stage or Mlp(),
@@ -86,7 +86,7 @@ def run(workdir, steps, *, stage=None, settings=None, iterator=None, must_agree=
         config=config(steps, **changes),
         workdir=workdir,
         settings=settings or {},
-        must_agree=must_agree,
+        may_change=may_change,
     )
     return state.replace(key=jax.random.key_data(state.key)), iterator
 
@@ -185,7 +185,7 @@ def test_changed_settings_stop_a_resume(tmp_path):
     changed = {"model": {"width": 8}, "note": "b"}
     with pytest.raises(CheckpointError, match="note was 'a', now 'b'"):
         run(tmp_path, 5, settings=changed)
-    state, _ = run(tmp_path, 5, settings=changed, must_agree=["model"])
+    state, _ = run(tmp_path, 5, settings=changed, may_change=["note"])
     assert state.step == 5
 
 
@@ -194,7 +194,16 @@ def test_another_stage_does_not_go_on_in_this_folder(tmp_path):
     stage = Mlp()
     stage.name = "other"
     with pytest.raises(CheckpointError, match="stage was 'mlp', now 'other'"):
-        run(tmp_path, 5, stage=stage, must_agree=[])
+        run(tmp_path, 5, stage=stage)
+
+
+def test_a_second_run_in_one_workdir_is_refused_before_it_touches_anything(tmp_path):
+    def second():
+        with pytest.raises(CheckpointError, match="another run works in .*; wait for its end, st"):
+            run(tmp_path, 3)
+
+    run(tmp_path, 4, stage=Mlp(at_evaluation=second))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3, 4]
 
 
 def test_data_that_ends_is_an_error(tmp_path):
