@@ -56,9 +56,11 @@ def test_a_fresh_prior_gives_every_token_the_same_chance(tokens, key):
     assert float(loss) == pytest.approx(text / 8 + image * 7 / 8, rel=1e-5)
 
 
-def test_evaluation_weighs_a_smaller_last_batch_by_its_size(tokens):
+def test_evaluation_weighs_text_by_tokens_and_all_else_by_pictures(tokens):
     rng = np.random.default_rng(0)
-    text = rng.integers(0, 300, (5, SLOTS), np.int32)
+    V = tiny.tokenizer().vocabulary
+    text = rng.integers(0, V, (5, SLOTS), np.int32)
+    text[:4, 2:] = V + np.arange(2, SLOTS)  # short captions in the first batch
     codes = rng.integers(0, 12, (5, 4, 4), np.int32)
     whole = [{"text": text, "codes": codes}]
     parts = [{"text": text[i], "codes": codes[i]} for i in (slice(0, 4), slice(4, 5))]
