@@ -19,7 +19,7 @@ ROOMS = {
     "models": {"image", "precision"},
     "data": {"image", "text"},
     "weights": {"text", "models"},
-    "generate": {"image", "text", "precision", "models"},
+    "generate": {"image", "text", "precision", "parallel", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets are drawn, and models written, by what users call
     | {"compiled", "memory", "terminal"},

@@ -6,7 +6,7 @@ Source: ours.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,9 @@ def full(source: DataSource, records: Iterable[int]) -> str:
 def of_captions(source: DataSource) -> str:
     """Digest of all captions, in their order."""
     digest = hashlib.sha256()
-    for caption in captions(source):
-        digest.update(json.dumps(caption).encode())
-    return digest.hexdigest()
-
-
-def captions(source: DataSource) -> Iterator[str]:
-    """Gives all captions."""
     for i in range(len(source)):
-        yield from source[i]["captions"]
+        digest.update(json.dumps(list(source[i]["captions"])).encode())
+    return digest.hexdigest()
 
 
 def _digest(source, records, of_picture):

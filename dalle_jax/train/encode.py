@@ -144,7 +144,7 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
     with locked(folder):
         ranges, old = _ranges(source, folder, model.codec_fingerprint)
         shard_files = _Shards(source, model, folder)
-        with _together():
+        with _together():  # begins when all have read the manifest
             mine = range(jax.process_index(), len(ranges), jax.process_count())
             written = [n for n in mine if shard_files.write_if_changed(n, ranges[n])]
         if where(bool(written)) or ranges != old:
@@ -168,7 +168,8 @@ def _ranges(source, folder, fingerprint):
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Runs its body in all processes; if it fails in one, it fails in all."""
+    """Runs its body in all processes at the same time; if it fails in one, it fails in all."""
+    where(False)
     failed = True
     try:
         yield
@@ -203,6 +204,7 @@ class _Shards:
             if self._encoder is None:
                 log.info("encoding pictures into %s; this is done once", self._folder)
                 self._encoder = Encoder(self._model)
+            (self._folder / "manifest.json").unlink(missing_ok=True)  # it is whole no longer
             part = _Part(self._source, ends)
             coded = _records(part, self._encoder, self._model.px)
             shard = shards.write_shard(self._folder, number, coded, grid=self._model.grid)

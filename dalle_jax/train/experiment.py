@@ -6,6 +6,8 @@ A workdir holds one folder for each stage (checkpoints, metrics.jsonl, sheets) a
 
 import dataclasses
 import logging
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +22,14 @@ from dalle_jax.data.batches import batches, once
 from dalle_jax.data.sources import DataSource, Joined
 from dalle_jax.generate.clip import FOLDER as CLIP_FOLDER
 from dalle_jax.generate.clip import Clip
-from dalle_jax.generate.folder import CONFIG
+from dalle_jax.generate.folder import CONFIG, replacing, take_over
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
 from dalle_jax.models.codec import TITLES, CodecConfig
 from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
-from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
+from dalle_jax.terminal import be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import loop
 from dalle_jax.train.checkpoint import CheckpointError
@@ -38,6 +40,7 @@ from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
 from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, in_progressive_style
+from dalle_jax.train.tokenizer import tokenizer_of
 from dalle_jax.train.vqgan import VQGANRun, VQGANStage
 from dalle_jax.train.window import NonFiniteError
 
@@ -147,7 +150,7 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
         seed=run.loop.seed,
         px=run.px,
         crop="dvae",
-        **_share(),
+        **_reading(),
     )
     state = train(
         stage,
@@ -173,13 +176,14 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
 def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> Model:
     """Trains a prior of either style, or goes on with it; gives the whole model, not yet saved.
 
-    A progressive one may begin with the prior that `tokens` has.
+    A progressive one may begin with the prior that `tokens` has. The weights of the model stay
+    spread over the devices that trained them: of several processes all have to write it together.
     """
-    run, tokenizer = _with_tokenizer(run, data)
+    run, tokenizer = _with_tokenizer(run, data, workdir)
     text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
-    # Validation codes are needed again and again, so they are always made once.
-    with leader_first("validation codes"):
-        validation = encoded(data.validation, tokens, workdir / "codes" / "validation")
+    validation = data.validation
+    if run.loop.evaluate_every is not None:  # needed again and again, so always made once
+        validation = encoded(validation, tokens, workdir / "codes" / "validation")
     stage = (ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage)(
         run,
         tokens=tokens,
@@ -189,8 +193,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     )
     source = data.train
     if run.encode_once:
-        with leader_first("training codes"):
-            source = encoded(source, tokens, workdir / "codes" / "train")
+        source = encoded(source, tokens, workdir / "codes" / "train")
     iterator = batches(
         source,
         batch_size=run.batch_size,
@@ -199,7 +202,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         bpe_dropout=run.bpe_dropout,
         caption_dropout=run.caption_dropout,
         **text,
-        **_share(),
+        **_reading(),
     )
     if not run.encode_once:
         iterator = EncodedBatches(iterator, tokens)
@@ -215,7 +218,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     )
     stages = [line for line in tokens.card.splitlines() if line.startswith(f"- {tokens.kind}:")]
     card = _card(tokens.name, data, [*stages, _summary(stage.name, run, state.step, workdir)])
-    return stage.to_model(jax.device_get(whole(state.average)), card=card, license=data.license)
+    return stage.to_model(state.average, card=card, license=data.license)
 
 
 def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, workdir: Path) -> Clip:
@@ -228,13 +231,13 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
       name: of the experiment.
       workdir: folder of this run alone.
     """
-    run, tokenizer = _with_tokenizer(run, data)
+    run, tokenizer = _with_tokenizer(run, data, workdir)
     px = run.model.px
     text = {"tokenizer": tokenizer, "text_length": run.model.slots + 1}  # no end token in batches
     source, measured = data.train, {"": data.validation}
     if tokens is not None:
-        with leader_first("redrawn pictures"):
-            source = Joined(source, redrawn(source, tokens, workdir / "redrawn" / "train"))
+        source = Joined(source, redrawn(source, tokens, workdir / "redrawn" / "train"))
+        if run.loop.evaluate_every is not None:
             folder = workdir / "redrawn" / "validation"
             measured["redrawn_"] = redrawn(data.validation, tokens, folder)
     stage = ClipStage(
@@ -251,7 +254,7 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
         px=px,
         crop="prior",  # not mirrored, since captions say left and right
         **text,
-        **_share(),
+        **_reading(),
     )
     fingerprints = {"tokenizer": tokenizer.fingerprint}
     if tokens is not None:
@@ -323,28 +326,41 @@ def _run(name: str, options: Any) -> None:
         _check_fit(prior, px=tokens.px, codec=tokens.codec, title=TITLES[options.codec])
         data = _opened(options.data, tokens.px)
         model = train_prior(prior, data, tokens, workdir=workdir / stage)
-        if is_leader():
-            _save(model, workdir)
+        _save(model, workdir)
+        log.info("the model is in %s", workdir / "model")
+        if is_leader() and prior.loop.sheet_every is not None:
+            model = Model.load(workdir / "model")  # on one device
             sheet = workdir / "sheet.png"
             save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
-            log.info("the model is in %s, pictures it drew in %s", workdir / "model", sheet)
+            log.info("pictures it drew are in %s", sheet)
     if clip is not None:
         tokens = Model.load(workdir / options.codec / "model") if clip.redraw else None
         data = _opened(options.data, clip.model.px)
         train_clip(clip, data, tokens, name=name, workdir=workdir / clip.folder)
         log.info("the CLIP is in %s", workdir / clip.folder / "model")
         if is_leader() and clip.folder == CLIP_FOLDER and (workdir / "model" / CONFIG).is_file():
-            _save(Model.load(workdir / "model"), workdir)
+            with replacing(workdir / "model") as new:
+                shutil.copytree(workdir / "model", new, dirs_exist_ok=True)
+                _add_clip(workdir, new)
 
 
 def _save(model: Model, workdir: Path) -> None:
     """Writes the model folder, with what the workdir has of CLIP and of other priors."""
-    if (workdir / "model" / CONFIG).is_file():
-        model = model.with_priors_of(Model.load(workdir / "model"))
+    if not is_leader():
+        model.write(None)
+        return
+    with replacing(workdir / "model") as new:
+        model.write(new)
+        if (workdir / "model" / CONFIG).is_file():
+            take_over(workdir / "model", new)
+        _add_clip(workdir, new)
+
+
+def _add_clip(workdir: Path, folder: Path) -> None:
     clip = workdir / CLIP_FOLDER / "model"
     if (clip / CONFIG).is_file():
-        model = model.with_clip(Clip.load(clip))
-    model.save(workdir / "model")
+        shutil.rmtree(folder / CLIP_FOLDER, ignore_errors=True)
+        shutil.copytree(clip, folder / CLIP_FOLDER)
 
 
 def _check_fit(prior: PriorRun, *, px: int, codec: CodecConfig, title: str) -> None:
@@ -368,14 +384,17 @@ def _first_pictures(source: DataSource, px: int):
     return next(once(source, batch_size=START_PICTURES, px=px))["image"]
 
 
-def _share() -> dict[str, int]:
-    """Which part of every batch this process makes."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _reading() -> dict[str, int]:
+    """Which part of every batch this process makes, and by how many threads."""
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    usable = getattr(os, "sched_getaffinity", None)  # Linux
+    return share | {"threads": max(4, len(usable(0)) if usable else os.cpu_count() or 1)}
 
 
-def _with_tokenizer(run: Any, data: Data) -> tuple[Any, Tokenizer]:
-    """Learns a tokenizer; gives the run with the vocabulary that it got."""
-    tokenizer = Tokenizer.train(_captions(data.train), vocabulary=run.model.text_vocabulary)
+def _with_tokenizer(run: Any, data: Data, workdir: Path) -> tuple[Any, Tokenizer]:
+    """Gives the run's tokenizer, and the run with the vocabulary that it got."""
+    wanted = run.model.text_vocabulary
+    tokenizer = tokenizer_of(data.train, vocabulary=wanted, folder=workdir)
     if tokenizer.vocabulary != run.model.text_vocabulary:
         log.info(
             "the captions give a vocabulary of %d, not %d",
@@ -385,13 +404,6 @@ def _with_tokenizer(run: Any, data: Data) -> tuple[Any, Tokenizer]:
         sizes = dataclasses.replace(run.model, text_vocabulary=tokenizer.vocabulary)
         run = dataclasses.replace(run, model=sizes)
     return run, tokenizer
-
-
-def _captions(source: DataSource):
-    with bar("Reading captions") as progress:
-        for i in range(len(source)):
-            yield from source[i]["captions"]
-            progress(i + 1, len(source))
 
 
 def _settings(run: Any) -> dict:

@@ -117,11 +117,13 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
 def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
     """Counts as `bytes_per_device` what the formats of the paper would take.
 
-    Kernels of layers have 2 bytes, and so do their mean, variance (6-10 bits) and error buffer,
-    which the gradient is added to; all else has 4. The average lies with the CPU.
+    Kernels of layers have 2 bytes, and so do their gradients, mean, variance (6-10 bits) and error
+    buffer, which the gradient is added to; all else has 4. The average lies with the CPU.
 
     Source: Ramesh et al. 2021, section 2.4 and appendices D and E.
     """
+    if run.precision == "bfloat16":
+        run = dataclasses.replace(run, gradient_sums="bfloat16")
     ours = bytes_per_device(run, mesh)
     params = _shapes(run).params
     places = shardings(params, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)

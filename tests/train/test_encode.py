@@ -181,6 +181,28 @@ def test_what_has_changed_is_encoded_anew_and_nothing_else(
     now.verify()
 
 
+def test_encoding_that_was_cut_short_goes_on(tokens, pictures, tmp_path, monkeypatch, made):
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 2)
+    codes = tmp_path / "codes"
+    encoded(FolderSource(pictures), tokens, codes)
+    for i in range(5):
+        write_picture(pictures / f"{i}.png", 10 + i)
+    full = encode.content.full
+
+    def interrupted(source, records):
+        if records.start == 2:
+            raise KeyboardInterrupt
+        return full(source, records)
+
+    monkeypatch.setattr(encode.content, "full", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(FolderSource(pictures), tokens, codes)
+    monkeypatch.setattr(encode.content, "full", full)
+    made.clear()
+    encoded(FolderSource(pictures), tokens, codes).verify()
+    assert made == [1, 2]
+
+
 def test_codes_of_another_version_are_made_anew(tokens, source, tmp_path, made):
     encoded(source, tokens, tmp_path)
     for note in tmp_path.glob("*.json"):
