@@ -1,11 +1,13 @@
 """What gradient scales do: a small prior in float32, in float16, and in float16 without them.
 
+And in bfloat16, with gradients of kernels summed in float32 or in bfloat16.
+
     python experiments/float16.py --out docs/float16.png
 
 Each sees the same coloured shapes, as codes of the shipped dVAE, in the same order. The loss is
 divided by 585, so that the gradient of a token is as small as in the paper's batches of 1,024
 pictures with 1,280 tokens each. Prints means of the loss over tenths of the run, by how much the
-last is off that of float32, and how many updates were skipped; draws the three curves (needs
+last is off that of float32, and how many updates were skipped; draws the first three curves (needs
 matplotlib).
 """
 
@@ -56,7 +58,7 @@ class OneOfMany(PriorStage):
 
 
 def main(options: Options) -> None:
-    """Trains the three and compares them."""
+    """Trains them all and compares them."""
     keep_memory()
     keep_programs()
     tokens = dalle_jax.load("emoji")
@@ -68,12 +70,14 @@ def main(options: Options) -> None:
     iterator = EncodedBatches(iterator, tokens)
     data = [next(iterator) for _ in range(options.steps)]
     curves = {}
-    for name, precision, scaled in (
-        ("float32", "float32", False),
-        ("float16, scaled", "float16", True),
-        ("float16, plain", "float16", False),
+    for name, precision, sums, scaled in (
+        ("float32", "float32", "float32", False),
+        ("float16, scaled", "float16", "float32", True),
+        ("float16, plain", "float16", "float32", False),
+        ("bfloat16", "bfloat16", "float32", False),
+        ("bfloat16 sums", "bfloat16", "bfloat16", False),
     ):
-        stage = stage_of(options, tokens, tokenizer, precision, scaled=scaled)
+        stage = stage_of(options, tokens, tokenizer, precision, sums, scaled=scaled)
         curves[name], skipped = train(stage, data)
         tenths = [part.mean() for part in np.array_split(curves[name], 10)]
         away = tenths[-1] / np.mean(np.array_split(curves["float32"], 10)[-1]) - 1
@@ -84,10 +88,11 @@ def main(options: Options) -> None:
             f"{skipped} skipped",
             flush=True,
         )
-    compare(curves, options.out, dashed="float16, scaled")
+    drawn = {name: curve for name, curve in curves.items() if not name.startswith("bfloat16")}
+    compare(drawn, options.out, dashed="float16, scaled")
 
 
-def stage_of(options, tokens, tokenizer, precision, *, scaled):
+def stage_of(options, tokens, tokenizer, precision, sums, *, scaled):
     """The prior; the norm that gradients are clipped to is divided as they are."""
     model = PriorConfig(
         width=64,
@@ -106,6 +111,7 @@ def stage_of(options, tokens, tokenizer, precision, *, scaled):
         warmup_steps=options.steps // 10,
         clip_norm=1 / DIVISOR,
         precision=precision,
+        gradient_sums=sums,
     )
     stage = OneOfMany(
         run, tokens=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()

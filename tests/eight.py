@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import tiny
 
+from dalle_jax.generate import folder as files
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_parts import PriorConfig
@@ -107,8 +108,21 @@ def sent_with_muon():
     return [dataclasses.asdict(x) for x in sent]
 
 
+def drawn(**where):
+    """Pictures and files of a model whose prior lies there."""
+    model = tiny.model(**where)
+    return model, model.generate(["red apple", "sky"], n=2, seed=1)
+
+
 def main(folder):
     (folder / "sent.json").write_text(json.dumps(sent_with_muon()))
+    files.PIECE = 2**9  # bytes: tensors of the tiny model leave their devices in pieces
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    for name, where in (("whole", {}), ("spread", {"mesh": mesh})):
+        model, pictures = drawn(**where)
+        model.save(folder / name)
+        np.save(folder / f"{name}.npy", pictures)
+    assert not model.priors["prior"][1]["head"]["image"]["kernel"].is_fully_replicated
     for case, (name, sizes, *options) in CASES.items():
         mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
         leaves = jax.tree.leaves(two_updates(name, mesh, *options))

@@ -2,7 +2,7 @@
 
 For parallel/test_processes.py. Arguments: WORKDIR PORT INDEX COUNT. One process alone writes step 1
 on data=8; of several each reads it on data=2 x fsdp=4, and all write it again as step 2, which one
-of them cannot at the first try.
+of them cannot at the first three tries: once at the beginning, twice at the end.
 JAX_NUM_CPU_DEVICES has to say how many of the devices are this process's.
 """
 
@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as Spec
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, whole
 from dalle_jax.parallel.processes import ProcessConfig, join
 from dalle_jax.parallel.rules import shardings
+from dalle_jax.train import manifest
 from dalle_jax.train import state as state_lib
-from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 
 
 class Stage(state_lib.Stage):
@@ -68,17 +69,33 @@ def main(folder, port, index, count):
         for x, place in zip(*map(jax.tree.leaves, (state, places)), strict=True):
             assert x.sharding.is_equivalent_to(place, x.ndim)
         chex.assert_trees_all_equal(readable(state), readable(wanted))
-        if count > 1:
-            checkpoints._try_to_write = partial(_no_room, last=index == count - 1)
-            checkpoints.save(2, state, {}, {})
-            assert checkpoints.newest() == 1
-            del checkpoints._try_to_write
+    if count > 1:
+        _try_in_vain(folder, state, index, count)
+        with Checkpoints(folder) as checkpoints:
             checkpoints.save(2, state, {}, {})
 
 
-def _no_room(*, last):
-    if last:
-        raise OSError(errno.ENOSPC, "")
+def _try_in_vain(folder, state, index, count):
+    checkpoints = Checkpoints(folder)
+    write = manifest.write
+    for room, failing in (("_try_to_write", count - 1), ("write", count - 1), ("write", 0)):
+        checkpoints.check()
+        if index == failing:
+            setattr(manifest if room == "write" else checkpoints, room, _no_room)
+        checkpoints.save(2, state, {}, {})
+        assert checkpoints.newest() == 1
+        manifest.write = write
+        checkpoints.__dict__.pop("_try_to_write", None)
+    try:
+        checkpoints.check()
+    except CheckpointError as error:
+        assert ("No space left" if index == 0 else "process 0 could not save") in str(error)
+        return
+    raise AssertionError("the third failure in a row ends all")
+
+
+def _no_room(*_):
+    raise OSError(errno.ENOSPC, "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The experiment scripts end to end, through their command line, on the debug sizes."""
 
 import json
+import os
 import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 from PIL import Image
 
 import dalle_jax
+from dalle_jax.generate import folder as files
 from dalle_jax.image.pixels import encode_png
+from dalle_jax.train.checkpoint import read_params
 
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 
@@ -105,7 +110,66 @@ def test_a_vqgan_makes_the_codes_in_place_of_the_dvae(tmp_path, monkeypatch):
     assert model.kind == "vqgan"
     assert model.fingerprints.keys() == {"vqgan", "prior", "tokenizer"}
     assert "- vqgan: 2 updates of 8 examples" in model.card
-    assert (tmp_path / "sheet.png").exists()
+    # what does not measure or draw while it trains encodes and draws nothing for it
+    assert not (tmp_path / "sheet.png").exists()
+    assert [path.name for path in (tmp_path / "prior" / "codes").iterdir()] == ["train"]
+
+
+# dalle_12b.py at toy size; all that is not named here is its own: no evaluation, no sheets, groups
+# of 8 devices, bfloat16.
+TOY = {
+    "dvae": {"model.width": 8, "model.groups": 3, "model.blocks-per-group": 1, "model.codes": 32}
+    | {"px": 16, "batch-size": 8},
+    "prior": {"model.width": 32, "model.heads": 2, "model.depth": 4, "model.kernel": 3}
+    | {"model.text-vocabulary": 300, "model.text-length": 16, "model.grid": 4, "model.codes": 32}
+    | {"batch-size": 8},
+    "clip": {"model.px": 16, "model.patch": 8, "batch-size": 8, "model.text-vocabulary": 300}
+    | {"model.image-width": 16, "model.image-depth": 1, "model.image-heads": 2}
+    | {"model.text-width": 16, "model.text-depth": 1, "model.text-heads": 2}
+    | {"model.text-length": 16, "model.features": 16},
+}
+
+
+@pytest.mark.slow
+def test_the_papers_run_goes_from_pictures_to_a_model_in_two_processes(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"noise of the kind {i}")
+    options = [
+        f"--{stage}.{name}={value}"
+        for stage, sizes in TOY.items()
+        for name, value in (sizes | {"steps": 2}).items()
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(SCRIPTS.parent)}
+    command = [sys.executable, SCRIPTS / "dalle_12b.py", "all", "--data", pictures]
+    command += ["--workdir", tmp_path / "run", "--processes.coordinator", address]
+    members = [
+        subprocess.Popen(
+            [*command, "--processes.count=2", f"--processes.index={index}", *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    told = [member.communicate(timeout=300)[0] for member in members]
+    assert [member.returncode for member in members] == [0, 0], "\n".join(told)
+    model = dalle_jax.load(tmp_path / "run" / "model")
+    assert "- prior: 2 updates of 8 examples" in model.card and model.clip is not None
+    checkpoints = tmp_path / "run" / "prior" / "checkpoints"
+    average = read_params(checkpoints)
+    stored = {name: np.asarray(x) for name, x in files.flat(model.priors["prior"][1]).items()}
+    for name, tensor in files.to_tensors(average).items():
+        np.testing.assert_array_equal(stored[name], tensor.astype(np.float32), err_msg=name)
+    assert not (tmp_path / "run" / "prior" / "codes").exists()  # nothing to measure, new crops
 
 
 def test_a_contrastive_loss_is_not_accumulated(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ ROOMS = {
     "models": {"image", "precision"},
     "data": {"cache", "image", "text"},
     "weights": {"text", "models"},
-    "generate": {"image", "text", "precision", "models"},
+    "generate": {"image", "text", "precision", "parallel", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets are drawn, and models written, by what users call
     | {"compiled", "memory", "terminal"},

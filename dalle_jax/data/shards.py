@@ -53,14 +53,27 @@ def write_codes(folder: str | os.PathLike, records: Iterable[Record], *, meta: d
     shape = np.shape(first["codes"])
     shards = []
     while chunk := list(itertools.islice(remaining, 1)):
-        name = f"codes-{len(shards):05d}.array_record"
         chunk = itertools.chain(chunk, itertools.islice(remaining, SHARD_RECORDS - 1))
-        count = _write_shard(root / name, chunk, shape)
-        shards.append(_described(root / name) | {"records": count})
-    manifest = {"format": FORMAT, "grid": shape[0], "shards": shards, "meta": meta}
-    partial = root / f".{_MANIFEST}.partial"
+        shards.append(write_shard(root, len(shards), chunk, grid=shape[0]))
+    write_manifest(root, shards, grid=shape[0], meta=meta)
+
+
+def write_shard(folder: Path, number: int, records: Iterable[Record], *, grid: int) -> dict:
+    """Writes one shard and gives what the manifest says of it; for several processes at once.
+
+    Args, Raises: as for `write_codes`; grid is G.
+    """
+    path = folder / f"codes-{number:05d}.array_record"
+    count = _write_shard(path, records, (grid, grid))
+    return _described(path) | {"records": count}
+
+
+def write_manifest(folder: Path, shards: list[dict], *, grid: int, meta: dict) -> None:
+    """Writes what makes of shards a finished folder; see `write_shard` and `write_codes`."""
+    manifest = {"format": FORMAT, "grid": grid, "shards": shards, "meta": meta}
+    partial = folder / f".{_MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(partial, root / _MANIFEST)
+    os.replace(partial, folder / _MANIFEST)
 
 
 def _write_shard(path: Path, records: Iterable[Record], shape: tuple[int, ...]) -> int:

@@ -88,7 +88,8 @@ def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, 
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
     if guided:
         text = jnp.concatenate([text, empty_captions(config, text)])
-    prior = Prior(config).bind({"params": params})
+    dtype = params["layers"]["mlp_in"]["kernel"].dtype  # of products, as of kernels
+    prior = Prior(config, dtype=dtype).bind({"params": params})
     caches = prior.prefill(text, samples=samples)
     decode = prior.decoder()
 

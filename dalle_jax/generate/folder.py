@@ -30,7 +30,6 @@ import flax.traverse_util
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from dalle_jax.errors import UserError
 
@@ -51,7 +50,11 @@ _OWN = {CONFIG, TOKENIZER, CARD, LICENSE, CLIP, *CODECS.values(), *PRIORS.values
 # the shipped dVAE kept the codes of 46 % of the cells, with these in float32 of 99 %.
 EXACT = ("encoder/output/", "decoder/input/", "encoder/conv_out/", "quant_conv/", "head/")
 
-Tensors = dict[str, np.ndarray]
+PIECE = 2**26  # bytes that are brought to the host at a time of what is spread over devices
+_DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # names in safetensors
+
+Tensors = dict[str, Any]
+"""Arrays of numpy, or of JAX where they are spread over devices."""
 
 
 class ModelError(UserError):
@@ -98,21 +101,25 @@ def flat(params: Any) -> dict[str, Any]:
 def to_tensors(params: Any) -> Tensors:
     """Flattens nested parameters and rounds the kernels to bfloat16, as they are stored.
 
+    Arrays of JAX stay where they lie, spread over devices if they are.
+
     Source: Ramesh et al. 2021, appendix D, keeps gains, biases, embeddings and unembeddings in
     float32, and the released dVAE its convolutions next to the codes.
     """
 
     def rounded(name, array):
         exact = not name.endswith("kernel") or name.startswith(EXACT)
-        return np.asarray(array, np.float32 if exact else ml_dtypes.bfloat16)
+        dtype = np.dtype(np.float32 if exact else ml_dtypes.bfloat16)
+        return array.astype(dtype) if is_spread(array) else np.asarray(array, dtype)
 
     return {name: rounded(name, array) for name, array in flat(params).items()}
 
 
-def to_params(tensors: Tensors) -> Any:
-    """Nests tensors again and widens them to float32, as they are used."""
-    widened = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
-    return flax.traverse_util.unflatten_dict(widened, sep="/")
+def to_params(tensors: Tensors, *, dtype: str = "float32") -> Any:
+    """Nests tensors again and widens them to float32, or leaves the kernels in bfloat16."""
+    if dtype == "float32":
+        tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    return flax.traverse_util.unflatten_dict(tensors, sep="/")
 
 
 def fingerprint(tensors: Tensors) -> str:
@@ -120,8 +127,35 @@ def fingerprint(tensors: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(np.ascontiguousarray(tensor).tobytes())
+        for piece in pieces(tensor):
+            digest.update(piece.tobytes())
     return digest.hexdigest()
+
+
+def pieces(tensor: Any) -> Iterator[np.ndarray]:
+    """Gives a tensor on the host, a few of its rows at a time if it is spread over devices.
+
+    If these are of several processes, all of them have to ask.
+    """
+    if not is_spread(tensor):
+        yield np.ascontiguousarray(tensor)
+        return
+    import jax  # late, as the names of models are listed without it
+    from jax.experimental import multihost_utils
+
+    rows = len(tensor)
+    most = max(PIECE * rows // tensor.nbytes, 1)
+    for start in range(0, rows, most):
+        # The index is no constant, so that one program cuts all pieces of a length.
+        piece = jax.lax.dynamic_slice_in_dim(tensor, start, min(most, rows - start))
+        if not piece.is_fully_addressable:
+            piece = multihost_utils.process_allgather(piece, tiled=True)
+        yield np.asarray(piece)
+
+
+def is_spread(array: Any) -> bool:
+    """Whether it is an array of JAX of which devices have different parts."""
+    return not getattr(array, "is_fully_replicated", True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -198,9 +232,45 @@ def write_config(folder: Path, **fields: Any) -> None:
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Writes a safetensors file."""
-    path.write_bytes(safetensors.numpy.save(tensors))  # save_file would lock out other users
+def write_tensors(path: Path | None, tensors: Tensors) -> None:
+    """Writes a safetensors file, piece by piece: the library needs all bytes at once.
+
+    Args:
+      path: of the file; None in a process that has a part of the tensors, while another writes.
+      tensors: arrays on the host, or spread over devices.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, end = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(os.devnull if path is None else path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for piece in pieces(tensors[name]):
+                file.write(piece.tobytes())
+
+
+def take_over(old: Path, new: Path) -> None:
+    """Copies into a model folder what an older one has of other priors for the same codes."""
+    before, now = read_config(old), read_config(new)
+    of_codes = (*CODECS, "tokenizer")
+    if any(before["fingerprints"].get(x) != now["fingerprints"].get(x) for x in of_codes):
+        return
+    fingerprints = before["fingerprints"] | now.pop("fingerprints")
+    for part, file in PRIORS.items():
+        if before.get(part) is not None and now.get(part) is None:
+            shutil.copyfile(old / file, new / file)
+            now[part] = before[part]
+    del now["format"]
+    write_config(new, **now, fingerprints=fingerprints)
 
 
 @contextmanager

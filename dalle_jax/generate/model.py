@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import UInt8
 from PIL import Image
@@ -37,9 +38,11 @@ from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.parallel.rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
 
 Decoder = Literal["autoregressive", "progressive"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class Model(Codec):
@@ -65,6 +68,8 @@ class Model(Codec):
         card: str = "",
         license: str = "",
         fingerprints: dict[str, str] | None = None,
+        dtype: Dtype = "float32",
+        mesh: Mesh | None = None,
     ):
         """Puts the parts together and checks that they belong to each other.
 
@@ -82,6 +87,9 @@ class Model(Codec):
           card: text of the model card, Markdown, with the attribution of the data.
           license: text of the terms for the weights.
           fingerprints: of the parts that the prior was trained with; None for the ones given.
+          dtype: of the priors' kernels and of their products; bfloat16 halves their memory.
+          mesh: from `parallel.mesh.make_mesh`: devices that the priors' weights are spread over;
+            None for one device, or where they lie if they are spread already.
         Raises:
           ModelError: if a part is missing, has other sizes, or does not belong.
         """
@@ -100,13 +108,23 @@ class Model(Codec):
             check_tensors(part, tensors, prior_shapes(sizes))
             self.fingerprints[part] = files.fingerprint(tensors)
             self.fingerprints["tokenizer"] = tokenizer.fingerprint
-            self.priors[part] = sizes, jax.device_put(files.to_params(tensors))
+            self.priors[part] = sizes, _placed(files.to_params(tensors, dtype=dtype), mesh)
         check_fingerprints(name, self.fingerprints, fingerprints or {})
 
     @classmethod
-    def load(cls, name_or_folder: str | os.PathLike) -> "Model":
+    def load(
+        cls,
+        name_or_folder: str | os.PathLike,
+        *,
+        dtype: Dtype = "float32",
+        mesh: Mesh | None = None,
+    ) -> "Model":
         """Opens a shipped model by its name, else a model folder by its path.
 
+        Args:
+          name_or_folder: of the model.
+          dtype: as above.
+          mesh: as above.
         Raises:
           ModelError: if there is no such model, a file is damaged or belongs to another model.
         """
@@ -124,7 +142,8 @@ class Model(Codec):
         for part, file in files.PRIORS.items():
             if config.get(part) is not None:
                 parts[part] = files.sizes(CONFIGS[part], config[part], folder)
-                parts[f"{part}_params"] = files.to_params(files.read_tensors(folder / file))
+                tensors = files.read_tensors(folder / file)
+                parts[f"{part}_params"] = files.to_params(tensors, dtype=dtype)
                 parts["tokenizer"] = Tokenizer.load(folder / files.TOKENIZER)
         if (folder / CLIP_FOLDER / files.CONFIG).is_file():
             parts["clip"] = folder / CLIP_FOLDER
@@ -132,6 +151,8 @@ class Model(Codec):
         return cls(
             codec_params=files.to_params(files.read_tensors(folder / files.CODECS[kind])),
             fingerprints=fingerprints,
+            dtype=dtype,
+            mesh=mesh,
             **parts,
         )
 
@@ -142,22 +163,34 @@ class Model(Codec):
           ModelError: if the folder holds anything else.
         """
         with files.replacing(folder) as new:
-            files.write_config(
-                new,
-                name=self.name,
-                px=self.px,
-                **{self.kind: self.codec},
-                **{part: sizes for part, (sizes, _) in self.priors.items()},
-                fingerprints=self.fingerprints,
-            )
-            files.write_tensors(new / files.CODECS[self.kind], files.to_tensors(self.codec_params))
-            for part, (_, params) in self.priors.items():
-                files.write_tensors(new / files.PRIORS[part], files.to_tensors(params))
-                self.tokenizer.save(new / files.TOKENIZER)
-            if self.clip is not None:
-                (new / CLIP_FOLDER).mkdir()
-                self.clip.write(new / CLIP_FOLDER)
-            files.write_texts(new, card=self.card, license=self.license)
+            self.write(new)
+
+    def write(self, folder: Path | None) -> None:
+        """Writes the files into an empty folder.
+
+        If weights are spread over several processes, all of them have to call it: the one that
+        writes, and the others without a folder.
+        """
+        for part, (_, params) in self.priors.items():
+            file = None if folder is None else folder / files.PRIORS[part]
+            files.write_tensors(file, files.to_tensors(params))
+        if folder is None:
+            return
+        files.write_config(
+            folder,
+            name=self.name,
+            px=self.px,
+            **{self.kind: self.codec},
+            **{part: sizes for part, (sizes, _) in self.priors.items()},
+            fingerprints=self.fingerprints,
+        )
+        files.write_tensors(folder / files.CODECS[self.kind], files.to_tensors(self.codec_params))
+        if self.priors:
+            self.tokenizer.save(folder / files.TOKENIZER)
+        if self.clip is not None:
+            (folder / CLIP_FOLDER).mkdir()
+            self.clip.write(folder / CLIP_FOLDER)
+        files.write_texts(folder, card=self.card, license=self.license)
 
     @property
     def clip(self) -> Clip | None:
@@ -171,16 +204,6 @@ class Model(Codec):
         other = copy.copy(self)
         other._clip = clip
         return other
-
-    def with_priors_of(self, other: "Model") -> "Model":
-        """Gives this model with what it lacks of another's priors, if they know the same codes."""
-        for part in (*files.CODECS, "tokenizer"):
-            if self.fingerprints.get(part) != other.fingerprints.get(part):
-                return self
-        joined = copy.copy(self)
-        joined.priors = other.priors | self.priors
-        joined.fingerprints = other.fingerprints | self.fingerprints
-        return joined
 
     def generate(
         self,
@@ -438,3 +461,9 @@ class Model(Codec):
         if isinstance(image, str | os.PathLike):
             return pixels.decode(image, min_px=self.grid)
         return np.asarray(image)
+
+
+def _placed(params, mesh):
+    if mesh is not None:
+        return jax.device_put(params, shardings(params, mesh, PRIOR))
+    return jax.tree.map(lambda x: x if files.is_spread(x) else jax.device_put(x), params)

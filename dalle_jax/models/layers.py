@@ -4,6 +4,7 @@ Letters: B batch, T positions, D width, N heads, H head size, F mlp, L layers.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ def layer(
     linear: Callable[[Weights, Array], Array] | None = None,
     axis: int = -1,
     scale: Float[Array, "2"] | None = None,
+    sums: DTypeLike = jnp.float32,
     epsilon: float = NORM_EPSILON,
 ) -> tuple[Float[Array, "..."], Any]:
     """Adds what one attention and one MLP branch find to the residual stream; norms come first.
@@ -41,6 +43,7 @@ def layer(
       linear: maps weights and an input to an output; None for `project`.
       axis: of x, along which D lies.
       scale: gradient scales of the two branches, see `precision.grad_scale`; None for none.
+      sums: type in which gradients of kernels are summed, if dtype is of half precision.
       epsilon: added to the variance in the norms.
 
     Returns:
@@ -48,7 +51,7 @@ def layer(
 
     Source: Ramesh et al. 2021, appendix B; GELU as x * sigmoid(1.702 x).
     """
-    linear = linear or project
+    linear = linear or partial(project, sums=sums)
 
     def entering(i, x):
         return x if scale is None else enter(x, scale[i])
@@ -156,13 +159,15 @@ def cut(layers: Weights, i: int) -> Weights:
     return jax.tree.map(lambda weights: weights[i], layers)
 
 
-def project(weights: Weights, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+def project(
+    weights: Weights, x: Float[Array, "B T ..."], *, sums: DTypeLike = jnp.float32
+) -> Float[Array, "B T ..."]:
     """Maps all axes of x after B and T to those of the bias."""
     B, T, *_ = x.shape
     kernel, bias = weights["kernel"], weights["bias"]
     # one plain matrix product: XLA copies a kernel that is contracted along two axes
     x, kernel = x.reshape(B, T, -1), kernel.reshape(-1, bias.size)
-    half = x.dtype == jnp.float16
-    y = float16.product(x, kernel) if half else x @ kernel.astype(x.dtype)
+    half = x.dtype != jnp.float32
+    y = float16.product(x, kernel, sums) if half else x @ kernel.astype(x.dtype)
     y = y + bias.reshape(1, 1, -1)  # in float32, so that its gradient is summed there
     return y.astype(x.dtype).reshape(B, T, *bias.shape)

@@ -108,6 +108,8 @@ class ProgressivePrior(nn.Module):
     """Compile a layer of each kind once and loop over it: for deep models."""
     remat: bool = False
     """Keep only what enters each layer for the backward pass and compute the rest again."""
+    sums: DTypeLike = jnp.float32
+    """In which the gradients of kernels are summed, if dtype is of half precision."""
     constrain: Callable[[Array], Array] = lambda x: x
     """Says where the residual streams [B, T, D] lie, if they are spread over devices."""
     gather: Callable[[Array, Array], Array] = lambda table, ids: table[ids]
@@ -152,7 +154,7 @@ class ProgressivePrior(nn.Module):
                 query, key, value = _split(qkv)
                 return dense(_norm(query), _norm(key), value, mask=sees), None
 
-            return layer(weights, self.constrain(x), attend, dtype=self.dtype, scale=scale)[0]
+            return self._layer(weights, self.constrain(x), attend, scale)[0]
 
         def query(x, weights, scale):
             known = self._remember(weights, memory)
@@ -271,7 +273,7 @@ class ProgressivePrior(nn.Module):
                 seen, known = put(known, KeysValues(_norm(key), value))
                 return dense(_norm(query), seen.key, seen.value, mask=mask), known
 
-            x, known = layer(weights, x, attend, dtype=self.dtype)
+            x, known = self._layer(weights, x, attend)
             grown.append(known)
         memory = layer_norm(self.head["memory_norm"], x).astype(self.dtype)
         for weights, known in zip(self._unstacked(split, None), cache[split:], strict=True):
@@ -280,7 +282,8 @@ class ProgressivePrior(nn.Module):
 
     def _remember(self, weights, memory):
         """Keys and values of content for one query layer."""
-        key, value = _split(project(_part(weights["qkv"], slice(1, 3)), memory))
+        weights = _part(weights["qkv"], slice(1, 3))
+        key, value = _split(project(weights, memory, sums=self.sums))
         return KeysValues(_norm(key), value)
 
     def _query_layer(self, weights, x, known, mask, scale=None):
@@ -288,7 +291,10 @@ class ProgressivePrior(nn.Module):
             return dense(_norm(query), known.key, known.value, mask=mask), None
 
         weights = {**weights, "qkv": _part(weights["qkv"], 0)}
-        return layer(weights, x, attend, dtype=self.dtype, scale=scale)[0]
+        return self._layer(weights, x, attend, scale)[0]
+
+    def _layer(self, weights, x, attend, scale=None):
+        return layer(weights, x, attend, dtype=self.dtype, scale=scale, sums=self.sums)
 
     def _run(self, through, x, layers, scales):
         """Runs x through some layers of the stack, looped over or written out."""

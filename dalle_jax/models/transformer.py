@@ -54,6 +54,8 @@ class Prior(nn.Module):
     """Compile a period of four layers once and loop over it: for deep models."""
     remat: bool = False
     """Keep only what enters each layer for the backward pass and compute the rest again."""
+    sums: DTypeLike = jnp.float32
+    """In which the gradients of kernels are summed, if dtype is of half precision."""
     constrain: Callable[[Array], Array] = lambda x: x
     """Says where the residual stream [B, T, D] lies, if it is spread over devices."""
     gather: Callable[[Array, Array], Array] = lambda table, ids: table[ids]
@@ -187,7 +189,8 @@ class Prior(nn.Module):
                 )
                 return usual() if kinds[0] == kinds[1] else jax.lax.cond(last, final, usual), None
 
-            return layer(weights, self.constrain(x), look, dtype=self.dtype, scale=scale)[0]
+            options = {"dtype": self.dtype, "scale": scale, "sums": self.sums}
+            return layer(weights, self.constrain(x), look, **options)[0]
 
         if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
             through = jax.checkpoint(through, static_argnums=3, prevent_cse=not self.scan)

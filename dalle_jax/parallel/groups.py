@@ -116,10 +116,26 @@ class Groups:
         """What a checkpoint keeps: the sum of the error buffers of all groups, by path."""
         return _total(state.error)
 
-    def resumed(self, state: PowerSGDState, total: dict[str, Array]) -> PowerSGDState:
-        """Gives every group, of as many as there are now, an equal part of the sum."""
-        places = jax.tree.map(lambda e: e.sharding, state.error)
-        return state.replace(error=jax.jit(self._parts, out_shardings=places)(total))
+    def total_places(self, places: PyTree) -> dict[str, NamedSharding]:
+        """Says where the total lies, given where the parameters do: as they."""
+        return powersgd.compressed(places)
+
+    def resumed(
+        self, total: dict[str, Array], params: PyTree, places: PowerSGDState
+    ) -> PowerSGDState:
+        """Gives every group, of as many as there are now, an equal part of the sum.
+
+        Args:
+          total: from a checkpoint.
+          params: parameters or their shapes; only these are looked at.
+          places: where the state lies.
+        """
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+        def create(total):
+            return self.create(shapes).replace(error=self._parts(total))
+
+        return jax.jit(create, out_shardings=places)(total)
 
     def _parts(self, total):
         return self._for_each(jax.tree.map(lambda e: e / self.count, total))

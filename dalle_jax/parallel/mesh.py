@@ -124,6 +124,11 @@ def whole(tree: PyTree) -> PyTree:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def on_one_device(tree: PyTree) -> PyTree:
+    """Arrays that every device has, as they are on the first device of this process."""
+    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
+
+
 def greatest(mesh: Mesh, value: int) -> Int[Array, ""]:
     """The greatest of what all processes give; comes when the devices get to it, without waiting.
 

@@ -36,9 +36,9 @@ PRIOR: Rules = (
     ("layers/*/*", Spec()),  # what is added to the residual stream, and its norms
     ("scales/*", Spec()),
     ("embed/start_*", Spec()),
-    ("embed/mask", Spec()),
+    ("embed/query", Spec()),
     ("embed/*", Spec(None, FSDP)),
-    ("head/norm/*", Spec()),
+    ("head/*norm/*", Spec()),
     ("head/*/kernel", Spec(FSDP, TENSOR)),
 )
 CODEC: Rules = (("*", Spec()),)  # the dVAE has 98 million parameters: every device has them all

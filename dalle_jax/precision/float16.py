@@ -1,42 +1,53 @@
-"""Products of float16 whose sums are float32, forward and backward.
+"""Products of float16 or bfloat16 whose sums are float32, forward and backward.
 
 A product of float16 arrays gives float16 in JAX, in the backward pass too. There the gradient of a
 kernel sums over all tokens of a batch: times a gradient scale it passes the greatest float16,
-65,504, long before what it is summed from does. Here it leaves as float32, as the kernel is kept.
+65,504, long before what it is summed from does. That of bfloat16 arrays has 8 bits, and so has its
+sum over devices. Here it leaves as float32, as the kernel is kept.
 
 Source: ours. In Ramesh et al. 2021 parameters and their gradients are float16.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float16, Float32
+from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Float, Float16, Float32
 
 
-@jax.custom_vjp
-def product(x: Float16[Array, "B T m"], kernel: Float32[Array, "m n"]) -> Float32[Array, "B T n"]:
-    """Multiplies by a kernel rounded to float16, with sums in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(
+    x: Float16[Array, "B T m"] | BFloat16[Array, "B T m"],
+    kernel: Float[Array, "m n"],
+    sums: DTypeLike = jnp.float32,
+) -> Float32[Array, "B T n"]:
+    """Multiplies by a kernel rounded to the type of x, with sums in float32.
 
     Args:
-      x: one vector a token; its gradient is rounded to float16 after it is summed.
-      kernel: its gradient is float32, the sum of products of float16 numbers.
+      x: one vector a token; its gradient is rounded to its type after it is summed.
+      kernel: its gradient is the sum of products of numbers of that type.
+      sums: type of that sum, over the tokens of a device and over devices.
     Returns:
-      x @ kernel; its gradient is rounded to float16 before it is used.
+      x @ kernel; its gradient is rounded to the type of x before it is used.
     Source: ours.
     """
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return _forward(x, kernel, sums)[0]
 
 
-def _forward(x, kernel):
-    return product(x, kernel), (x, kernel)
+def _forward(x, kernel, sums):
+    del sums
+    half = kernel.astype(x.dtype)  # and not the kernel, which devices would gather in float32
+    return jnp.matmul(x, half, preferred_element_type=jnp.float32), (x, half)
 
 
-def _backward(saved, dy):
-    x, kernel = saved
+def _backward(sums, saved, dy):
+    x, half = saved
     dy = dy.astype(x.dtype)
     f32 = {"preferred_element_type": jnp.float32}
-    dx = jnp.einsum("BTn,mn->BTm", dy, kernel.astype(x.dtype), **f32)
-    dkernel = jnp.einsum("BTm,BTn->mn", x, dy, **f32)
-    return dx.astype(x.dtype), dkernel
+    dx = jnp.einsum("BTn,mn->BTm", dy, half, **f32)
+    dkernel = jnp.einsum("BTm,BTn->mn", x, dy, preferred_element_type=sums)
+    return dx.astype(x.dtype), dkernel.astype(jnp.float32)  # the type of kernels in training
 
 
 product.defvjp(_forward, _backward)

@@ -1,20 +1,22 @@
 """Training checkpoints that are whole or not there, and are verified before they are trusted.
 
 A step is a folder `000500/` with one Orbax item each for params, average, optimizer and rng, the
-data position and the settings as JSON, and `manifest.json` with the size and sha256 of every file
-(Orbax reads back a flipped byte without complaint). All of it is written under a temporary name
-and renamed last, so a folder under a step's name was complete once. Of several processes each
-writes its part of the arrays, and process 0 the rest; all see the same disk.
+data position and the settings as JSON, and manifests with the size and sha256 of every file (Orbax
+reads back a flipped byte without complaint). All of it is written under a temporary name, read
+back, and renamed last, so a folder under a step's name was complete once. Of several processes each
+writes and verifies its part of the arrays, and process 0 the rest; all see the same disk.
 
 Source: ours.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from dalle_jax.train.state import TrainState
 log = logging.getLogger(__name__)
 
 _UNFINISHED = "tmp-"
+_FAILED = "failed-"  # an empty file by which one of several processes tells the others
+_PATIENCE_S = 1200.0  # for the files of other processes; Orbax waits as long
 # Failed saves in a row that end a run. One must not cost a night of training, as the disk may have
 # room again by the next; but what is never saved is lost whole in the end.
 _TRIES = 3
@@ -62,6 +66,9 @@ class Checkpoints:
         self._keep = keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
+        # Step of a save whose end other processes may not know, and whether it failed in this one.
+        self._open: int | None = None
+        self._failed_here = False
         self._failures: list[CheckpointError] = []  # since the last save that succeeded
 
     def __enter__(self) -> "Checkpoints":
@@ -88,8 +95,13 @@ class Checkpoints:
         Args:
           state: the arrays of a `TrainState`, or their shapes.
         Raises:
-          CheckpointError: if the folder cannot be written.
+          CheckpointError: if the folder cannot be written, or has a name that Orbax cannot read.
         """
+        if found := sorted(set("*?[") & set(str(self.folder))):
+            raise CheckpointError(
+                f"nothing can be saved in {self.folder}: Orbax takes the {' and '.join(found)} in "
+                "its name for a pattern; choose a workdir without *, ? and ["
+            )
         try:
             self._try_to_write()
         except OSError as error:
@@ -117,8 +129,11 @@ class Checkpoints:
             trial.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raises `CheckpointError` once saving has failed too often; looks, but does not wait."""
-        if len(self._failures) >= _TRIES:
+        """Raises `CheckpointError` once saving has failed too often; looks, but does not wait.
+
+        Of several processes all do at the same step: after the save that follows.
+        """
+        if len(self._failures) >= _TRIES and (self._open is None or jax.process_count() == 1):
             raise self._failures[-1]
 
     def wait(self) -> None:
@@ -133,9 +148,17 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def _settle(self) -> None:
+        """Waits for the save under way; if it failed in one process, it failed in all."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
+        step, self._open = self._open, None
+        if step is not None:
+            others = where(self._failed_here)
+            if others and not self._failed_here:
+                self._failed(step, CheckpointError(f"process {others[0]} could not save its part"))
+            if not others:
+                self._failures = []
 
     def steps(self) -> list[int]:
         """Lists the steps on disk in rising order, damaged ones too, unfinished ones not."""
@@ -157,16 +180,21 @@ class Checkpoints:
         self.check()
         # Both to text now: a value that JSON cannot hold fails here, and later changes do no harm.
         texts = {"data.json": json.dumps(data_state), "settings.json": json.dumps(settings)}
-        unfinished = self.folder / f"{_UNFINISHED}{step:06d}"
+        unfinished, items = self.folder / f"{_UNFINISHED}{step:06d}", _items(state)
+        self._open, self._failed_here = step, False
         try:
             if reason := self._obstacle():
                 raise CheckpointError(reason)
-            writing = ocp.save_checkpointables_async(unfinished, _items(state))
+            writing = ocp.save_checkpointables_async(unfinished, items)
         except Exception as error:
+            self._tell_others(step)
             self._failed(step, error)
             self.check()
         else:
-            self._saving = self._worker.submit(self._finish, writing, unfinished, step, texts)
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), items)
+            self._saving = self._worker.submit(
+                self._finish, writing, unfinished, step, shapes, texts
+            )
 
     def _obstacle(self) -> str | None:
         """Says why a save cannot begin, the same yes or no in all processes.
@@ -177,6 +205,8 @@ class Checkpoints:
         try:
             if is_leader():
                 self._clean_up()
+                for told in self.folder.glob(f"{_FAILED}*"):
+                    told.unlink()
             self._try_to_write()
         except OSError as error:
             reason = _reason(error)
@@ -185,18 +215,47 @@ class Checkpoints:
             reason = f"process {others[0]} cannot write there"
         return reason
 
-    def _finish(self, writing, unfinished: Path, step: int, texts: dict[str, str]) -> None:
+    def _finish(self, writing, unfinished: Path, step: int, shapes: PyTree, texts: dict) -> None:
+        index, count = jax.process_index(), jax.process_count()
+        last = unfinished / "settings.json"
         try:
             writing.result()  # in process 0 after all have written theirs
             if is_leader():
-                for name, text in texts.items():
+                read = ocp.checkpointables_metadata(unfinished).metadata
+                if reason := differences.of_arrays(read, shapes):
+                    raise CheckpointError(f"it cannot be read back: {reason}")
+                for name, text in texts.items():  # the settings last
                     (unfinished / name).write_text(text)
-                manifest.write(unfinished, step)
+                parts = [unfinished / manifest.name(i) for i in range(1, count)]
+                self._await(step, lambda: all(part.exists() for part in parts))
+                manifest.write(unfinished, step, index, count)
                 self._put_in_place(unfinished, step)
+            else:
+                self._await(step, last.exists)
+                manifest.write(unfinished, step, index, count)
         except Exception as error:
+            self._tell_others(step)
             self._failed(step, error)
         else:
-            self._failures = []
+            if count == 1:  # else all have to have saved their parts
+                self._failures = []
+
+    def _tell_others(self, step: int) -> None:
+        """Leaves a note for the processes that wait for files of this one."""
+        if jax.process_count() > 1:
+            with contextlib.suppress(OSError):
+                (self.folder / f"{_FAILED}{step:06d}-{jax.process_index()}").touch()
+
+    def _await(self, step: int, condition: Callable[[], bool]) -> None:
+        """Waits for files of other processes, or until one of them says that it has failed."""
+        end = time.monotonic() + _PATIENCE_S
+        while not condition():
+            if others := list(self.folder.glob(f"{_FAILED}{step:06d}-*")):
+                process = others[0].name.rpartition("-")[2]
+                raise CheckpointError(f"process {process} could not save its part")
+            if time.monotonic() > end:
+                raise CheckpointError(f"other processes have not saved theirs in {_PATIENCE_S} s")
+            time.sleep(0.02)
 
     def _put_in_place(self, unfinished: Path, step: int) -> None:
         for old in self.steps():
@@ -208,6 +267,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         """Notes a failed save, says it in the log, and gives back the room that it took."""
+        self._failed_here = True
         if is_leader():
             self._clean_up()
         newest = max(self.steps(), default=None)
@@ -232,7 +292,8 @@ class Checkpoints:
         """Reads the newest step that its manifest confirms; says in the log why others are not.
 
         Args:
-          template: a state of the wanted structure, shapes and shardings; its values are not read.
+          template: a state of the wanted structure, shapes and shardings, such as
+            `jax.ShapeDtypeStruct`s; only these are looked at.
           settings: what must agree with the saved settings; saved entries it lacks are not looked
             at.
         Returns:
@@ -242,7 +303,7 @@ class Checkpoints:
             one), or if the saved arrays do not fit the template.
         """
         self._settle()
-        step = agreed(lambda: next((step for step, _ in _good_steps(self.folder)), None))
+        step = _newest_undamaged(self.folder)
         if step is not None:
             path = self.folder / f"{step:06d}"
             saved = json.loads((path / "settings.json").read_text())
@@ -286,7 +347,8 @@ def read_params(folder: str | Path, step: int | None = None, *, average: bool = 
     """
     folder = Path(folder).absolute()
     name = "average" if average else "params"
-    for _, path in _good_steps(folder, step):
+    if (found := _newest_undamaged(folder, step)) is not None:
+        path = folder / f"{found:06d}"
         saved = ocp.checkpointables_metadata(path).metadata[name]
         arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), saved)
         return ocp.load_checkpointables(path, {name: arrays})[name]
@@ -311,22 +373,32 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def _good_steps(folder: Path, step: int | None = None) -> Iterator[tuple[int, Path]]:
-    """Yields the undamaged steps, newest first; raises if there are steps but no good one."""
-    steps = [s for s in reversed(_steps(folder)) if step in (None, s)]
-    found = False
-    for number in steps:
-        path = folder / f"{number:06d}"
-        if reason := manifest.damage(path, number):
-            log.warning("checkpoint of step %d in %s is not used: %s", number, folder, reason)
-        else:
-            found = True
-            yield number, path
-    if steps and not found:
+def _newest_undamaged(folder: Path, step: int | None = None) -> int | None:
+    """Finds the newest undamaged step, or looks at one alone; each process reads its own files.
+
+    Raises:
+      CheckpointError: if there are steps but no good one.
+    """
+    damaged: list[int] = []
+    while True:
+        left = [s for s in _steps(folder) if s not in damaged and step in (None, s)]
+        newest = agreed(lambda left=left: max(left, default=None))
+        if newest is None:
+            break
+        share = (jax.process_index(), jax.process_count())
+        reason = manifest.damage(folder / f"{newest:06d}", newest, *share)
+        others = where(reason is not None)
+        if not others:
+            return newest
+        reason = reason or f"process {others[0]} has found damage, which its log names"
+        log.warning("checkpoint of step %d in %s is not used: %s", newest, folder, reason)
+        damaged.append(newest)
+    if damaged:
         raise CheckpointError(
-            f"every checkpoint in {folder} is damaged ({', '.join(map(str, steps))}; last reason: "
-            f"{reason}); put back a good copy, or move the folder away to start over"
+            f"every checkpoint in {folder} is damaged ({', '.join(map(str, damaged))}; last "
+            f"reason: {reason}); put back a good copy, or move the folder away to start over"
         )
+    return None
 
 
 def _reason(error: BaseException) -> str:

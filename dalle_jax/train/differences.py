@@ -4,6 +4,7 @@ Source: ours.
 """
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,18 @@ def of_arrays(saved: PyTree, wanted: PyTree) -> str | None:
 
 def _form(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
+
+
+def without(settings: dict, names: Iterable[str]) -> dict:
+    """Gives settings without the entries of some dotted names."""
+    settings = dict(settings)
+    for name in names:
+        first, _, rest = name.partition(".")
+        if rest and first in settings:
+            settings[first] = without(settings[first], [rest])
+        else:
+            settings.pop(first, None)
+    return settings
 
 
 def of_settings(saved: dict, now: dict) -> list[str]:

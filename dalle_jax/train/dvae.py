@@ -17,6 +17,7 @@ from dalle_jax.models.dvae import DVAE, DVAEConfig, matrices, network_input
 from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
+from dalle_jax.parallel.mesh import on_one_device
 from dalle_jax.train.codebook import kmeans_start
 from dalle_jax.train.codec import CodecStage, check_sides, windows
 from dalle_jax.train.loop import LoopConfig
@@ -129,7 +130,7 @@ class DVAEStage(CodecStage):
         if not self.run.kmeans_start:
             return params
         key = jax.random.key(self.run.loop.seed)
-        return kmeans_start(key, params, self.run.model, self._start_images())
+        return kmeans_start(key, on_one_device(params), self.run.model, self._start_images())
 
     def loss(self, params, batch, key, step):
         """Mean pixel NLL + beta / (3 f^2) * mean cell KL.

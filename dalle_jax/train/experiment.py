@@ -6,6 +6,8 @@ A workdir holds one folder for each stage (checkpoints, metrics.jsonl, sheets) a
 
 import dataclasses
 import logging
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +22,16 @@ from dalle_jax.data.batches import batches, once
 from dalle_jax.data.sources import DataSource, Joined
 from dalle_jax.errors import UserError
 from dalle_jax.generate.clip import Clip
-from dalle_jax.generate.folder import CLIP_FOLDER, CONFIG
+from dalle_jax.generate.folder import CLIP_FOLDER, CONFIG, replacing, take_over
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
 from dalle_jax.models.codec import TITLES, CodecConfig
 from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
-from dalle_jax.terminal import bar, be_quiet, complaints, show_log_lines
+from dalle_jax.terminal import be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import SMALLEST_VOCABULARY, TextError, Tokenizer
+from dalle_jax.train import loop
 from dalle_jax.train.clip import ClipRun, ClipStage
 from dalle_jax.train.dvae import DVAERun, DVAEStage
 from dalle_jax.train.encode import EncodedBatches, encoded, redrawn
@@ -36,9 +39,18 @@ from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
 from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, progressive_run
+from dalle_jax.train.tokenizer import tokenizer_of
 from dalle_jax.train.vqgan import VQGANRun, VQGANStage
 
 log = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    *(f"loop.{name}" for name in loop.MAY_CHANGE),
+    "run.remat",  # memory and time, but not what is computed
+    "run.scan_layers",
+    "run.micro_batch",
+)
+"""Settings that may differ between a checkpoint and the run that goes on with it."""
 
 START_PICTURES = 1024  # pictures that the k-means start of a codebook looks at
 
@@ -136,18 +148,22 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
         seed=run.loop.seed,
         px=run.px,
         crop="dvae",
-        **_share(),
+        **_reading(),
     )
-    settings = _settings(run)
     state = train(
-        stage, iterator, config=run.loop, workdir=workdir, settings=settings, must_agree=["run"]
+        stage,
+        iterator,
+        config=run.loop,
+        workdir=workdir,
+        settings=_settings(run),
+        may_change=MAY_CHANGE,
     )
     model = Model(
         name=name,
         px=run.px,
         codec=run.model,
         codec_params=jax.device_get(whole(stage.network(state.average))),
-        card=_card(name, data, [_summary(stage.name, run, workdir)]),
+        card=_card(name, data, [_summary(stage.name, run, state.step, workdir)]),
         license=data.license,
     )
     if is_leader():
@@ -156,12 +172,16 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
 
 
 def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> Model:
-    """Trains a prior of either kind, or goes on with it; gives the whole model, not yet saved."""
-    run, tokenizer = _with_tokenizer(run, data)
+    """Trains a prior of either kind, or goes on with it; gives the whole model, not yet saved.
+
+    The weights of the model stay spread over the devices that trained them: of several processes
+    all have to write it together.
+    """
+    run, tokenizer = _with_tokenizer(run, data, workdir)
     text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
-    # Validation codes are needed again and again, so they are always made once.
-    with leader_first("validation codes"):
-        validation = encoded(data.validation, tokens, workdir / "codes" / "validation")
+    validation = data.validation
+    if run.loop.evaluate_every is not None:  # needed again and again, so always made once
+        validation = encoded(validation, tokens, workdir / "codes" / "validation")
     stage = (ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage)(
         run,
         tokens=tokens,
@@ -171,8 +191,7 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     )
     source = data.train
     if run.encode_once:
-        with leader_first("training codes"):
-            source = encoded(source, tokens, workdir / "codes" / "train")
+        source = encoded(source, tokens, workdir / "codes" / "train")
     iterator = batches(
         source,
         batch_size=run.batch_size,
@@ -181,23 +200,22 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         bpe_dropout=run.bpe_dropout,
         caption_dropout=run.caption_dropout,
         **text,
-        **_share(),
+        **_reading(),
     )
     if not run.encode_once:
         iterator = EncodedBatches(iterator, tokens)
     fingerprints = tokens.fingerprints | {"tokenizer": tokenizer.fingerprint}
-    settings = _settings(run) | {"fingerprints": fingerprints}
     state = train(
         stage,
         iterator,
         config=run.loop,
         workdir=workdir,
-        settings=settings,
-        must_agree=["run", "fingerprints"],
+        settings=_settings(run) | {"fingerprints": fingerprints},
+        may_change=MAY_CHANGE,
     )
     stages = [line for line in tokens.card.splitlines() if line.startswith(f"- {tokens.kind}:")]
-    card = _card(tokens.name, data, [*stages, _summary(stage.name, run, workdir)])
-    return stage.to_model(jax.device_get(whole(state.average)), card=card, license=data.license)
+    card = _card(tokens.name, data, [*stages, _summary(stage.name, run, state.step, workdir)])
+    return stage.to_model(state.average, card=card, license=data.license)
 
 
 def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, workdir: Path) -> Clip:
@@ -210,13 +228,13 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
       name: of the experiment.
       workdir: folder of this run alone.
     """
-    run, tokenizer = _with_tokenizer(run, data)
+    run, tokenizer = _with_tokenizer(run, data, workdir)
     px = run.model.px
     text = {"tokenizer": tokenizer, "text_length": run.model.slots + 1}  # no end token in batches
     source, measured = data.train, {"": data.validation}
     if tokens is not None:
-        with leader_first("redrawn pictures"):
-            source = Joined(source, redrawn(source, tokens, workdir / "redrawn" / "train"))
+        source = Joined(source, redrawn(source, tokens, workdir / "redrawn" / "train"))
+        if run.loop.evaluate_every is not None:
             folder = workdir / "redrawn" / "validation"
             measured["redrawn_"] = redrawn(data.validation, tokens, folder)
     stage = ClipStage(
@@ -233,7 +251,7 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
         px=px,
         crop="prior",  # not mirrored, since captions say left and right
         **text,
-        **_share(),
+        **_reading(),
     )
     fingerprints = {"tokenizer": tokenizer.fingerprint}
     if tokens is not None:
@@ -244,14 +262,19 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
         config=run.loop,
         workdir=workdir,
         settings=_settings(run) | {"fingerprints": fingerprints},
-        must_agree=["run", "fingerprints"],
+        may_change=MAY_CHANGE,
     )
     clip = Clip(
         name=name,
         config=run.model,
         params=jax.device_get(whole(state.average)),
         tokenizer=tokenizer,
-        card=_card(name, data, [_summary("clip", run, workdir)], opener="dalle_jax.Clip.load"),
+        card=_card(
+            name,
+            data,
+            [_summary("clip", run, state.step, workdir)],
+            opener="dalle_jax.Clip.load",
+        ),
         license=data.license,
     )
     if is_leader():
@@ -300,28 +323,41 @@ def _run(name: str, options: Any) -> None:
         _check_fit(prior, px=tokens.px, codec=tokens.codec, title=TITLES[options.codec])
         data = _opened(options.data, tokens.px)
         model = train_prior(prior, data, tokens, workdir=workdir / stage)
-        if is_leader():
-            _save(model, workdir)
+        _save(model, workdir)
+        log.info("the model is in %s", workdir / "model")
+        if is_leader() and prior.loop.sheet_every is not None:
+            model = Model.load(workdir / "model")  # on one device
             sheet = workdir / "sheet.png"
             save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
-            log.info("the model is in %s, pictures it drew in %s", workdir / "model", sheet)
+            log.info("pictures it drew are in %s", sheet)
     if clip is not None:
         tokens = Model.load(workdir / options.codec / "model") if clip.redraw else None
         data = _opened(options.data, clip.model.px)
         train_clip(clip, data, tokens, name=name, workdir=workdir / clip.folder)
         log.info("the CLIP is in %s", workdir / clip.folder / "model")
         if is_leader() and clip.folder == CLIP_FOLDER and (workdir / "model" / CONFIG).is_file():
-            _save(Model.load(workdir / "model"), workdir)
+            with replacing(workdir / "model") as new:
+                shutil.copytree(workdir / "model", new, dirs_exist_ok=True)
+                _add_clip(workdir, new)
 
 
 def _save(model: Model, workdir: Path) -> None:
     """Writes the model folder, with what the workdir has of CLIP and of other priors."""
-    if (workdir / "model" / CONFIG).is_file():
-        model = model.with_priors_of(Model.load(workdir / "model"))
+    if not is_leader():
+        model.write(None)
+        return
+    with replacing(workdir / "model") as new:
+        model.write(new)
+        if (workdir / "model" / CONFIG).is_file():
+            take_over(workdir / "model", new)
+        _add_clip(workdir, new)
+
+
+def _add_clip(workdir: Path, folder: Path) -> None:
     clip = workdir / CLIP_FOLDER / "model"
     if (clip / CONFIG).is_file():
-        model = model.with_clip(Clip.load(clip))
-    model.save(workdir / "model")
+        shutil.rmtree(folder / CLIP_FOLDER, ignore_errors=True)
+        shutil.copytree(clip, folder / CLIP_FOLDER)
 
 
 def _check_fit(prior: PriorRun, *, px: int, codec: CodecConfig, title: str) -> None:
@@ -354,14 +390,17 @@ def _first_pictures(source: DataSource, px: int):
     return next(once(source, batch_size=START_PICTURES, px=px))["image"]
 
 
-def _share() -> dict[str, int]:
-    """Which part of every batch this process makes."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _reading() -> dict[str, int]:
+    """Which part of every batch this process makes, and by how many threads."""
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    usable = getattr(os, "sched_getaffinity", None)  # Linux
+    return share | {"threads": max(4, len(usable(0)) if usable else os.cpu_count() or 1)}
 
 
-def _with_tokenizer(run: Any, data: Data) -> tuple[Any, Tokenizer]:
-    """Learns a tokenizer; gives the run with the vocabulary that it got."""
-    tokenizer = Tokenizer.train(_captions(data.train), vocabulary=run.model.text_vocabulary)
+def _with_tokenizer(run: Any, data: Data, workdir: Path) -> tuple[Any, Tokenizer]:
+    """Gives the run's tokenizer, and the run with the vocabulary that it got."""
+    wanted = run.model.text_vocabulary
+    tokenizer = tokenizer_of(data.train, vocabulary=wanted, folder=workdir)
     if tokenizer.vocabulary != run.model.text_vocabulary:
         log.info(
             "the captions give a vocabulary of %d, not %d",
@@ -373,15 +412,8 @@ def _with_tokenizer(run: Any, data: Data) -> tuple[Any, Tokenizer]:
     return run, tokenizer
 
 
-def _captions(source: DataSource):
-    with bar("Reading captions") as progress:
-        for i in range(len(source)):
-            yield from source[i]["captions"]
-            progress(i + 1, len(source))
-
-
 def _settings(run: Any) -> dict:
-    """What is saved with a checkpoint: all but the loop's lengths has to agree on resume."""
+    """What is saved with a checkpoint; all but `MAY_CHANGE` has to agree on resume."""
     settings = dataclasses.asdict(run)
     loop = settings.pop("loop")
     return {"run": settings, "loop": loop}
@@ -394,8 +426,11 @@ def _card(name: str, data: Data, stages: Sequence[str], *, opener: str = "dalle_
     return "\n".join([*head, *stages, "", "## Data", "", data.attribution + terms, ""])
 
 
-def _summary(stage: str, run: Any, workdir: Path) -> str:
-    """What a stage trained, for how long, and what it measured at the end, as one line."""
+def _summary(stage: str, run: Any, step: Any, workdir: Path) -> str:
+    """What a stage trained, for how long, and what it measured at the end, as one line.
+
+    `step` are the updates done, which may be more than the run asks for.
+    """
     measured = [
         f"{name.removeprefix('eval/')} {value:.4g}"
         for entry in read_metrics(workdir / "metrics.jsonl")[-1:]
@@ -404,6 +439,6 @@ def _summary(stage: str, run: Any, workdir: Path) -> str:
     ]
     sizes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(run.model).items())
     return (
-        f"- {stage}: {run.loop.steps:,} updates of {run.batch_size} examples ({sizes}); "
+        f"- {stage}: {int(step):,} updates of {run.batch_size} examples ({sizes}); "
         f"on validation pictures: {', '.join(measured) or 'not measured'}"
     )

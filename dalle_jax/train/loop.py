@@ -21,8 +21,10 @@ from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, greatest, make_mesh, place_batch, whole
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.processes import is_leader
+from dalle_jax.train import differences
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.train.lock import locked
 from dalle_jax.train.log import MetricsLog, ProgressLog
 from dalle_jax.train.state import Stage, TrainState
 from dalle_jax.train.window import Window
@@ -45,6 +47,19 @@ class DataIterator(Protocol):
     def set_state(self, state: dict) -> None:
         """Goes to a position, so that the next batch is the one that followed it."""
         ...
+
+
+MAY_CHANGE = (
+    "steps",  # to learn more; with a cosine over the whole run, the rest of it is another one
+    "log_every",
+    "save_every",
+    "evaluate_every",
+    "sheet_every",
+    "keep",
+    "seed",  # other batches from there on; weights and noise are those of the checkpoint
+    "mesh",  # the same but for rounding; with PowerSGD, groups share the errors anew
+)
+"""Fields of `LoopConfig` that may differ between a checkpoint and the run that goes on with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +110,7 @@ def train(
     config: LoopConfig,
     workdir: str | Path,
     settings: dict,
-    must_agree: Sequence[str] | None = None,
+    may_change: Sequence[str] = (),
 ) -> TrainState:
     """Trains a stage up to `config.steps` updates, or goes on where an earlier call stopped.
 
@@ -110,39 +125,45 @@ def train(
     Args:
       stage: what to train.
       iterator: batches for it, at their beginning; its position is set on resume.
-      config: lengths and intervals, in updates; may differ between calls.
+      config: lengths and intervals, in updates; `MAY_CHANGE` says what may differ between calls.
       workdir: folder of this run and stage alone.
       settings: what describes the run, JSON-able; saved with every checkpoint.
-      must_agree: top-level names in settings that a resumed run has to share with its checkpoint;
-        None for all.
+      may_change: dotted names in settings that a resumed run need not share with its checkpoint.
     Returns:
       The state after the last update.
     Raises:
       NonFiniteError: if loss or another metric stops being finite.
       CheckpointError: if there are checkpoints, but none that is whole or fits; if the workdir
-        cannot be written; or if three saves in a row, or the last one, have failed.
+        cannot be written, or another run works there; or if three saves in a row, or the last one,
+        have failed.
       SystemExit: after a signal.
     """
     workdir = Path(workdir)
     settings = {"stage": stage.name} | settings
-    fixed = {k: v for k, v in settings.items() if must_agree is None or k in (*must_agree, "stage")}
+    fixed = differences.without(settings, may_change)
     mesh = make_mesh(config.mesh)
     groups = None if config.powersgd.rank is None else Groups(config.powersgd, mesh)
     create, key = partial(state_lib.create, stage, groups=groups), jax.random.key(config.seed)
     shapes = jax.eval_shape(create, key)
     places = state_lib.shardings(shapes, mesh, stage.rules, groups)
     alone = jax.process_count() == 1
-    with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _Signals() as signals:
+    with (
+        locked(workdir),
+        Checkpoints(workdir / "checkpoints", config.keep) as checkpoints,
+        _Signals() as signals,
+    ):
         checkpoints.prepare(shapes)
-        state = jax.jit(create, out_shardings=places)(key)
         step = stop = 0
-        if found := checkpoints.restore(state_lib.saved(state, groups), settings=fixed):
+        wanted = state_lib.saved_shapes(shapes, places, groups)
+        if found := checkpoints.restore(wanted, settings=fixed):
             step, kept, position, _ = found
-            state = state_lib.resumed(kept, state, groups)
+            state = state_lib.resumed(kept, places, groups)
             iterator.set_state(position)
             log.info("%s goes on from step %d of %s", stage.name, step, checkpoints.folder)
         else:
-            state = state_lib.begun(state, places, stage.begin(whole(state.params)))
+            state = jax.jit(create, out_shardings=places)(key)
+            if (params := stage.begin(state.params)) is not state.params:
+                state = state_lib.started(state, places, params)
         update = state_lib.update_step(
             stage,
             places=places,
@@ -176,8 +197,7 @@ def train(
                     window.read_all()  # a state whose metrics are not finite is never saved
                     kept = state_lib.saved(state, groups)
                     checkpoints.save(step, kept, iterator.get_state(), settings)
-                    # go on as a resumed run does, which cannot tell the errors of groups apart
-                    state = state_lib.resumed(kept, state, groups)
+                    del kept  # the error buffers' sum is as large as the kernels
                 if stop:
                     break
 

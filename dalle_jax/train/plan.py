@@ -98,8 +98,11 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
     inside = picture_bytes(shallow, run) - picture_bytes(shallow, run, remat=True)
     layer = _kernel_sizes(state.params["layers"]) // run.model.depth // mesh[TENSOR]
     heads = _kernel_sizes(state.params["head"]) // mesh[TENSOR]
-    number = jnp.dtype(run.precision).itemsize
-    whole = (3 * layer * number + 2 * heads * 4) if mesh[FSDP] > 1 else (layer + heads) * number
+    number, gradient = (jnp.dtype(x).itemsize for x in (run.precision, run.gradient_sums))
+    if mesh[FSDP] > 1:
+        whole = layer * (2 * number + gradient) + 2 * heads * 4
+    else:
+        whole = (layer + heads) * number
     sizes = {
         "weights": weights,
         "gradients": weights * (2 if run.loop.accumulate > 1 else 1),
@@ -115,11 +118,13 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
 def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
     """Counts as `bytes_per_device` what the formats of the paper would take.
 
-    Kernels of layers have 2 bytes, and so do their mean, variance (6-10 bits) and error buffer,
-    which the gradient is added to; all else has 4. The average lies with the CPU.
+    Kernels of layers have 2 bytes, and so do their gradients, mean, variance (6-10 bits) and error
+    buffer, which the gradient is added to; all else has 4. The average lies with the CPU.
 
     Source: Ramesh et al. 2021, section 2.4 and appendices D and E.
     """
+    if run.precision == "bfloat16":
+        run = dataclasses.replace(run, gradient_sums="bfloat16")
     ours = bytes_per_device(run, mesh)
     params = _shapes(run).params
     places = shardings(params, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
@@ -184,7 +189,7 @@ def all_reduce_bytes(run: PriorRun, mesh: dict[str, int], *, rank: int) -> dict[
     """Sizes of what one device averages with those of other groups in an update.
 
     Args:
-      run: the settings; its precision is that of what is sent of the kernels' gradients.
+      run: the settings; its gradient_sums are the type of what is sent of the kernels' gradients.
       mesh: sizes of data, fsdp and tensor.
       rank: of PowerSGD, for the parts of all devices of a group together, as in the paper.
     Returns:
@@ -198,7 +203,7 @@ def all_reduce_bytes(run: PriorRun, mesh: dict[str, int], *, rank: int) -> dict[
         _shapes(run).params,
         config=PowerSGDConfig(rank=max(rank // shards, 1)),
         shards=shards,
-        bytes_per_number=jnp.dtype(run.precision).itemsize,
+        bytes_per_number=jnp.dtype(run.gradient_sums).itemsize,
     )
     sent = sizes["p"] + sizes["q"] + sizes["uncompressed"]
     return {"plain": sizes["plain"] // shards, "powersgd": sent // shards}

@@ -3,6 +3,7 @@
 Source: Ramesh et al. 2021, section 2.2 and appendix B; the short recipe is ours.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ import tyro
 
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
-from dalle_jax.losses import prior_loss
+from dalle_jax.losses import prior_loss, prior_mean
 from dalle_jax.models.layers import matrices
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.transformer import Prior, draw_params
@@ -62,6 +63,9 @@ class PriorRun(MuonOptions):
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of matrix products and attention; weights, residual stream and logits are float32.
     float16 has a gradient scale for each resblock, as in the paper."""
+    gradient_sums: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients of the layers' kernels are summed over a batch and sent between
+    devices. With precision bfloat16 it may be bfloat16: half as much to send, less exact."""
     scan_layers: bool = True
     """Compile a period of four layers once and loop over it: for deep models."""
     remat: bool = True
@@ -123,6 +127,11 @@ class PriorStage(Stage):
         validation: Callable[[], Iterable[dict[str, np.ndarray]]],
         captions: Sequence[str],
     ):
+        if run.gradient_sums not in ("float32", run.precision):
+            raise ValueError(
+                f"gradient_sums is {run.gradient_sums}, but with precision {run.precision} it has "
+                "to be float32"
+            )
         self.run = run
         self.config = run.model
         self.model = self.prior(
@@ -130,6 +139,7 @@ class PriorStage(Stage):
             dtype=jnp.dtype(run.precision),
             scan=run.scan_layers,
             remat=run.remat,
+            sums=jnp.dtype(run.gradient_sums),
             constrain=along_batch,
             gather=look_up,
         )
@@ -168,16 +178,23 @@ class PriorStage(Stage):
         return self._loss(params, batch, scales)
 
     def evaluate(self, params) -> dict[str, float]:
-        """Measures nats per token on the validation set, each picture with its first caption."""
-        totals: dict[str, float] = {}
-        pictures = 0
+        """Measures nats per token on the validation set, each picture with its first caption.
+
+        The mean of text is over tokens, that of all else over pictures.
+        """
+        totals, weights = Counter(), Counter()
         for batch in self._validation():
-            B = len(batch["text"])
+            text = np.asarray(batch["text"])
             loss, metrics = self._measure(params, batch)
             for name, value in ({"loss": loss} | metrics).items():
-                totals[name] = totals.get(name, 0.0) + B * float(value)
-            pictures += B
-        return {name: total / pictures for name, total in totals.items()}
+                tokens = int((text < self.config.text_vocabulary).sum())
+                weight = tokens if name == "text_nats" else len(text)
+                totals[name] += weight * float(value)
+                weights[name] += weight
+        means = {name: total / max(weights[name], 1) for name, total in totals.items()}
+        if "text_nats" in means:
+            means["loss"] = prior_mean(means["text_nats"], means["image_nats"])
+        return means
 
     def sheet(self, params):
         """Draws four pictures for each of the run's captions."""

@@ -62,7 +62,14 @@ class Stage(ABC):
         """
 
     def begin(self, params: PyTree) -> PyTree:
-        """Gives the parameters that a new run starts from, on the host; may look at data."""
+        """Gives the parameters that a new run starts from; may look at data.
+
+        Args:
+          params: as `init` has drawn them, spread over the mesh.
+        Returns:
+          The same tree if nothing is to change; else one whose new arrays have the same values in
+          all processes, whether they are on the host or spread as the old ones.
+        """
         return params
 
     def evaluate(self, params: PyTree) -> dict[str, float]:
@@ -125,16 +132,34 @@ def saved(state: TrainState, groups: Groups | None) -> TrainState:
     return state.replace(powersgd=groups.total(state.powersgd)) if groups else state
 
 
-def resumed(saved: TrainState, state: TrainState, groups: Groups | None) -> TrainState:
-    """Turns what a checkpoint kept into a state; `state` is any other one, on the mesh of today."""
-    return (
-        saved.replace(powersgd=groups.resumed(state.powersgd, saved.powersgd)) if groups else saved
+def saved_shapes(shapes: TrainState, places: TrainState, groups: Groups | None) -> TrainState:
+    """Shapes and shardings of what a checkpoint keeps, from those of a state."""
+    shapes = jax.eval_shape(partial(saved, groups=groups), shapes)
+    if groups:
+        places = places.replace(powersgd=groups.total_places(places.params))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
 
 
-def begun(state: TrainState, places: TrainState, params: PyTree) -> TrainState:
-    """Gives a fresh state other parameters to start from, put where the state lies."""
-    params = jax.device_put(params, places.params)
+def resumed(saved: TrainState, places: TrainState, groups: Groups | None) -> TrainState:
+    """Turns what a checkpoint kept into a state on the mesh of today."""
+    if not groups:
+        return saved
+    powersgd = groups.resumed(saved.powersgd, saved.params, places.powersgd)
+    return saved.replace(powersgd=powersgd)
+
+
+def started(state: TrainState, places: TrainState, params: PyTree) -> TrainState:
+    """Gives a fresh state other parameters to start from; each device takes its part of them."""
+
+    def put(x, place):
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(place, x.ndim):
+            return x
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, lambda part: x[part])
+
+    params = jax.tree.map(put, params, places.params)
     average = jax.tree.map(jnp.copy, params)  # own buffers, as in `create`
     return state.replace(params=params, average=average)
 

@@ -28,6 +28,7 @@ from dalle_jax.models.vqgan import (
 from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
+from dalle_jax.parallel.mesh import on_one_device
 from dalle_jax.train.codebook import kmeans_table
 from dalle_jax.train.codec import CodecStage, check_sides, windows
 from dalle_jax.train.loop import LoopConfig
@@ -116,7 +117,8 @@ class VQGANStage(CodecStage):
     def begin(self, params):
         """Starts the codebook from clusters of pictures."""
         key = jax.random.key(self.run.loop.seed)
-        network = kmeans_table(key, self.network(params), self.run.model, self._start_images())
+        network = on_one_device(self.network(params))
+        network = kmeans_table(key, network, self.run.model, self._start_images())
         return network if self.judge is None else {**params, "network": network}
 
     def loss(self, params, batch, key, step):

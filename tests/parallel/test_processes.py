@@ -111,6 +111,10 @@ def test_a_checkpoint_is_the_same_on_another_mesh_in_more_processes_and_on_one_d
         codes, log = finish(tmp_path, start(tmp_path, count=count, script="remesh.py"))
         assert codes == [0] * count, log
     assert "step 2 could not be saved" in log and "process 1 cannot write there" in log
+    assert "process 1 could not save its part" in log
+    files = {path.name for path in (tmp_path / "checkpoints" / "000002").iterdir()}
+    assert {"manifest.json", "manifest-00001.json"} < files
+    assert not list((tmp_path / "checkpoints").glob("failed-*"))
     wanted = remesh.created().replace(step=np.int32(2))
     _, state, _, _ = Checkpoints(tmp_path / "checkpoints").restore(remesh.created())
     chex.assert_trees_all_equal(remesh.readable(state), remesh.readable(wanted))

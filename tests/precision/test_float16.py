@@ -1,4 +1,4 @@
-"""Products of float16 against numpy in float64."""
+"""Products of half precision against numpy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,20 @@ def test_product_and_gradients_are_those_of_rounded_inputs():
     np.testing.assert_allclose(y, X @ HALF, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx, (dy @ HALF.T).astype(np.float16), rtol=2**-10, atol=1e-6)
     np.testing.assert_allclose(dkernel, np.einsum("BTm,BTn->mn", X, dy), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_gradients_of_kernels_are_summed_in_float32_unless_asked_otherwise():
+    x = jnp.asarray(RNG.integers(1, 4, (1, 300, 2)), jnp.bfloat16)
+    dy = jnp.ones((1, 300, 3))
+    exact = np.broadcast_to(np.asarray(x, float).sum(1).T, (2, 3))  # about 600: 8 bits are too few
+    gradients = {}
+    for sums in (jnp.float32, jnp.bfloat16):
+        _, backward = jax.vjp(lambda k, sums=sums: product(x, k, sums), jnp.ones((2, 3)))
+        (gradients[sums],) = backward(dy)
+    np.testing.assert_array_equal(gradients[jnp.float32], exact)
+    rounded = exact.astype(jnp.bfloat16).astype(float)
+    assert (rounded != exact).any()
+    np.testing.assert_array_equal(gradients[jnp.bfloat16], rounded)
 
 
 def test_a_kernel_gets_gradients_beyond_float16():

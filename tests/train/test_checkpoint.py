@@ -209,6 +209,39 @@ def test_a_step_saved_after_a_fall_back_replaces_the_damaged_one(folder):
     assert checkpoints.steps() == [10, 20, 25]
 
 
+@pytest.mark.parametrize("name", ["debug[1]", "a*", "what?"])
+def test_names_that_orbax_takes_for_patterns_are_refused_at_the_start(tmp_path, name):
+    with pytest.raises(CheckpointError, match=r"in its name for a pattern; choose a workdir wi"):
+        Checkpoints(tmp_path / name).prepare(state_at(0))
+    assert not (tmp_path / name).exists()
+
+
+def test_a_step_that_cannot_be_read_back_does_not_count(tmp_path, caplog):
+    """As it is in a folder with [ in its name, where Orbax finds nothing to put together."""
+    with Checkpoints(tmp_path / "a[1]") as checkpoints, caplog.at_level(logging.WARNING):
+        checkpoints.save(1, state_at(1), {}, {})
+        assert checkpoints.newest() is None
+        checkpoints._failures.clear()
+    assert "step 1 could not be saved" in caplog.text
+    assert "it cannot be read back: average/dense/b is absent in it" in caplog.text
+
+
+def test_each_process_hashes_and_verifies_the_files_that_it_wrote(folder):
+    path = folder / "000030"
+    (path / "manifest.json").unlink()
+    (path / "params" / "ocdbt.process_0").rename(path / "params" / "ocdbt.process_1")
+    manifest.write(path, 30, index=1, count=2)
+    manifest.write(path, 30, index=0, count=2)
+    theirs = json.loads((path / "manifest-00001.json").read_text())["files"]
+    ours = json.loads((path / "manifest.json").read_text())["files"]
+    assert theirs and all(name.startswith("params/ocdbt.process_1/") for name in theirs)
+    assert "manifest-00001.json" in ours and not set(ours) & set(theirs)
+    flip_byte(largest_file(path / "params" / "ocdbt.process_1"))
+    assert manifest.damage(path, 30, index=0, count=2) is None
+    assert manifest.damage(path, 30, index=1, count=2).endswith("changed since it was written")
+    assert manifest.damage(path, 30).endswith("changed since it was written")
+
+
 def test_only_the_newest_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3, 4):

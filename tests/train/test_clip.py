@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from dalle_jax.data.shapes import ShapesSource
-from dalle_jax.data.sources import Joined
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.train.clip import ClipRun, ClipStage, _shifted, short_clip_run
-from dalle_jax.train.encode import redrawn
 from dalle_jax.train.loop import LoopConfig
 
 CONFIG, PARAMS = tiny.clip_parts()["config"], tiny.clip_parts()["params"]
@@ -88,18 +85,3 @@ def test_evaluation_measures_each_set_whatever_its_batches():
         for way in ("image_to_text", "text_to_image")
         for k in (1, 5)
     }
-
-
-def test_pictures_are_redrawn_once_for_each_dvae(tmp_path):
-    tokens = tiny.model(prior=None, prior_params=None, tokenizer=None)
-    source = ShapesSource("validation", px=tiny.PX)
-    made = redrawn(source, tokens, tmp_path)
-    assert len(made) == len(source)
-    assert made[3]["captions"] == source[3]["captions"]
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    redrawn(source, tokens, tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == stamps
-    both = Joined(source, made)
-    assert len(both) == 2 * len(source)
-    assert both[len(source) - 1]["id"] == source[len(source) - 1]["id"]
-    assert both[len(source)]["image"] == made[0]["image"]

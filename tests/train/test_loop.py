@@ -78,7 +78,7 @@ def config(steps, **changes):
     return dataclasses.replace(small, **changes)
 
 
-def run(workdir, steps, *, stage=None, settings=None, iterator=None, must_agree=None, **changes):
+def run(workdir, steps, *, stage=None, settings=None, iterator=None, may_change=(), **changes):
     iterator = iterator or data()
     state = train(
         stage or Mlp(),
@@ -86,7 +86,7 @@ def run(workdir, steps, *, stage=None, settings=None, iterator=None, must_agree=
         config=config(steps, **changes),
         workdir=workdir,
         settings=settings or {},
-        must_agree=must_agree,
+        may_change=may_change,
     )
     return state.replace(key=jax.random.key_data(state.key)), iterator
 
@@ -102,6 +102,27 @@ def test_resumed_run_equals_unbroken_run(tmp_path, accumulate):
     a, b = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
     last_a, last_b = ([e for e in entries if "loss" in e][-1] for entries in (a, b))
     assert last_a["last/loss"] == last_b["last/loss"]
+
+
+def test_a_resumed_run_draws_no_weights_and_begins_nothing(tmp_path):
+    told = []
+
+    class Telling(Mlp):
+        def init(self, key):
+            jax.debug.callback(lambda: told.append("init"))
+            return super().init(key)
+
+        def begin(self, params):
+            told.append("begin")
+            return {"in": np.asarray(params["in"]), "out": 2 * params["out"]}
+
+    state, _ = run(tmp_path, 3, stage=Telling())
+    jax.effects_barrier()
+    assert told == ["init", "begin"]
+    resumed, _ = run(tmp_path, 3, stage=Telling())
+    jax.effects_barrier()
+    assert told == ["init", "begin"]
+    chex.assert_trees_all_equal(resumed, state)
 
 
 def test_run_leaves_checkpoints_metrics_and_sheets(tmp_path):
@@ -164,7 +185,7 @@ def test_changed_settings_stop_a_resume(tmp_path):
     changed = {"model": {"width": 8}, "note": "b"}
     with pytest.raises(CheckpointError, match="note was 'a', now 'b'"):
         run(tmp_path, 5, settings=changed)
-    state, _ = run(tmp_path, 5, settings=changed, must_agree=["model"])
+    state, _ = run(tmp_path, 5, settings=changed, may_change=["note"])
     assert state.step == 5
 
 
@@ -173,7 +194,16 @@ def test_another_stage_does_not_go_on_in_this_folder(tmp_path):
     stage = Mlp()
     stage.name = "other"
     with pytest.raises(CheckpointError, match="stage was 'mlp', now 'other'"):
-        run(tmp_path, 5, stage=stage, must_agree=[])
+        run(tmp_path, 5, stage=stage)
+
+
+def test_a_second_run_in_one_workdir_is_refused_before_it_touches_anything(tmp_path):
+    def second():
+        with pytest.raises(CheckpointError, match="another run works in .*; wait for its end, st"):
+            run(tmp_path, 3)
+
+    run(tmp_path, 4, stage=Mlp(at_evaluation=second))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3, 4]
 
 
 def test_data_that_ends_is_an_error(tmp_path):

@@ -9,7 +9,7 @@ from dalle_jax.train.clip import ClipStage, short_clip_run
 from dalle_jax.train.dvae import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorStage, short_prior_run
-from dalle_jax.train.progressive import ProgressiveStage, in_progressive_style
+from dalle_jax.train.progressive import ProgressiveStage, progressive_run
 from dalle_jax.train.state import create
 from dalle_jax.train.vqgan import VQGANRun, VQGANStage
 
@@ -43,7 +43,7 @@ def prior(**changes):
 
 def progressive(**changes):
     run = short_prior_run(model=tiny.parts()["prior"], loop=LOOP, **changes)
-    return ProgressiveStage(in_progressive_style(run), **PRIOR)
+    return ProgressiveStage(progressive_run(run), **PRIOR)
 
 
 def momentum(stage):

@@ -55,10 +55,10 @@ def test_the_compiled_update_gathers_each_kernel_twice_and_scatters_its_gradient
     expected = 2 * KERNELS * 2 + HEADS * 4  # bfloat16, forward and backward; heads stay
     assert expected <= gathered < expected * 1.01
     scattered = sent["reduce-scatter", ("fsdp",)]["array_bytes"]
-    expected = KERNELS * 2 + HEADS * 4
+    expected = KERNELS * 4 + HEADS * 4  # sums of gradients are float32
     assert expected <= scattered < expected * 1.01
     averaged = sent["all-reduce", ("data",)]["array_bytes"]  # parts of kernels, heads and tables
-    expected = (KERNELS * 2 + HEADS * 4 + (40 + 32 + 7 + 7) * D * 4) // 4
+    expected = (KERNELS * 4 + HEADS * 4 + (40 + 32 + 7 + 7) * D * 4) // 4
     assert expected <= averaged < expected * 1.01
 
 
@@ -80,7 +80,9 @@ def test_bytes_are_those_of_the_rules():
     assert held["weights"] == held["gradients"] == held["average"] == weights
     assert 2 * weights < held["moments"] < 2 * weights + 100  # and counters
     layer = 12 * D * D * 2  # of bfloat16
-    assert held["gathered"] == 3 * layer + 2 * HEADS * 4
+    assert held["gathered"] == 2 * layer + 12 * D * D * 4 + 2 * HEADS * 4
+    smaller = plan.bytes_per_device(run(gradient_sums="bfloat16"), MESH)
+    assert smaller["gathered"] == 3 * layer + 2 * HEADS * 4
     stream = T * D * 4
     assert L * stream < held["kept"] < (L + 12) * stream  # logits and embeddings too
     assert held["total"] == sum(size for name, size in held.items() if name != "total")
@@ -98,7 +100,7 @@ def test_the_published_rank_saves_what_table_2_says():
     paper = dataclasses.replace(run(), model=PUBLISHED["12B"], batch_size=1024)
     mesh = {"data": 128, "fsdp": 8, "tensor": 1}
     sizes = plan.all_reduce_bytes(paper, mesh, rank=896)
-    kernels = 12 * 3968**2 * 64 * 2 // 8  # bytes of a device's part
+    kernels = 12 * 3968**2 * 64 * 4 // 8  # bytes of a device's part
     left = 5 * 896 / (8 * 3968)
     assert sizes["plain"] - sizes["powersgd"] == pytest.approx(kernels * (1 - left), rel=0.001)
     assert plan.all_reduce_bytes(paper, {"data": 1, "fsdp": 8, "tensor": 1}, rank=896) == {

@@ -1,17 +1,12 @@
-"""The prior's stage and the codes it learns from."""
+"""The prior's stage."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from dalle_jax.data.batches import batches, once
-from dalle_jax.data.shapes import ShapesSource
-from dalle_jax.data.sources import Joined, SourceError
 from dalle_jax.parallel.mesh import MeshConfig
-from dalle_jax.train.encode import EncodedBatches, encoded
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun, PriorStage, short_prior_run
 from dalle_jax.train.progressive import ProgressiveRun
@@ -22,11 +17,6 @@ SLOTS = tiny.parts()["prior"].text_length - 1
 @pytest.fixture(scope="module")
 def tokens():
     return tiny.model(prior=None, prior_params=None, tokenizer=None)
-
-
-@pytest.fixture(scope="module")
-def source():
-    return ShapesSource("validation", px=tiny.PX)
 
 
 def stage(tokens, validation=lambda: iter(())):
@@ -66,9 +56,11 @@ def test_a_fresh_prior_gives_every_token_the_same_chance(tokens, key):
     assert float(loss) == pytest.approx(text / 8 + image * 7 / 8, rel=1e-5)
 
 
-def test_evaluation_weighs_a_smaller_last_batch_by_its_size(tokens):
+def test_evaluation_weighs_text_by_tokens_and_all_else_by_pictures(tokens):
     rng = np.random.default_rng(0)
-    text = rng.integers(0, 300, (5, SLOTS), np.int32)
+    V = tiny.tokenizer().vocabulary
+    text = rng.integers(0, V, (5, SLOTS), np.int32)
+    text[:4, 2:] = V + np.arange(2, SLOTS)  # short captions in the first batch
     codes = rng.integers(0, 12, (5, 4, 4), np.int32)
     whole = [{"text": text, "codes": codes}]
     parts = [{"text": text[i], "codes": codes[i]} for i in (slice(0, 4), slice(4, 5))]
@@ -84,43 +76,3 @@ def test_sheet_draws_long_captions_too_and_the_model_is_whole(tokens):
     params = tiny.parts()["prior_params"]
     assert s.sheet(params).ndim == 3
     assert s.to_model(params, card="made here").card == "made here"
-
-
-def test_encoded_batches_are_the_dvaes_argmax_and_keep_the_position(tokens, source):
-    def pictures():
-        return batches(source, batch_size=4, seed=0, px=tiny.PX, crop="prior")
-
-    coded, plain = EncodedBatches(pictures(), tokens), pictures()
-    for _ in range(2):
-        codes = next(coded)["codes"]
-        np.testing.assert_array_equal(codes, tokens.encode(next(plain)["image"]))
-    chex.assert_shape(codes, (4, 4, 4))
-    assert coded.get_state() == plain.get_state()
-    expected = next(coded)
-    again = EncodedBatches(pictures(), tokens)
-    again.set_state(plain.get_state())
-    chex.assert_trees_all_equal(next(again), expected)
-
-
-def test_codes_are_made_once_and_belong_to_their_codec(tokens, source, tmp_path):
-    made = encoded(source, tokens, tmp_path)
-    stamp = (tmp_path / "manifest.json").stat().st_mtime_ns
-    again = encoded(source, tokens, tmp_path)
-    assert (tmp_path / "manifest.json").stat().st_mtime_ns == stamp
-    picture = next(once(source, batch_size=1, px=tiny.PX))["image"]
-    np.testing.assert_array_equal(again[0]["codes"], tokens.encode(picture)[0])
-    assert made[3]["captions"] == source[3]["captions"]
-    with pytest.raises(SourceError, match="made of 10 pictures, but the data has 20 now; delete"):
-        encoded(Joined(source, source), tokens, tmp_path)
-    other = tiny.model(
-        prior=None,
-        prior_params=None,
-        tokenizer=None,
-        codec_params={
-            **tiny.parts()["codec_params"],
-            "encoder": tiny.parts()["codec_params"]["encoder"]
-            | {"input": {"kernel": jnp.ones((7, 7, 3, 8)), "bias": jnp.zeros(8)}},
-        },
-    )
-    with pytest.raises(SourceError, match="made by the codec"):
-        encoded(source, other, tmp_path)
