@@ -1,10 +1,16 @@
 """A tiny run of each training stage, whose settings all take part, and the stage of a run."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
+import pytest
 import tiny
 
+from dalle_jax.data.shapes import ShapesSource
+from dalle_jax.train import experiment
 from dalle_jax.train.clip import ClipRun, ClipStage
 from dalle_jax.train.dvae import DVAERun, DVAEStage
 from dalle_jax.train.loop import LoopConfig
@@ -101,3 +107,60 @@ def batch(run):
         "codes": rng.integers(0, K, (4, G, G)).astype(np.int32),
         "errors": rng.random((4, G, G), np.float32),
     }
+
+
+class Nothing:
+    """An iterator over batches that are never asked for."""
+
+    def __next__(self):
+        raise NotImplementedError
+
+    get_state = set_state = __next__
+
+
+def experiment_of(run):
+    """Trains a stage as the scripts do, but for the data and the loop, which note what they got.
+
+    Returns:
+      What `batches` and what `train` got, and the model (or CLIP) that was made of an average
+      which is 1.003 everywhere; the weights in training are 2.
+    """
+    seen = SimpleNamespace()
+
+    def batches(source, **options):
+        seen.batches = {"source": source} | options
+        return Nothing()
+
+    def train(stage, iterator, **options):
+        seen.train = {"stage": stage.name, "iterator": type(iterator).__name__} | options
+        shapes = jax.eval_shape(stage.init, jax.random.key(0))
+        average, params = (
+            jax.tree.map(lambda x, value=value: np.full(x.shape, value, x.dtype), shapes)
+            for value in (1.003, 2)
+        )
+        return SimpleNamespace(average=average, params=params)
+
+    train_set, validation = (ShapesSource(x, px=tiny.PX) for x in ("train", "validation"))
+    data = experiment.Data(
+        train=train_set, validation=validation, captions=["red apple"], attribution=""
+    )
+    known = {id(train_set): "pictures", id(validation): "validation pictures"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "batches", batches)
+        patch.setattr(experiment, "train", train)
+        patch.setattr(experiment, "encoded", lambda source, *_: f"codes of {known[id(source)]}")
+        patch.setattr(experiment, "redrawn", lambda source, *_: f"redrawn {known[id(source)]}")
+        patch.setattr(experiment, "Joined", lambda first, second: f"{known[id(first)]}, {second}")
+        tokenizer = SimpleNamespace(train=lambda *_, **__: tiny.tokenizer())
+        patch.setattr(experiment, "Tokenizer", tokenizer)
+        patch.setattr(experiment.Model, "save", lambda *_: None)
+        patch.setattr(experiment.Clip, "save", lambda *_: None)
+        folder = Path("nowhere")
+        if isinstance(run, ClipRun):
+            seen.model = experiment.train_clip(run, data, codec(), name="tiny", workdir=folder)
+        elif isinstance(run, PriorRun):
+            seen.model = experiment.train_prior(run, data, codec(), workdir=folder)
+        else:
+            seen.model = experiment.train_codec(run, data, name="tiny", workdir=folder)
+    seen.batches["source"] = known.get(id(seen.batches["source"]), seen.batches["source"])
+    return seen
