@@ -1,5 +1,6 @@
 """A tiny run of each training stage, whose settings all take part, and the stage of a run."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,9 +119,16 @@ class Nothing:
     get_state = set_state = __next__
 
 
-def experiment_of(run):
+class Reached(Exception):
+    """Ends an experiment."""
+
+
+def experiment_of(run, *, train_too=True):
     """Trains a stage as the scripts do, but for the data and the loop, which note what they got.
 
+    Args:
+      run: of the stage.
+      train_too: whether to go on when the data is asked for.
     Returns:
       What `batches` and what `train` got, and the model (or CLIP) that was made of an average
       which is 1.003 everywhere; the weights in training are 2.
@@ -128,7 +136,9 @@ def experiment_of(run):
     seen = SimpleNamespace()
 
     def batches(source, **options):
-        seen.batches = {"source": source} | options
+        seen.batches = {"source": known.get(id(source), source)} | options
+        if not train_too:
+            raise Reached
         return Nothing()
 
     def train(stage, iterator, **options):
@@ -145,7 +155,7 @@ def experiment_of(run):
         train=train_set, validation=validation, captions=["red apple"], attribution=""
     )
     known = {id(train_set): "pictures", id(validation): "validation pictures"}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Reached):
         patch.setattr(experiment, "batches", batches)
         patch.setattr(experiment, "train", train)
         patch.setattr(experiment, "encoded", lambda source, *_: f"codes of {known[id(source)]}")
@@ -162,5 +172,4 @@ def experiment_of(run):
             seen.model = experiment.train_prior(run, data, codec(), workdir=folder)
         else:
             seen.model = experiment.train_codec(run, data, name="tiny", workdir=folder)
-    seen.batches["source"] = known.get(id(seen.batches["source"]), seen.batches["source"])
     return seen

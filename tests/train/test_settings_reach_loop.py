@@ -170,5 +170,12 @@ def scales(config):
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ScaleConfig)])
 def test_every_setting_of_the_gradient_scales_changes_them(field):
     config = ScaleConfig(start=8.0, growth=1.5, backoff=0.4, window=1, least=1.0, greatest=64.0)
-    other = {"start": 9.0, "growth": 1.4, "backoff": 0.5, "window": 3, "least": 3.0, "greatest": 9.0}
+    other = {
+        "start": 9.0,
+        "growth": 1.4,
+        "backoff": 0.5,
+        "window": 3,
+        "least": 3.0,
+        "greatest": 9.0,
+    }
     assert scales(config) != scales(dataclasses.replace(config, **{field: other[field]}))

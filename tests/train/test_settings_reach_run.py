@@ -62,7 +62,7 @@ def start(run):
 
 def batches(run):
     """What an experiment asks the data for."""
-    return stages.experiment_of(run).batches
+    return stages.experiment_of(run, train_too=False).batches
 
 
 SEEN = {"graph": graph, "shapes": shapes, "init": init, "start": start, "batches": batches}
