@@ -4,12 +4,13 @@
     python experiments/orders.py draw --workdir runs/orders --out docs/orders.md
 
 In the world of `people.py` a caption has one true picture, so a drawing is right if no other of
-the true pictures, training's and held-out ones alike, is nearer to it. All priors begin with the
-weights of the model's autoregressive one, which is measured too. `draw` writes a table of all
-priors, numbers of stages, revision and guidance, and a picture of the mean orders beside it.
+the true pictures, training's and held-out ones alike, is nearer to it. The model's autoregressive
+prior is measured too. `draw` writes a table of all priors, orders of sampling, numbers of stages,
+revision and guidance, and a picture of the mean orders of training beside it.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -31,15 +32,16 @@ from dalle_jax.generate.grids import draw_grids
 from dalle_jax.generate.model import Model
 from dalle_jax.image import pixels
 from dalle_jax.memory import keep_memory
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.progressive_prior import ProgressivePrior
 from dalle_jax.terminal import show_log_lines
 from dalle_jax.train.experiment import train_prior
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.orders import order_scores, ranks
-from dalle_jax.train.progressive import in_progressive_style
+from dalle_jax.train.progressive import progressive_run
 
 ORDERS = ("dynamic", "certain", "uncertain", "random")
-STAGES, REVISE, GUIDANCE = (4, 8, 16, 32), (0.0, 0.5), (1.0, 3.0)
+SAMPLING = ("random", "dynamic", "confidence")
+STAGES, REVISE, GUIDANCE = (4, 8, 16), (0, 1), (1.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,8 @@ class Train:
     workdir: Path
     """Where they go, a folder each."""
     model: str = "people"
-    """Shipped model, or a model folder: its codec and the autoregressive prior to begin with."""
-    steps: int = 1_500
+    """Shipped model, or a model folder: its codec and autoregressive prior."""
+    steps: int = 3_000
     """Updates of each."""
     only: tuple[str, ...] = ORDERS
     """Which ones, to share the work among processes."""
@@ -85,7 +87,7 @@ def train(options: Train) -> None:
     start = prior()
     loop = dataclasses.replace(start.loop, steps=options.steps)
     for order in options.only:
-        run = in_progressive_style(start, loop=loop, order=order, from_prior=True)
+        run = progressive_run(start, loop=loop, order=order, optimizer="muon")
         folder = options.workdir / order
         train_prior(run, data, tokens, workdir=folder).save(folder / "model")
 
@@ -98,7 +100,7 @@ def draw(options: Draw) -> None:
 
     def measure(name, model, part, mended, **way):
         codes, revised = drawn(model, part, truth, options, **way)
-        row = {"prior": name, "stages": None, "revise": None} | way
+        row = {"prior": name, "order": None, "stages": None, "revise": None} | way
         row |= truth.compare(model.decode(codes)) | revised | mended
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -112,11 +114,11 @@ def draw(options: Draw) -> None:
         measured = read_metrics(folder / "metrics.jsonl")[-1]
         mended = {k: measured[f"eval/{k}"] for k in unmended}
         orders |= mean_orders(model, name, truth)
-        for stages in options.stages:
-            for revise in REVISE:
-                for guidance in GUIDANCE:
-                    way = {"stages": stages, "revise": revise, "guidance": guidance}
-                    measure(name, model, "progressive", mended, **way)
+        for order, stages, revise, guidance in itertools.product(
+            SAMPLING, options.stages, REVISE, GUIDANCE
+        ):
+            way = {"order": order, "stages": stages, "revise": revise, "guidance": guidance}
+            measure(name, model, "progressive", mended, **way)
     write(options.out, rows, len(truth.all))
     draw_orders(orders, options.out.with_suffix(".png"))
 
@@ -198,11 +200,12 @@ def mean_orders(model, name, truth) -> dict[str, np.ndarray]:
 
     @jax.jit
     def places(params, text, codes, errors):
-        blind, _ = Prior(config).apply(
-            {"params": params}, text, jnp.full_like(codes, config.codes), method="predict"
-        )
-        chance = jnp.take_along_axis(jax.nn.log_softmax(blind), codes[..., None], axis=-1)
-        return ranks(order_scores(name, jax.random.key(0), -chance[..., 0], errors))
+        prior = ProgressivePrior(config).bind({"params": params})
+        every = jnp.arange(config.image_length)[None]
+        blind = prior.ask(prior.read(text), every, count=config.text_length)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(blind), codes[..., None], axis=-1)
+        scores = {"difficulty": -log_p[..., 0], "errors": errors}
+        return ranks(order_scores(name, jax.random.key(0), codes.shape, **scores))
 
     mean = np.asarray(places(params, text, codes, errors.astype(np.float32))).mean(axis=0)
     return {name: mean.reshape(config.grid, config.grid) / (config.image_length - 1)}
@@ -216,7 +219,7 @@ def draw_orders(orders: dict[str, np.ndarray], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     for name in ("centre", "raster"):
-        rank = ranks(order_scores(name, jax.random.key(0), jnp.zeros((1, 64))))
+        rank = ranks(order_scores(name, jax.random.key(0), (1, 64)))
         orders |= {name: np.asarray(rank).reshape(8, 8) / 63}
     figure, panels = plt.subplots(1, len(orders), figsize=(2 * len(orders), 2.3), squeeze=False)
     for panel, (name, order) in zip(panels[0], orders.items(), strict=True):

@@ -1,7 +1,9 @@
 """The experiment scripts end to end, through their command line, on the debug sizes."""
 
+import dataclasses
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -15,7 +17,14 @@ from PIL import Image
 import dalle_jax
 from dalle_jax.generate import folder as files
 from dalle_jax.image.pixels import encode_png
+from dalle_jax.parallel.mesh import MeshConfig
+from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.train.checkpoint import read_params
+from dalle_jax.train.clip import ClipRun
+from dalle_jax.train.dvae import DVAERun
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.prior import PriorRun
+from dalle_jax.train.vqgan import VQGANRun
 
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 
@@ -234,13 +243,47 @@ def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script", ["debug", "emoji", "people", "folder", "dalle_12b"])
-@pytest.mark.parametrize("command", ["dvae", "vqgan", "prior", "clip", "all"])
-def test_help_explains_every_option(script, command, monkeypatch, capsys):
+def test_help_names_and_explains_every_option(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "90")  # one column
     with pytest.raises(SystemExit) as stop:
-        run(script, command, "--help", monkeypatch=monkeypatch)
+        run(script, "all", "--help", monkeypatch=monkeypatch)
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    prefix = "--dvae." if command == "all" else "--"
-    option = {"prior": "model.heads", "clip": "model.patch"}.get(command, "model.codes")
-    assert f"{prefix}{option}" in text
-    assert "--workdir" in text
+    said = explained(capsys.readouterr().out)
+    for stage, cls in {
+        "dvae": DVAERun,
+        "vqgan": VQGANRun,
+        "prior": PriorRun,
+        "clip": ClipRun,
+    }.items():
+        expected = options(cls, stage)
+        assert expected <= said.keys()
+    assert {"--workdir", "--codec", "--processes.count"} <= said.keys()
+    assert [option for option, text in said.items() if not re.search("[a-z]{3}", text)] == []
+
+
+def options(cls, prefix):
+    """The options of a dataclass of settings; those of the loop have no prefix of their own."""
+    found = set()
+    for field in dataclasses.fields(cls):
+        inner = {"model": cls.__annotations__.get("model"), "loop": LoopConfig}.get(field.name)
+        inner = {"mesh": MeshConfig, "powersgd": PowerSGDConfig}.get(field.name, inner)
+        name = prefix if field.name == "loop" else f"{prefix}.{field.name.replace('_', '-')}"
+        found |= options(inner, name) if inner else {f"--{name}"}
+    return found
+
+
+def explained(text):
+    """What a help text says of each option, without its default."""
+    found, option = {}, None
+    for line in (line.strip("│| ") for line in text.splitlines()):
+        if re.match("--[a-z]", line):
+            option, *rest = re.split(r"\s{2,}", line, maxsplit=1)
+            option = option.split()[0].rstrip(",")
+            found[option] = " ".join(rest)
+        elif option and line.strip("-"):
+            found[option] += " " + line
+        else:
+            option = None
+    return {
+        option: re.sub(r"\((default: .*|required)\)$", "", said) for option, said in found.items()
+    }

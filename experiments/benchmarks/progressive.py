@@ -62,7 +62,7 @@ def compare(report, label, case, batch):
     for stages in case.stages:
 
         def sample(*inputs, stages=stages):
-            return progressive.sample(*inputs, stages=stages).cells[-1]
+            return progressive.sample(*inputs, stages=stages)[-1]
 
         took = seconds(config, text, keys, sample) / batch
         report.add(label, f"{stages} stages", took, "s/picture")

@@ -18,7 +18,7 @@ from dalle_jax.generate import folder as files
 from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.folder import ModelError
 from dalle_jax.generate.model import Model
-from dalle_jax.image.pixels import PictureError
+from dalle_jax.image.pixels import PictureError, decode
 from dalle_jax.models import dvae
 from dalle_jax.models.dvae import DVAE
 from dalle_jax.text.bpe import TextError, Tokenizer
@@ -103,9 +103,9 @@ def test_temperature_zero_draws_the_likeliest_picture_whatever_the_seed(model):
     np.testing.assert_array_equal(first, model.generate("red apple", temperature=0, seed=1))
 
 
-def test_guidance_of_one_is_off(model):
-    plain, strong = (model.generate("red apple", n=2, guidance=s) for s in (1.0, 8.0))
-    assert (plain != strong).any()
+@pytest.mark.parametrize("option", [{"guidance": 8.0}, {"top_k": 1}, {"top_p": 0.1}])
+def test_every_option_of_drawing_reaches_the_decoder(model, option):
+    assert (model.generate("red apple", n=2) != model.generate("red apple", n=2, **option)).any()
 
 
 def test_image_prompt_keeps_its_top_rows_of_codes(model, pictures, monkeypatch):
@@ -122,8 +122,9 @@ def test_image_prompt_may_be_any_picture_file(model, tmp_path):
     clear = write_png(tmp_path / "alpha.png", rng.integers(0, 256, (40, 30, 4), np.uint8))
     deep = write_png(tmp_path / "deep.png", rng.integers(0, 65536, (20, 20)).astype(np.uint16))
     for path in (clear, str(deep)):
-        images = model.generate("red apple", image_prompt=path, keep_rows=1)
-        assert images.shape == (1, 1, tiny.PX, tiny.PX, 3)
+        images = model.generate("red apple", image_prompt=path, keep_rows=3)
+        read = model.generate("red apple", image_prompt=decode(path), keep_rows=3)
+        np.testing.assert_array_equal(images, read)
 
 
 # Codes

@@ -76,8 +76,3 @@ def test_step_size_halves_on_a_plateau_five_times_at_most():
     assert sizes[0] == pytest.approx(1.0, rel=1e-5)
     halvings = {round(np.log2(1 / size)) for size in sizes}
     assert halvings == {0, 1, 2, 3, 4, 5}
-
-
-def test_loss_value_is_accepted_without_a_plateau_rule():
-    params = {"kernel": jnp.zeros(1)}
-    run(adamw(optax.constant_schedule(1.0), b2=0.9, weight_decay=0.0), params, params, value=1.0)

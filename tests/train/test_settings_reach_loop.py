@@ -1,0 +1,181 @@
+"""Every field of LoopConfig, PowerSGDConfig and ScaleConfig changes what a run does or leaves."""
+
+import dataclasses
+import functools
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from dalle_jax.parallel import powersgd
+from dalle_jax.parallel.mesh import MeshConfig
+from dalle_jax.parallel.powersgd import PowerSGDConfig
+from dalle_jax.precision import grad_scale
+from dalle_jax.precision.grad_scale import ScaleConfig
+from dalle_jax.train import loop
+from dalle_jax.train.checkpoint import Checkpoints, read_params
+from dalle_jax.train.log import read_metrics
+from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.state import Stage
+
+LOOP = LoopConfig(
+    steps=6, log_every=2, save_every=2, evaluate_every=2, sheet_every=2, keep=2, average_decay=0.5
+)
+# Another value of each field, and what of the run differs then: that, and nothing else of it.
+CHANGES = {
+    "steps": (4, {"parameters", "average", "logged", "measured", "saved", "sheets"}),
+    "log_every": (3, {"logged"}),
+    "save_every": (1, {"saved"}),
+    "evaluate_every": (3, {"measured"}),
+    "sheet_every": (None, {"sheets"}),
+    "keep": (3, {"saved"}),
+    "accumulate": (2, {"parameters", "average"}),
+    "average_every": (4, {"average"}),
+    "average_decay": (0.75, {"average"}),
+    "seed": (1, {"parameters", "average"}),
+}
+
+
+class Slope(Stage):
+    """One number that falls by a tenth of the batch's mean and of noise."""
+
+    name = "slope"
+    rules = (("*", PartitionSpec()),)
+    optimizer = optax.with_extra_args_support(optax.sgd(0.1))
+
+    def init(self, key):
+        return {"x": jax.random.normal(key)}
+
+    def loss(self, params, batch, key, step):
+        return params["x"] * (batch["y"].mean() + jax.random.normal(key)), {}
+
+    def evaluate(self, params):
+        return params
+
+    def sheet(self, params):
+        return np.zeros((2, 3, 3), np.uint8)
+
+
+class Numbers:
+    """Batches that count up."""
+
+    def __init__(self):
+        self._numbers = itertools.count()
+
+    def __next__(self):
+        return {"y": np.full(4, next(self._numbers), np.float32)}
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+def trained(folder, config):
+    """What there is to see of a run."""
+    state = loop.train(Slope(), Numbers(), config=config, workdir=folder, settings={})
+    lines = read_metrics(folder / "metrics.jsonl")
+    average = float(state.average["x"])
+    assert float(read_params(folder / "checkpoints")["x"]) == average
+    assert [line["eval/x"] for line in lines if "eval/x" in line][-1] == pytest.approx(average)
+    return {
+        "parameters": float(state.params["x"]),
+        "average": average,
+        "logged": [line["step"] for line in lines if "loss" in line],
+        "measured": [line["step"] for line in lines if "eval/x" in line],
+        "saved": Checkpoints(folder / "checkpoints").steps(),
+        "sheets": len(list(folder.glob("sheets/*"))),
+    }
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("usual"), LOOP)
+
+
+def test_every_field_of_the_loop_is_changed_here():
+    fields = {field.name for field in dataclasses.fields(LoopConfig)}
+    assert fields == CHANGES.keys() | {"mesh", "powersgd"}  # these two: the test after the next
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_setting_of_the_loop_changes_what_it_names_and_nothing_else(field, usual, tmp_path):
+    value, expected = CHANGES[field]
+    found = trained(tmp_path, dataclasses.replace(LOOP, **{field: value}))
+    assert {name for name in usual if found[name] != usual[name]} == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "config"),
+    [
+        ("make_mesh", LoopConfig(steps=1, mesh=MeshConfig(fsdp=2))),
+        ("Groups", LoopConfig(steps=1, powersgd=PowerSGDConfig(rank=3))),
+    ],
+)
+def test_mesh_and_groups_are_made_as_the_loops_settings_say(place, config, tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def made(given, *_):
+        assert given == (config.mesh if place == "make_mesh" else config.powersgd)
+        raise Reached
+
+    monkeypatch.setattr(loop, place, made)
+    with pytest.raises(Reached):
+        loop.train(Slope(), Numbers(), config=config, workdir=tmp_path, settings={})
+
+
+# Compression of gradients, and scales of float16
+
+
+@functools.cache
+def compressed(config):
+    """What PowerSGD makes of the gradients of two members."""
+    kernel = np.random.default_rng(0).normal(size=(2, 1, 4, 6)).astype(np.float32)
+    grads = {"layers": {"mlp_in": {"kernel": jnp.asarray(kernel)}}}
+    one = jax.tree.map(lambda x: x[0], grads)
+    state = powersgd.create(one, config=config)
+    reduce = partial(powersgd.reduce, config=config, axis_name="data")
+    reduce = jax.jit(jax.vmap(reduce, in_axes=(0, None), axis_name="data"))
+    means, errors, *_ = reduce(grads, state)
+    return [x.tolist() for x in jax.tree.leaves((means, errors))]
+
+
+POWERSGD = PowerSGDConfig(rank=2, reduced=True)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PowerSGDConfig)])
+def test_every_setting_of_powersgd_changes_the_mean_gradient(field):
+    other = {"rank": 1, "epsilon": 0.5, "seed": 1, "reduced": False, "p_scale": 0.3, "q_scale": 0.3}
+    changed = dataclasses.replace(POWERSGD, **{field: other[field]})
+    assert compressed(POWERSGD) != compressed(changed)
+
+
+def scales(config):
+    """The scales of two resblocks, of which one overflows now and then."""
+    state, found = grad_scale.create(config, (2,), replicas=1), []
+    for overflows in (1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0):
+        finite = jnp.array([True, not overflows])
+        state = grad_scale.update(state, finite, config=config, replicas=1)
+        found.append(state.scale.tolist())
+    return found
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ScaleConfig)])
+def test_every_setting_of_the_gradient_scales_changes_them(field):
+    config = ScaleConfig(start=8.0, growth=1.5, backoff=0.4, window=1, least=1.0, greatest=64.0)
+    other = {
+        "start": 9.0,
+        "growth": 1.4,
+        "backoff": 0.5,
+        "window": 3,
+        "least": 3.0,
+        "greatest": 9.0,
+    }
+    assert scales(config) != scales(dataclasses.replace(config, **{field: other[field]}))
