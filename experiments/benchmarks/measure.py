@@ -152,9 +152,10 @@ def median_time(function: Callable, *args: Any, **how: Any) -> float:
 
 
 def drawn(init: Callable, *inputs: Any) -> dict:
-    """Small random weights for a Flax module; numpy compiles nothing."""
+    """Small random weights, as `init` of a key and inputs would draw; numpy compiles nothing."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
+    shapes = jax.eval_shape(init, jax.random.key(0), *inputs)
+    shapes = shapes.get("params", shapes)  # of a Flax module
 
     def draw(leaf):
         return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
