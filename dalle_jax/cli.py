@@ -1,6 +1,7 @@
 """The command `dalle-jax`: one function per subcommand, whose docstring is its help."""
 
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -341,8 +342,13 @@ def overlap(
       clip: Folder of a CLIP to compare by; None for EfficientNet-Lite0.
       seed: Of the changed copies.
     """
+    from dalle_jax.data.record import SourceError, printable
     from dalle_jax.evaluate import overlap as finder
 
+    for out in filter(None, (remove_list, sheet)):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise SourceError(f"{out} is a folder; give the name of a file to write")
     if clip is None:
         from dalle_jax.evaluate.features import efficientnet_network
 
@@ -358,10 +364,9 @@ def overlap(
     sets = finder.open_pictures(training), finder.open_pictures(held)
     with bar("Looking") as progress:
         found = finder.find_overlap(*sets, embed, threshold=threshold, seed=seed, progress=progress)
-    print(found)
+    print(printable(str(found)))
     if remove_list is not None:
-        remove_list.parent.mkdir(parents=True, exist_ok=True)
-        remove_list.write_text("".join(f"{name}\n" for name in found.remove), encoding="utf-8")
+        remove_list.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in found.remove))
     if sheet is not None and found.pairs:
         from dalle_jax.image.sheet import save_png
 

@@ -55,7 +55,7 @@ def decode(data: bytes | str | os.PathLike, *, min_px: int = 1) -> Picture:
     if isinstance(data, bytes):
         name = f"picture of {len(data)} bytes"
     else:
-        name = os.fsencode(data).decode("utf-8", "backslashreplace")
+        name = os.fspath(data).encode("utf-8", "backslashreplace").decode("utf-8")
         with open(data, "rb") as file:
             data = file.read()
     image = _loaded(data, name)
