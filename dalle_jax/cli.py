@@ -386,6 +386,7 @@ def overlap(
     check_output("--sheet", sheet, ".png")
     check_seed(seed)
     _prepare_process()
+    from dalle_jax.data.record import printable
     from dalle_jax.evaluate import overlap as finder
 
     if clip is None:
@@ -403,7 +404,7 @@ def overlap(
     sets = finder.open_pictures(training), finder.open_pictures(held)
     with bar("Looking") as progress:
         found = finder.find_overlap(*sets, embed, threshold=threshold, seed=seed, progress=progress)
-    print(found)
+    print(printable(str(found)))
     outputs = []
     if remove_list is not None:
         outputs.append((remove_list, found.write_remove_list))

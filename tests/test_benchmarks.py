@@ -180,6 +180,9 @@ def test_batches_of_codes_and_of_pictures_are_measured(tmp_path):
     config = dataclasses.replace(PRIOR, text_length=32)
     assert data.code_time(tmp_path, config, 2, count=2) > 0
     assert data.picture_time(16, 2, count=2) > 0
+    seconds, peak = data.example_cost(10**8, count=32)
+    assert seconds > 0
+    assert peak < 10 * 2**20
 
 
 def test_a_start_is_measured_as_a_process(report, capsys):

@@ -1,4 +1,5 @@
 import errno
+import os
 import shutil
 import tempfile
 
@@ -347,9 +348,10 @@ def test_data_overlap_writes_what_to_leave_out(dalle, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    for i in range(4):
+    names = [os.fsdecode(f"{i}.png".encode("latin-1")) for i in ("0", "1", "é", "3")]
+    for i, name in enumerate(names):  # one is no UTF-8
         image = Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8))
-        image.save(tmp_path / "a" / f"{i}.png")
+        image.save(tmp_path / "a" / name, "PNG")
         if i == 2:
             image.save(tmp_path / "b" / "same.png")
     args = (
@@ -363,8 +365,16 @@ def test_data_overlap_writes_what_to_leave_out(dalle, tmp_path, monkeypatch):
     status, said, _ = dalle("data", "overlap", tmp_path / "a", tmp_path / "b", *args)
     assert status == 0
     assert said.startswith("1 of 1 pictures (100.0 %) are nearly in the other 4")
-    assert (tmp_path / "out.txt").read_text() == "2.png\n"
+    assert (tmp_path / "out.txt").read_bytes() == b"\xe9.png\n"
     assert decode(tmp_path / "s.png").ndim == 3
+
+
+def test_data_overlap_looks_at_its_outputs_before_it_works(dalle, tmp_path):
+    status, _, complained = dalle(
+        *("data", "overlap", tmp_path / "a", tmp_path / "b", "--remove-list", tmp_path)
+    )
+    assert status == 2
+    assert f"{tmp_path} is a folder; give the name of a file to write" in complained
 
 
 def test_votes_page_and_count_belong_together(dalle, folder, tmp_path):

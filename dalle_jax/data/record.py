@@ -33,5 +33,5 @@ class DataSource(Protocol):
 
 
 def printable(name: str) -> str:
-    """A file name for messages: bytes that are not UTF-8 are written as backslash codes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A name for messages: bytes of a file name that are not UTF-8 are written as codes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -44,7 +44,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-      SourceError: bytes of another encoding, naming the line.
+      SourceError: bytes of another encoding, or line ends of another kind, naming the line.
     """
     with path.open("rb") as file:
         start = file.read(4)
@@ -61,7 +61,10 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 raise SourceError(f"{where}: byte 0x{wrong:02x} is not UTF-8; {_SAVE}") from None
             if "\0" in text:
                 raise SourceError(f"{where}: holds a NUL character; {_SAVE}")
-            yield where, text.removesuffix("\n").removesuffix("\r")
+            text = text.removesuffix("\n").removesuffix("\r")
+            if "\r" in text:
+                raise SourceError(f"{where}: holds a carriage return; end lines with line feeds")
+            yield where, text
 
 
 def _decoded(path: Path, data: bytes, encoding: str) -> list[str]:
@@ -90,7 +93,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
             captions = given if "captions" in row else [given]
             if not isinstance(captions, list):
                 raise TypeError
-            if not all(isinstance(text, str) for text in (name, *captions)):
+            if not name or not all(isinstance(text, str) for text in (name, *captions)):
                 raise TypeError
         except (ValueError, TypeError, RecursionError):
             raise SourceError(

@@ -76,6 +76,14 @@ def test_an_epoch_shows_each_record_once_and_the_next_in_another_order():
     assert seen[:12] != list(range(12))
 
 
+def test_the_order_is_that_of_earlier_versions(words):
+    """A run that was begun before must go on with the batches it would have had."""
+    drawn = take(Pictures(12), 4, seed=1, tokenizer=words, text_length=17, caption_dropout=0.3)
+    order = [[10, 5, 7, 3], [8, 4, 9, 2], [0, 11, 6, 1], [11, 8, 9, 3]]
+    assert [shades(batch) for batch in drawn] == order
+    assert [words.decode(row) for row in drawn[0]["text"]] == ["", "", "", "picture 3"]
+
+
 def test_the_seed_decides_the_order():
     first, again, other = (take(Pictures(12), 3, seed=s) for s in (1, 1, 2))
     assert equal(first, again)

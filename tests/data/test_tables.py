@@ -54,7 +54,7 @@ def test_spreadsheets_write_marks_capitals_other_columns_and_empty_rows(table):
         ('a.png,"one\nb.png,two"', "not a row of CSV"),
         ('a.png,"one" two', "not a row of CSV"),
         (r'a.png,"a \"red\" one"', "not a row of CSV"),
-        ("a.png,red\rb.png,blue", "not a row of CSV"),
+        ("a.png,red\rb.png,blue", "holds a carriage return; end lines with line feeds"),
         ('a.png,"' + "x" * 200_000, "not a row of CSV"),
         (",red", "no picture is named; got ,red"),
         ("a.png\tred", "1 cells"),
@@ -87,6 +87,7 @@ def test_a_header_that_does_not_name_both_columns_is_refused(table, header):
     "line",
     [
         '{"image": "a.png"}',
+        '{"image": "", "caption": "red"}',
         '{"caption": "red"}',
         '{"image": "a.png", "caption": 3}',
         '{"image": "a.png", "caption": null}',
