@@ -51,6 +51,13 @@ def test_a_mesh_gives_the_losses_and_updates_of_one_device(spread, single, case)
     chex.assert_trees_all_close(eight_devices, one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_model_spread_over_devices_is_drawn_from_and_written_as_on_one(spread):
+    for path in (spread / "whole").iterdir():
+        assert path.read_bytes() == (spread / "spread" / path.name).read_bytes(), path.name
+    np.testing.assert_array_equal(np.load(spread / "spread.npy"), np.load(spread / "whole.npy"))
+
+
 def abstract(data, fsdp, tensor):
     return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
 
