@@ -169,7 +169,7 @@ def test_the_papers_run_goes_from_pictures_to_a_model_in_two_processes(tmp_path)
         )
         for index in range(2)
     ]
-    told = [member.communicate(timeout=300)[0] for member in members]
+    told = [member.communicate(timeout=900)[0] for member in members]
     assert [member.returncode for member in members] == [0, 0], "\n".join(told)
     model = dalle_jax.load(tmp_path / "run" / "model")
     assert "- prior: 2 updates of 8 examples" in model.card and model.clip is not None

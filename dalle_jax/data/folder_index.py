@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle_jax.cache import cache_folder
 from dalle_jax.data.listing import FileStamp, Listing, list_folder, scan
 from dalle_jax.data.record import SourceError, printable
 from dalle_jax.image.pixels import read_size
@@ -138,17 +139,14 @@ def open_index(folder: str | os.PathLike) -> FolderIndex:
 
 def _place(root: Path, files: Mapping[str, FileStamp]) -> Path | None:
     """Where the index of this state of a folder is kept; None if nothing is to be kept."""
-    cache = os.environ.get("DALLE_JAX_CACHE")
+    cache = cache_folder()
     if cache is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        cache = os.path.join(home, "dalle_jax")
-    if not cache:
         return None
     real = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
     state = hashlib.sha256(b"%d" % _FORMAT)
     for name, stamp in files.items():
         state.update(b"%s\0%d\0%d\0" % (os.fsencode(name), *stamp))
-    return Path(cache) / "folders" / real[:24] / state.hexdigest()[:24]
+    return cache / "folders" / real[:24] / state.hexdigest()[:24]
 
 
 def _notes(listing: Listing) -> list[str]:

@@ -28,6 +28,7 @@ from dalle_jax.generate.folder import ModelError
 from dalle_jax.image import pixels
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.caption import normalize_caption
 
 
 class Clip:
@@ -146,7 +147,7 @@ class Clip:
         Returns:
           Vectors of length 1, in float32.
         """
-        captions = [caption.strip() for caption in captions]
+        captions = [normalize_caption(caption) for caption in captions]
         text = self.tokenizer.encode(captions, length=self.config.slots)
         return self._features("encode_text", text)
 

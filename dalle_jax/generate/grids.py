@@ -19,6 +19,7 @@ from dalle_jax.models.cache import layout
 from dalle_jax.models.prior_parts import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.caption import normalize_caption
 
 
 class Drawn(NamedTuple):
@@ -64,7 +65,7 @@ def draw_grids(
     check_request(prompts, n=n, seed=seed)
     if given is not None:
         given = np.broadcast_to(given, (n, *given.shape[1:]))
-    prompts = [prompt.strip() for prompt in prompts]
+    prompts = [normalize_caption(prompt) for prompt in prompts]
     text = tokenizer.encode(prompts, length=config.text_length - 1)
     hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
     hashes = np.asarray(hashes, np.uint32)
@@ -130,7 +131,7 @@ def check_request(prompts: Sequence[str], *, n: int, seed: int) -> None:
     if not prompts:
         raise UserError("no caption was given; give at least one")
     for i, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
+        if not normalize_caption(prompt):
             raise UserError(f"caption {i} of {len(prompts)} is empty; say what to draw")
     if n < 1:
         raise UserError(f"n is {n}; at least 1 picture per caption can be drawn")

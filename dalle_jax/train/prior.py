@@ -128,7 +128,7 @@ class PriorStage(Stage):
         captions: Sequence[str],
     ):
         if run.gradient_sums not in ("float32", run.precision):
-            raise ValueError(
+            raise UserError(
                 f"gradient_sums is {run.gradient_sums}, but with precision {run.precision} it has "
                 "to be float32"
             )

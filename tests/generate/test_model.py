@@ -9,6 +9,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from PIL import Image
 
@@ -299,6 +300,37 @@ def test_saving_through_a_symbolic_link_replaces_the_folder_behind_it(copy):
     tiny.model(name="new").save(link)
     assert link.is_symlink()
     assert dalle_jax.load(copy).name == "new"
+
+
+def test_a_weights_file_is_the_librarys_to_the_byte(tmp_path):
+    tensors = files.to_tensors(tiny.parts()["prior_params"])
+    files.write_tensors(tmp_path / "ours", tensors)
+    assert (tmp_path / "ours").read_bytes() == safetensors.numpy.save(tensors)
+
+
+def test_bfloat16_halves_the_kernels_and_is_saved_as_float32_is(tmp_path):
+    half, whole = tiny.model(dtype="bfloat16"), tiny.model()
+    assert half.fingerprints == whole.fingerprints
+    kernels = [m.priors["prior"][1]["layers"]["qkv"]["kernel"] for m in (half, whole)]
+    assert 2 * kernels[0].nbytes == kernels[1].nbytes
+    half.save(tmp_path / "half")
+    assert Model.load(tmp_path / "half").fingerprints == whole.fingerprints
+    assert half.generate("sky", n=2).shape == (1, 2, tiny.PX, tiny.PX, 3)
+
+
+def test_a_new_model_takes_over_the_other_prior_of_an_old_one_for_the_same_codes(tmp_path):
+    tiny.model(**tiny.progressive_parts()).save(tmp_path / "old")
+    tiny.model().save(tmp_path / "new")
+    files.take_over(tmp_path / "old", tmp_path / "new")
+    both = Model.load(tmp_path / "new")
+    assert both.fingerprints == tiny.model(**tiny.progressive_parts()).fingerprints
+
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    config["fingerprints"]["dvae"] = "another"
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    tiny.model(name="third").save(tmp_path / "third")
+    files.take_over(tmp_path / "old", tmp_path / "third")
+    assert list(Model.load(tmp_path / "third").priors) == ["prior"]
 
 
 def test_saving_over_other_files_is_refused(tmp_path, model):

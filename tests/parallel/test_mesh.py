@@ -66,6 +66,13 @@ def test_muon_sends_each_kernel_to_the_device_of_its_layer_and_back_and_nothing_
     assert gathered <= sent["all-gather", "fsdp"] < gathered * 1.01
 
 
+@pytest.mark.slow
+def test_a_model_spread_over_devices_is_drawn_from_and_written_as_on_one(spread):
+    for path in (spread / "whole").iterdir():
+        assert path.read_bytes() == (spread / "spread" / path.name).read_bytes(), path.name
+    np.testing.assert_array_equal(np.load(spread / "spread.npy"), np.load(spread / "whole.npy"))
+
+
 def abstract(data, fsdp, tensor):
     return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
 

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 
+from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import differences
 from dalle_jax.train.clip import ClipRun
 from dalle_jax.train.dvae import DVAERun
-from dalle_jax.train.experiment import MAY_CHANGE, _settings
+from dalle_jax.train.experiment import MAY_CHANGE, _settings, _summary
+from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior import PriorRun
+from dalle_jax.train.tokenizer import tokenizer_of
 from dalle_jax.train.vqgan import VQGANRun
 
 
@@ -51,3 +54,36 @@ def test_settings_left_out_stay_in_the_original():
         "steps" not in differences.without(settings, ["loop.steps", "absent", "loop.x.y"])["loop"]
     )
     assert settings["loop"]["steps"] == 430_000
+
+
+class Captions:
+    """Pictures that are never looked at."""
+
+    def __init__(self, *captions):
+        self.captions = captions
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, index):
+        return {"id": str(index), "image": b"", "captions": [self.captions[index]]}
+
+
+def test_a_tokenizer_is_learned_once_and_again_for_other_captions(tmp_path, monkeypatch):
+    def learned(*captions, vocabulary=290):
+        return tokenizer_of(Captions(*captions), vocabulary=vocabulary, folder=tmp_path)
+
+    first = learned("red apple", "blue sky")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "train", None)
+        assert learned("red apple", "blue sky").fingerprint == first.fingerprint
+    assert learned("red apple", "green leaf").fingerprint != first.fingerprint
+    assert learned("red apple", "blue sky").fingerprint == first.fingerprint
+    (tmp_path / "tokenizer.json").unlink()  # as if stopped before it was written
+    assert learned("red apple", "blue sky").fingerprint == first.fingerprint
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_the_card_counts_updates_done_and_not_those_asked_for(tmp_path):
+    run = PriorRun(loop=LoopConfig(steps=5))
+    assert _summary("prior", run, 20, tmp_path).startswith("- prior: 20 updates of 1024 examples")
