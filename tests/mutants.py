@@ -37,13 +37,21 @@ def main() -> int:
     """Runs the mutants that are asked for; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone, anew")
-    parser.add_argument("--list", action="store_true", help="print what is known, and run nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="print a table of what is known; run nothing"
+    )
     options = parser.parse_args()
     unknown = set(options.only or ()) - {mutant.name for mutant in MUTANTS}
     if unknown:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not options.list:
+    if options.list:
+        print("| mutant | in | noticed by |\n| --- | --- | --- |")
+        for mutant in MUTANTS:
+            known = results.get(mutant.name, {"status": "not run", "said": ""})
+            who = f"`{known['said']}`" if known["status"] == "killed" else known["status"]
+            print(f"| {mutant.name} | {mutant.file} | {who} |")
+    else:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             _run_all(Path(folder), options.only, results)
     return _report(results)

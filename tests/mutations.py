@@ -456,10 +456,14 @@ MUTANTS = [
         "data/batches.py",
         "dropout=bpe_dropout, seeds",
         "dropout=0.0, seeds",
-        BATCHES,
+        "data/test_dropout.py",
     ),
     Mutant(
-        "one-seed-for-all-merges", "data/batches.py", "seeds=[int(bpe_seed)]", "seeds=[0]", BATCHES
+        "one-seed-for-all-merges",
+        "data/batches.py",
+        "seeds=[int(bpe_seed)]",
+        "seeds=[0]",
+        "data/test_dropout.py",
     ),
     Mutant(
         "prior-crop-mirrors",
