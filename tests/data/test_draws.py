@@ -1,8 +1,9 @@
-"""Merges of the tokenizer are skipped in training batches, anew for each example."""
+"""What is drawn for an example of a training batch is drawn anew for each."""
 
 import numpy as np
 
 from dalle_jax.data.batches import batches
+from dalle_jax.image.pixels import encode_png
 from dalle_jax.text.bpe import Tokenizer
 
 CAPTION = "number picture number picture"
@@ -37,3 +38,19 @@ def test_with_dropout_examples_of_one_caption_differ_and_say_the_same():
     assert {TOKENIZER.decode(row) for row in found} == {CAPTION}
     assert (found != texts(0.5, seed=1)).any()
     np.testing.assert_array_equal(found, texts(0.5))
+
+
+class Noise:
+    """One large picture of noise."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+        return {"id": "0", "image": encode_png(image), "captions": [CAPTION]}
+
+
+def test_every_epoch_crops_a_picture_anew():
+    made = batches(Noise(), batch_size=6, seed=0, px=8, crop="prior", threads=0)
+    assert len(np.unique(next(made)["image"], axis=0)) == 6
