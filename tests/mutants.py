@@ -68,13 +68,13 @@ def _run_all(copy: Path, only: list[str] | None, results: dict) -> None:
     _import_everything(copy)
     for mutant in MUTANTS:
         before = results.get(mutant.name, {})
-        known = before.get("status") == "killed" and before["digest"] == _digest(mutant)
+        known = before.get("status") == "killed" and before["digest"] == _digest(copy, mutant)
         if mutant.name in only if only else not known:
             start = time.monotonic()
             status, said = _tried(copy, mutant)
             seconds = round(time.monotonic() - start)
             results[mutant.name] = {
-                "digest": _digest(mutant),
+                "digest": _digest(copy, mutant),
                 "status": status,
                 "seconds": seconds,
                 "said": said,
@@ -183,7 +183,7 @@ def _date_anew(file: Path) -> None:
     os.utime(file, (_date_anew.now,) * 2)
 
 
-def _digest(mutant: Mutant) -> str:
+def _digest(copy: Path, mutant: Mutant) -> str:
     files = [
         ROOT / "dalle_jax" / mutant.file,
         ROOT / "tests" / mutant.tests.partition("::")[0].split()[0],
