@@ -37,13 +37,21 @@ def main() -> int:
     """Runs the mutants that are asked for; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone, anew")
-    parser.add_argument("--list", action="store_true", help="print what is known, and run nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="print a table of what is known; run nothing"
+    )
     options = parser.parse_args()
     unknown = set(options.only or ()) - {mutant.name for mutant in MUTANTS}
     if unknown:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not options.list:
+    if options.list:
+        print("| mutant | in | noticed by |\n| --- | --- | --- |")
+        for mutant in MUTANTS:
+            known = results.get(mutant.name, {"status": "not run", "said": ""})
+            who = f"`{known['said']}`" if known["status"] == "killed" else known["status"]
+            print(f"| {mutant.name} | {mutant.file} | {who} |")
+    else:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             _run_all(Path(folder), options.only, results)
     return _report(results)
@@ -60,13 +68,13 @@ def _run_all(copy: Path, only: list[str] | None, results: dict) -> None:
     _import_everything(copy)
     for mutant in MUTANTS:
         before = results.get(mutant.name, {})
-        known = before.get("status") == "killed" and before["digest"] == _digest(mutant)
+        known = before.get("status") == "killed" and before["digest"] == _digest(copy, mutant)
         if mutant.name in only if only else not known:
             start = time.monotonic()
             status, said = _tried(copy, mutant)
             seconds = round(time.monotonic() - start)
             results[mutant.name] = {
-                "digest": _digest(mutant),
+                "digest": _digest(copy, mutant),
                 "status": status,
                 "seconds": seconds,
                 "said": said,
@@ -175,7 +183,7 @@ def _date_anew(file: Path) -> None:
     os.utime(file, (_date_anew.now,) * 2)
 
 
-def _digest(mutant: Mutant) -> str:
+def _digest(copy: Path, mutant: Mutant) -> str:
     files = [
         ROOT / "dalle_jax" / mutant.file,
         ROOT / "tests" / mutant.tests.partition("::")[0].split()[0],

@@ -441,7 +441,7 @@ MUTANTS = [
         "data/batches.py",
         "[seed, epoch, index]",
         "[seed, 0, index]",
-        BATCHES,
+        "data/test_draws.py",
     ),
     Mutant("first-caption-alone", "data/batches.py", "int(which * len(captions))", "0", BATCHES),
     Mutant(
@@ -456,10 +456,14 @@ MUTANTS = [
         "data/batches.py",
         "dropout=bpe_dropout, seeds",
         "dropout=0.0, seeds",
-        BATCHES,
+        "data/test_draws.py",
     ),
     Mutant(
-        "one-seed-for-all-merges", "data/batches.py", "seeds=[int(bpe_seed)]", "seeds=[0]", BATCHES
+        "one-seed-for-all-merges",
+        "data/batches.py",
+        "seeds=[int(bpe_seed)]",
+        "seeds=[0]",
+        "data/test_draws.py",
     ),
     Mutant(
         "prior-crop-mirrors",
