@@ -26,7 +26,7 @@ PRIOR = {"batch_size": 4, "loop": LOOP, "clip_norm": 2.0, "max_second_moment": 0
 PRIOR |= {"plateau_steps": 2, "precision": "float32", "scan_layers": False, "remat": False}
 PRIOR |= {"caption_dropout": 0.1, "encode_once": True}
 SIZES = tiny.parts()["prior"]
-PARTIAL = {"stages": 4, "model": dataclasses.replace(SIZES, style="progressive")}
+PARTIAL = {"model": dataclasses.replace(tiny.progressive_parts()["progressive"], depth=3)}
 
 RUNS = {
     "dvae": DVAERun(
@@ -116,7 +116,10 @@ class Nothing:
     def __next__(self):
         raise NotImplementedError
 
-    get_state = set_state = __next__
+    def get_state(self):
+        return {}
+
+    set_state = __next__
 
 
 class Reached(Exception):
@@ -148,7 +151,7 @@ def experiment_of(run, *, train_too=True):
             jax.tree.map(lambda x, value=value: np.full(x.shape, value, x.dtype), shapes)
             for value in (1.003, 2)
         )
-        return SimpleNamespace(average=average, params=params)
+        return SimpleNamespace(average=average, params=params, step=run.loop.steps)
 
     train_set, validation = (ShapesSource(x, px=tiny.PX) for x in ("train", "validation"))
     data = experiment.Data(
@@ -161,8 +164,7 @@ def experiment_of(run, *, train_too=True):
         patch.setattr(experiment, "encoded", lambda source, *_: f"codes of {known[id(source)]}")
         patch.setattr(experiment, "redrawn", lambda source, *_: f"redrawn {known[id(source)]}")
         patch.setattr(experiment, "Joined", lambda first, second: f"{known[id(first)]}, {second}")
-        tokenizer = SimpleNamespace(train=lambda *_, **__: tiny.tokenizer())
-        patch.setattr(experiment, "Tokenizer", tokenizer)
+        patch.setattr(experiment, "tokenizer_of", lambda *_, **__: tiny.tokenizer())
         patch.setattr(experiment.Model, "save", lambda *_: None)
         patch.setattr(experiment.Clip, "save", lambda *_: None)
         folder = Path("nowhere")

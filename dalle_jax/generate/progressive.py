@@ -58,7 +58,7 @@ def sample(
     *,
     stages: int = 16,
     schedule: Schedule = "cosine",
-    order: Order = "dynamic",
+    order: Order = "random",
     temperature: float | int = 1.0,
     choice_temperature: float | int = 1.0,
     top_k: int | None = None,
@@ -79,9 +79,10 @@ def sample(
       keys: one typed key a picture: all those of the first caption, then all of the next one.
       stages: 1 to the number of cells that are not given.
       schedule: how many cells each of them fills, see `filled`.
-      order: which cells come first. "dynamic": those whose codes are most certain given the caption
-        alone, known from one look at all cells, once a caption; "confidence": those whose sampled
-        code is the most likely, which takes a look at all cells in every stage; "random"; "raster".
+      order: which cells come first. "random"; "raster"; "dynamic": those whose codes are the most
+        certain given the caption alone, known from one look at all cells, once a caption;
+        "confidence": those whose sampled code is the most likely, which takes a look at all cells
+        in every stage.
       temperature: divides the codes' logits, at least 0; 0 takes the likeliest code each time.
       choice_temperature: weight of Gumbel noise in nats in choosing cells, at least 0; for
         "confidence" it falls along a line to 0 in the last stage.
