@@ -109,11 +109,11 @@ MUTANTS = [
     Mutant("prior-remat", "train/prior.py", "remat=run.remat", "remat=False", RUN + "prior-remat"),
     Mutant("clip-shift", "train/clip.py", "if run.shift:", "if False:", RUN + "clip-shift"),
     Mutant(
-        "progressive-changed-weight",
+        "progressive-order-ignored",
         "train/progressive.py",
-        "changed_weight=self.run.changed_weight",
-        "changed_weight=10.0",
-        RUN + "changed_weight",
+        "self.run.order, key_order",
+        '"random", key_order',
+        RUN + "progressive-order",
     ),
     Mutant(
         "average-every",
@@ -189,8 +189,8 @@ MUTANTS = [
     Mutant(
         "prior-exports-raw-weights",
         "train/experiment.py",
-        "whole(state.average)), card=card",
-        "whole(state.params)), card=card",
+        "stage.to_model(state.average, card=card",
+        "stage.to_model(state.params, card=card",
         EXPERIMENT,
     ),
     Mutant(
@@ -264,8 +264,8 @@ MUTANTS = [
     Mutant(
         "text-weight",
         "losses.py",
-        "text_mean / 8 + image_mean * 7 / 8",
-        "text_mean / 2 + image_mean / 2",
+        "text_nats / 8 + image_nats * 7 / 8",
+        "text_nats / 2 + image_nats / 2",
         "test_losses.py",
     ),
     Mutant(
@@ -307,11 +307,60 @@ MUTANTS = [
         "test_losses.py",
     ),
     Mutant(
-        "progressive-weights-exchanged",
-        "losses.py",
-        "jnp.where(cells == codes, 1.0, changed_weight)",
-        "jnp.where(cells == codes, changed_weight, 1.0)",
-        "test_losses.py",
+        "query-sees-its-own-stage",
+        "models/progressive_prior.py",
+        "stage[:, :, None] > stages[:, None, :]",
+        "stage[:, :, None] >= stages[:, None, :]",
+        "models/test_progressive_prior.py",
+    ),
+    Mutant(
+        "content-sees-later-stages",
+        "models/progressive_prior.py",
+        "sees = stages[:, :, None] >= stages[:, None, :]",
+        "sees = stages[:, :, None] > stages[:, None, :] - 2",
+        "models/test_progressive_prior.py",
+    ),
+    Mutant(
+        "query-places-exchanged",
+        "models/progressive_prior.py",
+        'self.embed[f"{of}row"][cells // G]',
+        'self.embed[f"{of}row"][cells % G]',
+        "models/test_progressive_prior.py",
+    ),
+    Mutant(
+        "no-qk-norm",
+        "models/progressive_prior.py",
+        "return y.astype(x.dtype)",
+        "return x",
+        "models/test_progressive_prior.py",
+    ),
+    Mutant(
+        "cache-counts-one-cell-more",
+        "models/progressive_prior.py",
+        "mask = jnp.arange(S)[None, None] < at + count",
+        "mask = jnp.arange(S)[None, None] <= at + count",
+        "models/test_progressive_prior.py",
+    ),
+    Mutant(
+        "guidance-does-not-rise",
+        "generate/progressive.py",
+        "1 + (guidance - 1) * share",
+        "guidance",
+        "generate/test_progressive.py -k guidance",
+    ),
+    Mutant(
+        "revision-replaces-everything",
+        "generate/progressive.py",
+        "(doubt >= DOUBT)",
+        "(doubt >= 0)",
+        "generate/test_progressive.py -k revision",
+    ),
+    Mutant(
+        "revision-sees-the-code-it-judges",
+        "models/progressive_prior.py",
+        "np.flatnonzero(quarter != q)",
+        "np.flatnonzero(quarter >= 0)",
+        "models/test_progressive_prior.py -k left_out",
     ),
     # Networks
     Mutant(
@@ -668,7 +717,11 @@ MUTANTS = [
         DISTANCES,
     ),
     Mutant(
-        "kid-biased", "evaluate/distances.py", "kernel[rows, start + rows] = 0", "pass", DISTANCES
+        "kid-biased",
+        "evaluate/distances.py",
+        "(np.trace(kernel) if same and i == j else 0)",
+        "0",
+        DISTANCES,
     ),
     Mutant(
         "kid-kernel",
@@ -694,8 +747,8 @@ MUTANTS = [
     Mutant(
         "votes-exchanged",
         "evaluate/votes.py",
-        '"first" if choice == first_side',
-        '"second" if choice == first_side',
+        '"first" if choice == secret.sides[pair]',
+        '"second" if choice == secret.sides[pair]',
         "evaluate/test_votes.py",
     ),
     Mutant(

@@ -168,6 +168,42 @@ def test_a_picture_depends_on_its_key_and_caption_alone():
     assert (np.asarray(other[-1]) != np.asarray(together[-1])).any()
 
 
+def test_guidance_rises_along_a_line_to_its_full_value():
+    grids = draw(samples=1, temperature=0, stages=4, guidance=3.0).reshape(4, 2, 16)
+    stage = (grids == K).sum(0)
+    empty = jnp.asarray(11 + np.arange(3))[None].repeat(2, axis=0)
+    inputs = jnp.asarray(grids[-1]), jnp.asarray(stage)
+    with_caption, without = (forward()(text, *inputs) for text in (jnp.asarray(TEXT), empty))
+    scale = 1 + 2 * (stage + 1)[..., None] / 4
+    guided = without + scale * (with_caption - without)
+    np.testing.assert_array_equal(grids[-1], np.asarray(guided).argmax(-1))
+
+
+def test_revision_replaces_codes_that_the_others_give_less_than_a_quarter_of_the_best():
+    given = np.full((2, 4, 4), K)
+    given[:, 0] = 1
+    grids = draw(samples=1, stages=3, given=given, revise=2)
+    assert grids.shape[0] == 5
+
+    @jax.jit
+    def look(params, text, codes):
+        prior = ProgressivePrior(CONFIG).bind({"params": params})
+        return prior.leave_out(prior.read(text), codes)
+
+    replaced = 0
+    for before, after in itertools.pairwise(grids[2:]):
+        codes = before.reshape(2, 16)
+        log_p = np.asarray(jax.nn.log_softmax(look(params(), jnp.asarray(TEXT), codes)))
+        there = np.take_along_axis(log_p, codes[..., None], -1)[..., 0]
+        unlikely = np.exp(there) * 4 < np.exp(log_p.max(-1))
+        unlikely &= given.reshape(2, 16) == K
+        wanted = np.where(unlikely, log_p.argmax(-1), codes)
+        np.testing.assert_array_equal(after.reshape(2, 16), wanted)
+        replaced += unlikely.sum()
+        assert (unlikely != (codes != log_p.argmax(-1))).any()  # some only a little less likely
+    assert replaced
+
+
 def test_guidance_moves_codes_and_none_of_an_empty_caption():
     assert (draw(guidance=3.0) != draw()).any()
     empty = (11 + np.arange(3))[None].repeat(2, axis=0)

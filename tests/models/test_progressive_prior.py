@@ -82,6 +82,27 @@ def test_cached_stages_equal_the_forward_pass():
     chex.assert_trees_all_close(third[picture, 0], wanted[picture, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_a_code_that_is_left_out_is_predicted_from_the_other_quarters(grid):
+    config = dataclasses.replace(TINY, grid=grid)
+    text = batch(1)[0]
+    codes = jnp.asarray(np.random.default_rng(1).integers(K, size=(1, grid**2)))
+    quarter = np.add.outer(np.arange(grid) % 2 * 2, np.arange(grid) % 2).ravel()
+
+    @jax.jit
+    def look(params, codes):
+        prior = ProgressivePrior(config).bind({"params": params})
+        found = prior.leave_out(prior.read(text), codes)
+        stages = [jnp.asarray(quarter == q, int)[None] for q in range(4)]
+        return found, jnp.stack([prior(text, codes, stage) for stage in stages])
+
+    found, wanted = look(params(config), codes)
+    for cell, q in enumerate(quarter):
+        chex.assert_trees_all_close(found[0, cell], wanted[q, 0, cell], atol=1e-5)
+    own, _ = look(params(config), codes.at[0, 0].set((codes[0, 0] + 1) % K))
+    chex.assert_trees_all_close(own[0, 0], found[0, 0], atol=1e-5)
+
+
 def test_one_cell_a_stage_is_a_distribution_over_grids():
     config = dataclasses.replace(TINY, codes=2)
     grids = jnp.asarray(list(itertools.product((0, 1), repeat=4)))  # 16 4
