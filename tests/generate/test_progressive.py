@@ -138,7 +138,8 @@ def test_given_cells_are_a_stage_before_all_others():
 def test_the_dynamic_order_begins_where_the_caption_alone_says_most():
     log_p = jax.nn.log_softmax(first_look())
     entropy = np.asarray(-(jnp.exp(log_p) * log_p).sum(-1))
-    first = draw(samples=1, choice_temperature=0, schedule="linear")[0].reshape(2, 16)
+    options = {"samples": 1, "choice_temperature": 0, "schedule": "linear"}
+    first = draw(order="dynamic", **options)[0].reshape(2, 16)
     for grid, score in zip(first, entropy, strict=True):
         assert set(np.flatnonzero(grid < K)) == set(np.argsort(score)[:4].tolist())
 
@@ -214,7 +215,7 @@ def test_guidance_moves_codes_and_none_of_an_empty_caption():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "rising"}, "order is 'rising', but must be one of"),
+        ({"revise": -1}, "revise is -1; it is a number of passes"),
         ({"choice_temperature": -1.0}, "choice_temperature is -1.0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": 7}, r"top_k is 7, but must lie in 1\.\.6"),
