@@ -374,7 +374,7 @@ def test_data_overlap_looks_at_its_outputs_before_it_works(dalle, tmp_path):
         *("data", "overlap", tmp_path / "a", tmp_path / "b", "--remove-list", tmp_path)
     )
     assert status == 2
-    assert f"{tmp_path} is a folder; give the name of a file to write" in complained
+    assert f"--remove-list is {tmp_path}, but that is a folder; name a file" in complained
 
 
 def test_votes_page_and_count_belong_together(dalle, folder, tmp_path):

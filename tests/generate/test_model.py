@@ -370,6 +370,16 @@ def test_a_shipped_model_is_whole_and_says_where_it_is_from(name, parts):
     )
 
 
+def test_a_prior_of_version_0_1_opens_and_its_masked_progressive_prior_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["prior"]["style"] = "autoregressive"
+    (copy / "config.json").write_text(json.dumps(config))
+    assert list(dalle_jax.load(copy).priors) == ["prior"]
+    config["progressive"] = config["prior"] | {"style": "progressive"}
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy, "describes a progressive prior of version 0.1, which this version cannot run")
+
+
 def test_unknown_model_name_lists_the_shipped_ones(tmp_path, monkeypatch):
     (tmp_path / "emoji").mkdir()
     (tmp_path / "emoji" / "config.json").write_text("{}")

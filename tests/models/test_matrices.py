@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from dalle_jax.models import dvae, layers, vqgan
+from dalle_jax.models import dvae, layers, progressive_prior, transformer, vqgan
 from dalle_jax.models.clip import CLIP
 from dalle_jax.models.dvae import DVAE
-from dalle_jax.models.transformer import draw_params
+from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.models.vqgan import VQGAN
 
 
@@ -41,9 +41,9 @@ def stack(start, depth, width, heads):
 
 @pytest.mark.parametrize("parts", [tiny.parts, tiny.progressive_parts])
 def test_those_of_a_prior_are_the_kernels_of_its_layers(parts):
-    config = parts().get("prior") or parts()["progressive"]
-    c = config
-    assert found(lambda key: draw_params(config, key), layers.matrices) == stack(
+    c = parts().get("prior") or parts()["progressive"]
+    module = progressive_prior if isinstance(c, ProgressiveConfig) else transformer
+    assert found(lambda key: module.draw_params(c, key), layers.matrices) == stack(
         "", c.depth, c.width, c.heads
     )
 
