@@ -9,7 +9,6 @@ one window of image positions that holds everything it may see.
     row      2 rows (1, G odd) these and the row above            96
     column   1 column          the column                         32
     conv     2 rows (1, G odd) these and kernel // 2 + 1 above    256
-    full     the image         the image                          1,024
 
 Letters: B batch, T query positions, S key positions, P text positions, G grid side, I = G * G,
 N heads, H head size, M blocks.
@@ -88,9 +87,6 @@ def blocked(
     P = text_length
     if kind == "dense":
         seen = _causal(query, key, value)
-    elif kind == "full":
-        text = _everything(query[:, :, :P], key[:, :, :P], value[:, :, :P])
-        seen = jnp.concatenate([text, _everything(query[:, :, P:], key, value)], axis=2)
     else:
         blocks = _blocks(kind, grid, kernel)
         text = _causal(query[:, :, :P], key[:, :, :P], value[:, :, :P])
@@ -138,11 +134,6 @@ def _causal(query, key, value):
         weights = jax.nn.softmax(logits, axis=-1)
         seen.append(_mix("BNTS,BNSH->BNTH", weights, value[:, :, :end]).astype(value.dtype))
     return jnp.concatenate(seen, axis=2)
-
-
-def _everything(query, key, value):
-    weights = jax.nn.softmax(_logits("BNTH,BNSH->BNTS", query, key), axis=-1)
-    return _mix("BNTS,BNSH->BNTH", weights, value).astype(value.dtype)
 
 
 def _logits(spec, query, key):

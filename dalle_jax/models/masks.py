@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Bool
 
-Kind = Literal["row", "column", "conv", "dense", "full"]
+Kind = Literal["row", "column", "conv", "dense"]
 
 
 def attention_mask(
@@ -21,11 +21,10 @@ def attention_mask(
     row sees the G positions before p and p itself, across the row end (the far end lies one row
     above); column sees q with (p - q) mod G = 0; conv sees the distances p - q in
     {r G + (c mod G) : 0 <= r <= h, -h <= c <= h}, h = kernel // 2, so that its left half wraps
-    around to the row end; dense sees every q. In full nothing is causal: text sees all text, an
-    image position everything. Text sees no image there either, so that it is read once a picture.
+    around to the row end; dense sees every q.
 
     Args:
-      kind: "row", "column", "conv", "dense" (plainly causal in the image), or "full".
+      kind: "row", "column", "conv", or "dense" (plainly causal in the image).
       text_length: text positions P, start token and padding included.
       grid: side G of the square of image positions.
       kernel: side of the convolution window, odd; only "conv" reads it.
@@ -36,8 +35,7 @@ def attention_mask(
     Raises:
       ValueError: for an unknown kind, a size below 1, or an even kernel.
 
-    Source: Ramesh et al. 2021, figure 11; that kernels above 3 follow its 3 x 3 panel,
-      and full, are ours.
+    Source: Ramesh et al. 2021, figure 11; that kernels above 3 follow its 3 x 3 panel is ours.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"attention kind is {kind!r}, but must be one of {list(get_args(Kind))}")
@@ -48,11 +46,6 @@ def attention_mask(
         raise ValueError(f"kernel is {kernel}, but must be odd, so that it has a middle")
 
     length = text_length + grid * grid
-    if kind == "full":
-        mask = np.ones((length, length), bool)
-        mask[:text_length, text_length:] = False
-        return mask
-
     positions = np.arange(grid * grid)
     distance = positions[:, None] - positions[None, :]  # I I
     seen = {

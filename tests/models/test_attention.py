@@ -66,7 +66,7 @@ def test_softmax_stays_float32_for_bfloat16_values():
     chex.assert_trees_all_close(got.astype(jnp.float32), exact, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["dense", "row", "column", "conv", "full"])
+@pytest.mark.parametrize("kind", ["dense", "row", "column", "conv"])
 @pytest.mark.parametrize(
     ("text_length", "grid", "kernel", "batch"), [(7, 5, 3, 2), (1, 4, 11, 1), (5, 8, 5, 1)]
 )

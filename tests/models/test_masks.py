@@ -125,15 +125,6 @@ def test_every_position_sees_itself_all_text_and_nothing_later(kind, grid):
     assert mask[3:, :3].all()
 
 
-def test_in_full_text_sees_all_text_and_an_image_position_everything():
-    mask = attention_mask("full", text_length=2, grid=2)
-    assert mask.astype(int).tolist() == [
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        *[[1] * 6] * 4,
-    ]
-
-
 def test_64_layers_are_16_column_47_row_and_1_conv():
     kinds = layer_kinds(64)
     assert [kinds.count(kind) for kind in ("column", "row", "conv")] == [16, 47, 1]
