@@ -141,9 +141,9 @@ def prior_loss(
     """
     V = text_logits.shape[-1]
     is_token = text < V
-    text_nats = _cross_entropy(text_logits, jnp.minimum(text, V - 1))
+    text_nats = cross_entropy(text_logits, jnp.minimum(text, V - 1))
     text_mean = _mean(text_nats, is_token)
-    image_mean = jnp.mean(_cross_entropy(image_logits, codes))
+    image_mean = jnp.mean(cross_entropy(image_logits, codes))
     loss = prior_mean(text_mean, image_mean)
     return loss, {"text_nats": text_mean, "image_nats": image_mean}
 
@@ -193,6 +193,9 @@ def _mean(x, chosen):
     return jnp.sum(jnp.where(chosen, x, 0)) / jnp.maximum(jnp.sum(chosen), 1)
 
 
-def _cross_entropy(logits, labels):
+def cross_entropy(
+    logits: Float[Array, "*places K"], labels: Int[Array, "*places"]
+) -> Float[Array, "*places"]:
+    """Nats of each label."""
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dalle_jax.generate.progressive import DOUBT, doubts, filled
+from dalle_jax.losses import cross_entropy
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
 from dalle_jax.train.orders import Order, order_scores, ranks
 from dalle_jax.train.prior import PriorRun, PriorStage
@@ -102,7 +103,7 @@ class ProgressiveStage(PriorStage):
         )
         stage = draw_stages(key_stages, ranks(scores))
         logits = self.model.apply({"params": params}, text, codes, stage, scales=scales)
-        nats = _nats(logits, codes).mean()
+        nats = cross_entropy(logits, codes).mean()
         return nats, {"image_nats": nats}
 
     def _difficulty(self, params, text, codes):
@@ -110,7 +111,7 @@ class ProgressiveStage(PriorStage):
         prior = self.model.bind({"params": jax.lax.stop_gradient(params)})
         every = jnp.arange(codes.shape[1])[None]
         logits = prior.ask(prior.read(text), every, count=self.config.text_length)
-        return _nats(logits, codes)
+        return cross_entropy(logits, codes)
 
 
 def draw_stages(key: Key[Array, ""], rank: Int[Array, "B I"]) -> Int[Array, "B I"]:
@@ -128,8 +129,3 @@ def draw_stages(key: Key[Array, ""], rank: Int[Array, "B I"]) -> Int[Array, "B I
     )
     number = jax.random.randint(key, (pictures,), 0, len(numbers))
     return jnp.take_along_axis(jnp.asarray(table)[number], rank, axis=1)
-
-
-def _nats(logits, codes):
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], axis=-1)
-    return -log_p[..., 0]
