@@ -1,6 +1,7 @@
-"""Emoji of two designers at 64 px, for one CPU.
+"""Emoji of two designers at 96 px, for one CPU.
 
-    python experiments/emoji.py all --workdir runs/emoji
+    python experiments/emoji.py vqgan --workdir runs/emoji --optimizer muon
+    python experiments/emoji.py progressive --workdir runs/emoji --codec vqgan --optimizer muon
 
 Needs `pip install dalle_jax[emoji]`; the pictures are drawn on this machine. What each stage costs
 and reaches stands in docs/dvae.md, docs/prior.md and docs/clip.md.
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
+from dalle_jax.data.paraphrase import Paraphrased
 from dalle_jax.data.sources import Joined
 from dalle_jax.generate.folder import listed
 from dalle_jax.models.clip import CLIPConfig
@@ -46,7 +48,7 @@ class EmojiOptions:
         """Draws the emoji, if this has not been done yet, and opens their splits."""
         split = partial(emoji_source, px=px, data_dir=self.data_dir)
         return Data(
-            train=Joined(*map(split, self.splits)),
+            train=Paraphrased(Joined(*map(split, self.splits))),
             validation=split("validation"),
             captions=listed("emoji"),
             attribution=ATTRIBUTION,
@@ -83,10 +85,10 @@ def vqgan() -> VQGANRun:
 
 
 def prior() -> PriorRun:
-    """32 text positions and 256 codes: 3.7M parameters."""
+    """32 text positions and 144 codes: 3.5M parameters."""
     sizes = {"width": 192, "depth": 6, "heads": 6, "text_vocabulary": 2048, "text_length": 32}
     return short_prior_run(
-        model=PriorConfig(**sizes, grid=16, codes=512),
+        model=PriorConfig(**sizes, grid=12, codes=1024),
         loop=LoopConfig(steps=7_500, save_every=250, average_every=5, average_decay=0.98),
         batch_size=8,
         warmup_steps=100,
