@@ -56,12 +56,12 @@ def vqgan() -> VQGANRun:
 def prior() -> PriorRun:
     """The 12-billion-parameter model; 8 devices share its state, as in the paper.
 
-    No evaluation and no sheets while it trains: both would gather the whole average on each device.
+    No evaluation and no sheets while it trains: both would gather the whole EMA on each device.
     """
     loop = LoopConfig(
         steps=430_000,
-        average_every=25,
-        average_decay=0.99,
+        ema_every=25,
+        ema_decay=0.99,
         evaluate_every=None,
         sheet_every=None,
         mesh=MeshConfig(fsdp=8),
@@ -205,7 +205,8 @@ def report(options: PlanOptions, found: dict) -> str:
         lines.append(
             f"--mesh.fsdp {fsdp} would fit."
             if fsdp
-            else "No fsdp fits with tensor 1; take other devices, or --precision and --accumulate."
+            else "No fsdp fits with tensor 1; take other devices, or --precision and "
+            "--accumulation-steps."
         )
     lines += [
         "",

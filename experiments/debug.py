@@ -89,7 +89,7 @@ def _loop(steps: int) -> LoopConfig:
         save_every=10,
         evaluate_every=10,
         sheet_every=10,
-        average_decay=0.5,
+        ema_decay=0.5,
     )
 
 

@@ -89,7 +89,7 @@ def prior() -> PriorRun:
     sizes = {"width": 192, "depth": 6, "heads": 6, "text_vocabulary": 2048, "text_length": 32}
     return short_prior_run(
         model=PriorConfig(**sizes, grid=12, codes=1024),
-        loop=LoopConfig(steps=7_500, save_every=250, average_every=5, average_decay=0.98),
+        loop=LoopConfig(steps=7_500, save_every=250, ema_every=5, ema_decay=0.98),
         batch_size=8,
         warmup_steps=100,
     )
@@ -102,7 +102,7 @@ def clip() -> ClipRun:
     return short_clip_run(
         model=CLIPConfig(**image, **text, text_vocabulary=2048, features=128),
         loop=LoopConfig(
-            steps=800, save_every=100, evaluate_every=100, sheet_every=None, average_decay=0.99
+            steps=800, save_every=100, evaluate_every=100, sheet_every=None, ema_decay=0.99
         ),
     )
 

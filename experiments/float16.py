@@ -107,11 +107,11 @@ def stage_of(options, tokens, tokenizer, precision, sums, *, scaled):
         model=model,
         loop=LoopConfig(steps=options.steps),
         batch_size=PAPER_BATCH,  # which the scales start from
-        step_size=1e-3,
+        learning_rate=1e-3,
         warmup_steps=options.steps // 10,
-        clip_norm=1 / DIVISOR,
+        grad_clip_norm=1 / DIVISOR,
         precision=precision,
-        gradient_sums=sums,
+        grad_dtype=sums,
     )
     stage = OneOfMany(
         run, tokens=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()

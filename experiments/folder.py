@@ -71,7 +71,7 @@ def prior() -> PriorRun:
     sizes = {"width": 256, "depth": 8, "heads": 8, "text_vocabulary": 4096, "text_length": 64}
     return short_prior_run(
         model=PriorConfig(**sizes, grid=16, codes=512),
-        loop=LoopConfig(steps=10_000, average_every=5, average_decay=0.99),
+        loop=LoopConfig(steps=10_000, ema_every=5, ema_decay=0.99),
         batch_size=16,
     )
 

@@ -91,7 +91,7 @@ def prior() -> PriorRun:
         model=PriorConfig(**sizes, grid=8, codes=CODES),
         loop=LoopConfig(
             steps=5_500, save_every=500, evaluate_every=500, sheet_every=None,
-            average_every=5, average_decay=0.98,
+            ema_every=5, ema_decay=0.98,
         ),
         batch_size=8,
         warmup_steps=100,
@@ -106,7 +106,7 @@ def clip() -> ClipRun:
     return short_clip_run(
         model=CLIPConfig(**image, **text, text_vocabulary=512, features=128),
         loop=LoopConfig(
-            steps=800, save_every=100, evaluate_every=100, sheet_every=None, average_decay=0.99
+            steps=800, save_every=100, evaluate_every=100, sheet_every=None, ema_decay=0.99
         ),
     )
 

@@ -57,7 +57,7 @@ class Options:
     """Width of the prior."""
     depth: int = 4
     """Layers."""
-    step_size: float = 1e-3
+    learning_rate: float = 1e-3
     """Greatest learning rate."""
     out: Path = Path("powersgd.png")
     """Where the curves go."""
@@ -102,9 +102,9 @@ def stage_of(options, tokens, tokenizer):
         model=model,
         loop=LoopConfig(steps=options.steps),
         batch_size=options.batch_size,
-        step_size=options.step_size,
+        learning_rate=options.learning_rate,
         warmup_steps=options.steps // 10,
-        clip_norm=1.0,
+        grad_clip_norm=1.0,
     )
     return PriorStage(
         run, tokens=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()

@@ -45,7 +45,7 @@ CASES = {
 def stage(name, **changes):
     if name == "dvae":
         sizes = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
-        run = short_dvae_run(model=sizes, loop=LOOP, px=16, batch_size=16, kmeans_start=False)
+        run = short_dvae_run(model=sizes, loop=LOOP, px=16, batch_size=16, kmeans_init=False)
         return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
     if name == "clip":
         sizes = CLIPConfig(**CLIP, text_vocabulary=40)
@@ -74,7 +74,7 @@ def batch(name):
     return {"text": text, "codes": rng.integers(0, 32, (16, 4, 4)).astype(np.int32)}
 
 
-def two_updates(name, mesh=None, accumulate=1, rank=None):
+def two_updates(name, mesh=None, accumulation_steps=1, rank=None):
     """State and metrics after them; without a mesh on one device."""
     this, data, places, key = stage(name), batch(name), None, jax.random.key(0)
     groups = Groups(PowerSGDConfig(rank=rank), mesh) if rank else None
@@ -88,13 +88,15 @@ def two_updates(name, mesh=None, accumulate=1, rank=None):
         places = state_lib.shardings(jax.eval_shape(create, key), mesh, this.rules, groups)
         state = jax.jit(create, out_shardings=places)(key)
         data = place_batch(mesh, data)
-    update = state_lib.update_step(this, places=places, groups=groups, accumulate=accumulate)
+    update = state_lib.update_step(
+        this, places=places, groups=groups, accumulation_steps=accumulation_steps
+    )
     for _ in range(2):
         state, metrics = update(state, data)
     if places is not None:
         jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), state, places)
     assert metrics.pop("skipped", 0) == 0
-    return {"params": state.params, "average": state.average, "metrics": metrics}
+    return {"params": state.params, "ema_params": state.ema_params, "metrics": metrics}
 
 
 def _check(sharding, place, ndim):

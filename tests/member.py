@@ -39,7 +39,7 @@ class Member(Stage):
         key_in, key_out = jax.random.split(key)
         return {"in": jax.random.normal(key_in, (4, 8)), "out": jax.random.normal(key_out, (8,))}
 
-    def begin(self, params):
+    def init_from_data(self, params):
         return jax.tree.map(lambda x: 0.5 * x, params)
 
     def loss(self, params, batch, key, step):
@@ -90,7 +90,11 @@ if kill_at is not None and index == 1:
     checkpoint.Checkpoints.save = killed
 
 if count > 1:
-    join(ProcessConfig(coordinator=f"127.0.0.1:{port}", count=count, index=index))
+    join(
+        ProcessConfig(
+            coordinator_address=f"127.0.0.1:{port}", num_processes=count, process_id=index
+        )
+    )
 config = LoopConfig(
     steps=steps,
     log_every=1,

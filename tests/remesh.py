@@ -43,7 +43,9 @@ def created():
     state = state_lib.create(Stage(), jax.random.key(0))
     double = partial(jax.tree.map, lambda x: 2 * x)
     moments = jax.tree.map(lambda x: x + 3, state.opt_state)
-    return state.replace(step=state.step + 1, average=double(state.average), opt_state=moments)
+    return state.replace(
+        step=state.step + 1, ema_params=double(state.ema_params), opt_state=moments
+    )
 
 
 def on_mesh(config):
@@ -58,7 +60,11 @@ def readable(state):
 
 def main(folder, port, index, count):
     if count > 1:
-        join(ProcessConfig(coordinator=f"127.0.0.1:{port}", count=count, index=index))
+        join(
+            ProcessConfig(
+                coordinator_address=f"127.0.0.1:{port}", num_processes=count, process_id=index
+            )
+        )
     assert jax.device_count() == 8
     with Checkpoints(folder) as checkpoints:
         if count == 1:

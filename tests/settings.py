@@ -11,8 +11,8 @@ A new field needs a row, or a reason in ELSEWHERE.
 """
 
 RATES = {
-    "step_size": (0.2, "update"),
-    "step_size_end": (0.09, "update"),
+    "learning_rate": (0.2, "update"),
+    "learning_rate_end": (0.09, "update"),
     "warmup_steps": (0, "update"),
     "weight_decay": (0.0, "update"),
 }
@@ -20,12 +20,12 @@ CODEC = {
     "px": (24, "batches"),
     "crop_px": (None, "graph"),
     "batch_size": (8, "batches"),
-    "clip_norm": (None, "update"),
+    "grad_clip_norm": (None, "update"),
 }
 PRIOR = {
     "batch_size": (8, "batches"),
     "plateau_steps": (None, "update"),
-    "clip_norm": (None, "update"),
+    "grad_clip_norm": (None, "update"),
     "max_second_moment": (None, "update"),
     "bpe_dropout": (0.5, "batches"),
     "caption_dropout": (0.5, "batches"),
@@ -49,14 +49,14 @@ FIELDS = {
     "dvae": RATES
     | CODEC
     | {
-        "step_size_steps": (9, "update"),
+        "learning_rate_steps": (9, "update"),
         "temperature_start": (0.5, "graph"),
         "temperature_end": (0.5, "graph"),
         "temperature_steps": (6, "graph"),
         "kl_weight": (3.0, "graph"),
         "kl_steps": (6, "graph"),
         "rare_code_weight": (5.0, "graph"),
-        "kmeans_start": (True, "start"),
+        "kmeans_init": (True, "start"),
         "min_log_scale": (None, "graph"),
         "model.width": (4, "shapes"),
         "model.groups": (2, "shapes"),
@@ -113,7 +113,7 @@ FIELDS = {
 }
 ELSEWHERE = {
     ("prior", "scan_layers"): "needs four layers of two kinds; the progressive stage shows it",
-    ("clip", "redraw"): "says whether a codec is opened at all: tests/test_experiments.py",
+    ("clip", "reconstructions"): "says whether a codec is opened at all: tests/test_experiments.py",
     ("clip", "folder"): "says where a run is written: tests/test_experiments.py",
     **{
         (stage, field): "moves matrices otherwise: tests/train/test_muon.py"
@@ -121,7 +121,7 @@ ELSEWHERE = {
         for field in ("optimizer", "muon_learning_rate")
     },
     **{
-        (stage, "gradient_sums"): "needs half precision: tests/train/test_prior.py"
+        (stage, "grad_dtype"): "needs half precision: tests/train/test_prior.py"
         for stage in ("prior", "progressive")
     },
 }

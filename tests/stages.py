@@ -20,9 +20,9 @@ from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage
 from dalle_jax.train.vqgan import VQGANRun, VQGANStage
 
 LOOP = LoopConfig(steps=12)
-RATES = {"step_size": 0.1, "step_size_end": 0.01, "warmup_steps": 3, "weight_decay": 0.2}
-CODEC = {"px": tiny.PX, "crop_px": 8, "batch_size": 4, "loop": LOOP, "clip_norm": 2.0}
-PRIOR = {"batch_size": 4, "loop": LOOP, "clip_norm": 2.0, "max_second_moment": 0.05}
+RATES = {"learning_rate": 0.1, "learning_rate_end": 0.01, "warmup_steps": 3, "weight_decay": 0.2}
+CODEC = {"px": tiny.PX, "crop_px": 8, "batch_size": 4, "loop": LOOP, "grad_clip_norm": 2.0}
+PRIOR = {"batch_size": 4, "loop": LOOP, "grad_clip_norm": 2.0, "max_second_moment": 0.05}
 PRIOR |= {"plateau_steps": 2, "precision": "float32", "scan_layers": False, "remat": False}
 PRIOR |= {"caption_dropout": 0.1, "encode_once": True}
 SIZES = tiny.parts()["prior"]
@@ -35,7 +35,7 @@ RUNS = {
         kl_steps=8,
         rare_code_weight=10.0,
         min_log_scale=-2.0,
-        step_size_steps=6,
+        learning_rate_steps=6,
         **RATES,
         **CODEC,
     ),
@@ -54,7 +54,7 @@ RUNS = {
         loop=LOOP,
         batch_size=4,
         shift=1,
-        redraw=True,
+        reconstructions=True,
         precision="float32",
         **RATES,
     ),
@@ -151,7 +151,7 @@ def experiment_of(run, *, train_too=True):
             jax.tree.map(lambda x, value=value: np.full(x.shape, value, x.dtype), shapes)
             for value in (1.003, 2)
         )
-        return SimpleNamespace(average=average, params=params, step=run.loop.steps)
+        return SimpleNamespace(ema_params=average, params=params, step=run.loop.steps)
 
     train_set, validation = (ShapesSource(x, px=tiny.PX) for x in ("train", "validation"))
     data = experiment.Data(
@@ -162,7 +162,9 @@ def experiment_of(run, *, train_too=True):
         patch.setattr(experiment, "batches", batches)
         patch.setattr(experiment, "train", train)
         patch.setattr(experiment, "encoded", lambda source, *_: f"codes of {known[id(source)]}")
-        patch.setattr(experiment, "redrawn", lambda source, *_: f"redrawn {known[id(source)]}")
+        patch.setattr(
+            experiment, "reconstructed", lambda source, *_: f"reconstructed {known[id(source)]}"
+        )
         patch.setattr(experiment, "Joined", lambda first, second: f"{known[id(first)]}, {second}")
         patch.setattr(experiment, "tokenizer_of", lambda *_, **__: tiny.tokenizer())
         patch.setattr(experiment.Model, "save", lambda *_: None)

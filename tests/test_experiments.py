@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from saved import ema_params
 
 import dalle_jax
 from dalle_jax.generate import folder as files
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.parallel.powersgd import PowerSGDConfig
-from dalle_jax.train.checkpoint import read_params
 from dalle_jax.train.clip import ClipRun
 from dalle_jax.train.dvae import DVAERun
 from dalle_jax.train.loop import LoopConfig
@@ -88,10 +88,10 @@ def test_the_prior_learns_more_when_the_same_command_asks_for_more_steps(workdir
 
 
 @pytest.mark.slow
-def test_clip_measures_true_and_redrawn_pictures(workdir):
+def test_clip_measures_true_and_reconstructed_pictures(workdir):
     lines = metrics(workdir / "clip")
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
-    assert 0 <= lines[-1]["eval/redrawn_text_to_image_5"] <= 1
+    assert 0 <= lines[-1]["eval/reconstructed_text_to_image_5"] <= 1
     assert 0 <= lines[-1]["eval/image_to_text_1"] <= 1
 
 
@@ -158,10 +158,10 @@ def test_the_papers_run_goes_from_pictures_to_a_model_in_two_processes(tmp_path)
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(SCRIPTS.parent)}
     command = [sys.executable, SCRIPTS / "dalle_12b.py", "all", "--data", pictures]
-    command += ["--workdir", tmp_path / "run", "--processes.coordinator", address]
+    command += ["--workdir", tmp_path / "run", "--processes.coordinator-address", address]
     members = [
         subprocess.Popen(
-            [*command, "--processes.count=2", f"--processes.index={index}", *options],
+            [*command, "--processes.num-processes=2", f"--processes.process-id={index}", *options],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -174,16 +174,23 @@ def test_the_papers_run_goes_from_pictures_to_a_model_in_two_processes(tmp_path)
     model = dalle_jax.load(tmp_path / "run" / "model")
     assert "- prior: 2 updates of 8 examples" in model.card and model.clip is not None
     checkpoints = tmp_path / "run" / "prior" / "checkpoints"
-    average = read_params(checkpoints)
     stored = {name: np.asarray(x) for name, x in files.flat(model.priors["prior"][1]).items()}
-    for name, tensor in files.to_tensors(average).items():
+    for name, tensor in files.to_tensors(ema_params(checkpoints)).items():
         np.testing.assert_array_equal(stored[name], tensor.astype(np.float32), err_msg=name)
     assert not (tmp_path / "run" / "prior" / "codes").exists()  # nothing to measure, new crops
 
 
 def test_a_contrastive_loss_is_not_accumulated(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("debug", "clip", "--workdir", tmp_path, "--accumulate", 2, monkeypatch=monkeypatch)
+        run(
+            "debug",
+            "clip",
+            "--workdir",
+            tmp_path,
+            "--accumulation-steps",
+            2,
+            monkeypatch=monkeypatch,
+        )
     assert stop.value.code == 2
     assert "a contrastive loss compares all of a batch" in " ".join(capsys.readouterr().err.split())
 
@@ -257,7 +264,7 @@ def test_help_names_and_explains_every_option(script, monkeypatch, capsys):
     }.items():
         expected = options(cls, stage)
         assert expected <= said.keys()
-    assert {"--workdir", "--codec", "--processes.count"} <= said.keys()
+    assert {"--workdir", "--codec", "--processes.num-processes"} <= said.keys()
     assert [option for option, text in said.items() if not re.search("[a-z]{3}", text)] == []
 
 

@@ -20,15 +20,15 @@ class MuonOptions:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """What moves the matrices of the layers; AdamW moves everything else in either case."""
     muon_learning_rate: float = 0.01
-    """Muon's learning rate where AdamW's is step_size; both rise and fall together."""
+    """Muon's learning rate where AdamW's is learning_rate; both rise and fall together."""
 
     def muon(
-        self, step_size: float, matrices: Callable[[PyTree], PyTree], **options
+        self, learning_rate: float, matrices: Callable[[PyTree], PyTree], **options
     ) -> "Muon | None":
         """Gives what `adamw` wants to know, or None for AdamW alone.
 
         Args:
-          step_size: greatest learning rate of AdamW.
+          learning_rate: greatest learning rate of AdamW.
           matrices: of the model, see `Muon`.
           **options: further fields of `Muon`.
         Raises:
@@ -43,7 +43,7 @@ class MuonOptions:
                 f"muon_learning_rate is {self.muon_learning_rate}, but has to be positive and "
                 "finite"
             )
-        return Muon(scale=self.muon_learning_rate / step_size, matrices=matrices, **options)
+        return Muon(scale=self.muon_learning_rate / learning_rate, matrices=matrices, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

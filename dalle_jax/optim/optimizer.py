@@ -54,13 +54,13 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def adamw(
-    step_size: optax.Schedule,
+    learning_rate: optax.Schedule,
     *,
     b2: float,
     weight_decay: float,
     b1: float = 0.9,
     eps: float = 1e-8,
-    clip_norm: float | None = None,
+    grad_clip_norm: float | None = None,
     max_second_moment: float | None = None,
     plateau_steps: int | None = None,
     muon: Muon | None = None,
@@ -68,17 +68,17 @@ def adamw(
     """AdamW with the paper's additions, each left out when it is None.
 
     Args:
-      step_size: learning rate for each update.
+      learning_rate: learning rate for each update.
       b2: decay of the second moment; 0.999 for the dVAE, 0.96 for the prior.
-      weight_decay: multiplied by the step size, as AdamW does (ours: the paper does not say).
+      weight_decay: multiplied by the learning rate, as AdamW does (ours: the paper does not say).
       b1: decay of the first moment.
       eps: added to the root of the second moment.
-      clip_norm: global norm that gradients are scaled down to; 4 for the prior.
+      grad_clip_norm: global norm that gradients are scaled down to; 4 for the prior.
       max_second_moment: see `scale_by_clipped_adam`.
-      plateau_steps: the step size is halved whenever the mean loss over this many updates has not
-        fallen for four such spans, five times at most. The paper halved it by eye.
+      plateau_steps: the learning rate is halved whenever the mean loss over this many updates has
+        not fallen for four such spans, five times at most. The paper halved it by eye.
       muon: moves matrices in Adam's place (ours); clipping, decay and plateaus stay as they are,
-        and decay is still multiplied by `step_size`.
+        and decay is still multiplied by `learning_rate`.
     Returns:
       A transformation whose update takes the loss as `value=`.
     Source: Ramesh et al. 2021, appendices A.2 and B.2.
@@ -90,10 +90,10 @@ def adamw(
     parts = [
         adam if muon is None else muon.direction(adam),
         optax.add_decayed_weights(weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(step_size),
+        optax.scale_by_learning_rate(learning_rate),
     ]
-    if clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    if grad_clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(grad_clip_norm))
     if plateau_steps is not None:
         parts.append(
             optax.contrib.reduce_on_plateau(

@@ -1,4 +1,4 @@
-"""Schedules of the KL weight, the temperature and the step size, over updates.
+"""Schedules of the KL weight, the temperature and the learning rate, over updates.
 
 Source: Ramesh et al. 2021, appendices A.2 and B.2.
 """
@@ -28,7 +28,7 @@ def warm_up(peak: float, steps: int, after: optax.Schedule | None = None) -> opt
     """Rises linearly from 0 to peak, then follows `after`, whose count starts there.
 
     Args:
-      peak: step size at the end of the warm-up.
+      peak: learning rate at the end of the warm-up.
       steps: updates the warm-up takes; 0 for none.
       after: what follows; constant at peak if not given.
     Source: Ramesh et al. 2021, appendix B.2 (the start at 0 is ours).

@@ -42,7 +42,7 @@ class PowerSGDConfig:
     """Times the identity, added to P before its columns are made orthonormal."""
     seed: int = 0
     """Of the Gaussian Q; the same for all members and for a resumed run."""
-    reduced: bool = False
+    low_precision: bool = False
     """Keep error buffers, P and Q, and what is sent of them, in the numbers of 1-6-9; simulated in
     float32, so that it shows what that precision costs but saves no bytes."""
     p_scale: float = 1.0
@@ -234,7 +234,7 @@ def reduce(
         sent = {path: _stored(x, config) for path, x in tree.items()}
         received = _mean_at_once(sent, axis_name, shards)
         received = {path: _stored(x, config) for path, x in received.items()}
-        bound = largest(FORMAT) if config.reduced else jnp.inf
+        bound = largest(FORMAT) if config.low_precision else jnp.inf
         clamped = {path: jnp.clip(x, -bound, bound) for path, x in received.items()}
         return clamped, {path: _finite(x) for path, x in received.items()}
 
@@ -350,7 +350,7 @@ def _matrix_shape(path, leaf, config, shards):
 
 
 def _stored(x, config):
-    return round_to(x, FORMAT) if config.reduced else x
+    return round_to(x, FORMAT) if config.low_precision else x
 
 
 def _finite(x, axes=(-2, -1)):

@@ -25,22 +25,28 @@ class ProcessConfig:
     kubernetes is installed.
     """
 
-    coordinator: str | None = None
+    coordinator_address: str | None = None
     """Address and port of process 0, as 10.0.0.1:1234; None to look around, or to be alone."""
-    count: int | None = None
+    num_processes: int | None = None
     """How many processes there are."""
-    index: int | None = None
+    process_id: int | None = None
     """Which one this is, from 0."""
 
     def __post_init__(self):
-        given = [value is not None for value in (self.coordinator, self.count, self.index)]
+        given = [
+            value is not None
+            for value in (self.coordinator_address, self.num_processes, self.process_id)
+        ]
         if any(given) and not all(given):
             raise UserError(
-                f"coordinator is {self.coordinator}, count {self.count} and index {self.index}; "
-                "give all three, or none to look around"
+                f"coordinator_address is {self.coordinator_address}, num_processes "
+                f"{self.num_processes} and process_id {self.process_id}; give all three, or none "
+                "to look around"
             )
-        if all(given) and not 0 <= self.index < self.count:
-            raise UserError(f"index is {self.index}, but must lie in 0..{self.count - 1}")
+        if all(given) and not 0 <= self.process_id < self.num_processes:
+            raise UserError(
+                f"process_id is {self.process_id}, but must lie in 0..{self.num_processes - 1}"
+            )
 
 
 def join(config: ProcessConfig) -> None:
@@ -48,8 +54,10 @@ def join(config: ProcessConfig) -> None:
 
     A process alone goes on as it is. When one of them dies, the runtime ends the others.
     """
-    if config.coordinator is not None:
-        jax.distributed.initialize(config.coordinator, config.count, config.index)
+    if config.coordinator_address is not None:
+        jax.distributed.initialize(
+            config.coordinator_address, config.num_processes, config.process_id
+        )
     elif found():
         jax.distributed.initialize()
 

@@ -85,35 +85,40 @@ def _filtered(gradient):
 class ScaleConfig:
     """How gradient scales start and move; the defaults are the paper's.
 
-    `start`, `least` and `greatest` are multiplied by the number of data-parallel replicas: the loss
-    is divided by the size of the global batch, so gradients shrink as replicas are added.
+    `init_scale`, `min_scale` and `max_scale` are multiplied by the number of data-parallel
+    replicas: the loss is divided by the size of the global batch, so gradients shrink as replicas
+      are added.
     """
 
-    start: float = 2.0**13
+    init_scale: float = 2.0**13
     """Scale before the first update."""
-    growth: float = 2 ** (1 / 1000)
+    growth_factor: float = 2 ** (1 / 1000)
     """Factor after an update in which the gradients of the resblock were finite; at least 1."""
-    backoff: float = 2**-0.5
+    backoff_factor: float = 2**-0.5
     """Factor after an update in which they were not; in (0, 1)."""
-    window: int = 125
+    backoff_interval: int = 125
     """Updates after a backoff in which the same scale is not divided again."""
-    least: float = 2.0**7
+    min_scale: float = 2.0**7
     """Smallest scale."""
-    greatest: float = 2.0**24
+    max_scale: float = 2.0**24
     """Largest scale."""
 
     def __post_init__(self):
-        if not 0 < self.least <= self.start <= self.greatest < math.inf:
+        if not 0 < self.min_scale <= self.init_scale <= self.max_scale < math.inf:
             raise UserError(
-                f"least, start and greatest are {self.least}, {self.start} and {self.greatest}, "
-                "but must be positive, finite and in rising order"
+                f"min_scale, init_scale and max_scale are {self.min_scale}, {self.init_scale} and "
+                f"{self.max_scale}, but must be positive, finite and in rising order"
             )
-        if not 1 <= self.growth < math.inf:
-            raise UserError(f"growth is {self.growth}, but must be at least 1 and finite")
-        if not 0 < self.backoff < 1:
-            raise UserError(f"backoff is {self.backoff}, but must lie between 0 and 1")
-        if self.window < 0:
-            raise UserError(f"window is {self.window}, but must be at least 0")
+        if not 1 <= self.growth_factor < math.inf:
+            raise UserError(
+                f"growth_factor is {self.growth_factor}, but must be at least 1 and finite"
+            )
+        if not 0 < self.backoff_factor < 1:
+            raise UserError(
+                f"backoff_factor is {self.backoff_factor}, but must lie between 0 and 1"
+            )
+        if self.backoff_interval < 0:
+            raise UserError(f"backoff_interval is {self.backoff_interval}, but must be at least 0")
 
 
 @struct.dataclass
@@ -126,14 +131,14 @@ class ScaleState:
     scale: PyTree
     """f32 [*shape], one s for each resblock."""
     since: PyTree
-    """int32 [*shape], updates since this s was last divided; starts at the window."""
+    """int32 [*shape], updates since this s was last divided; starts at the interval."""
 
 
 def create(config: ScaleConfig, shape: tuple[int, ...], *, replicas: int) -> ScaleState:
     """Makes the scales before the first update; each may be divided at once.
 
     Args:
-      config: the start, and the window that `since` starts at.
+      config: the start, and the interval that `since` starts at.
       shape: one scale for each resblock, such as (L,) for one kind of them.
       replicas: data-parallel replicas M, at least 1.
     Returns:
@@ -144,8 +149,8 @@ def create(config: ScaleConfig, shape: tuple[int, ...], *, replicas: int) -> Sca
     """
     _check_replicas(replicas)
     return ScaleState(
-        scale=jnp.full(shape, replicas * config.start, jnp.float32),
-        since=jnp.full(shape, config.window, jnp.int32),
+        scale=jnp.full(shape, replicas * config.init_scale, jnp.float32),
+        since=jnp.full(shape, config.backoff_interval, jnp.int32),
     )
 
 
@@ -187,15 +192,16 @@ def update(
     """Moves every scale after a backward pass, whether or not the parameters were updated.
 
     A finite resblock's scale grows. Any other is divided, unless it was already within the last
-    `window` updates: an update at t that divides is followed by none before t + window + 1.
+    `backoff_interval` updates: an update at t that divides is followed by none before t +
+    backoff_interval + 1.
 
     Args:
       state: the scales that the backward pass used.
       finite: whether all parameter gradients of each resblock were finite, on all replicas.
-      config: factors, window and bounds.
+      config: factors, interval and bounds.
       replicas: data-parallel replicas M, at least 1.
     Returns:
-      The scales for the next update, in [M * least, M * greatest].
+      The scales for the next update, in [M * min_scale, M * max_scale].
     Raises:
       ValueError: if replicas is below 1, or there is not one flag for each scale.
     Source: Ramesh et al. 2021, appendix D.
@@ -206,9 +212,9 @@ def update(
             f"got flags of shape {finite.shape}, but scales have shape {state.scale.shape}; "
             "give one flag for each resblock"
         )
-    divides = ~finite & (state.since >= config.window)
-    factor = jnp.where(finite, config.growth, jnp.where(divides, config.backoff, 1.0))
-    scale = jnp.clip(state.scale * factor, replicas * config.least, replicas * config.greatest)
+    divides = ~finite & (state.since >= config.backoff_interval)
+    factor = jnp.where(finite, config.growth_factor, jnp.where(divides, config.backoff_factor, 1.0))
+    scale = jnp.clip(state.scale * factor, replicas * config.min_scale, replicas * config.max_scale)
     return ScaleState(scale=scale, since=jnp.where(divides, 0, state.since + 1))
 
 

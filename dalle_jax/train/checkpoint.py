@@ -1,6 +1,6 @@
 """Training checkpoints that are whole or not there, and are verified before they are trusted.
 
-A step is a folder `000500/` with one Orbax item each for params, average, optimizer and rng, the
+A step is a folder `000500/` with one Orbax item each for params, ema_params, optimizer and rng, the
 data position and the settings as JSON, and manifests with the size and sha256 of every file (Orbax
 reads back a flipped byte without complaint). All of it is written under a temporary name, read
 back, and renamed last, so a folder under a step's name was complete once. Of several processes each
@@ -56,14 +56,14 @@ class Checkpoints:
 
     Args:
       folder: holds one folder per step; made by the first save.
-      keep: newest steps to keep, at least 1.
+      max_to_keep: newest steps to keep, at least 1.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 3):
-        if keep < 1:
-            raise UserError(f"keep is {keep}, but at least 1 checkpoint has to be kept")
+    def __init__(self, folder: str | Path, max_to_keep: int = 3):
+        if max_to_keep < 1:
+            raise UserError(f"max_to_keep is {max_to_keep}, but must be at least 1")
         self.folder = Path(folder).absolute()
-        self._keep = keep
+        self._max_to_keep = max_to_keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         # Step of a save whose end other processes may not know, and whether it failed in this one.
@@ -111,13 +111,13 @@ class Checkpoints:
             ) from error
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         # One more than is kept, since an old step goes when the new one is whole.
-        missing = max(self._keep + 1 - len(self.steps()), 1) * size
+        missing = max(self._max_to_keep + 1 - len(self.steps()), 1) * size
         free = shutil.disk_usage(self.folder).free
         if missing > free and is_leader():
             log.warning(
                 "checkpoints of %.1f MB may not fit on the disk of %s: %d are kept, one more while "
                 "saving, and %.1f MB are free; make room there, or keep fewer",
-                *(size / 1e6, self.folder, self._keep, free / 1e6),
+                *(size / 1e6, self.folder, self._max_to_keep, free / 1e6),
             )
 
     def _try_to_write(self) -> None:
@@ -262,7 +262,7 @@ class Checkpoints:
             if old >= step:
                 shutil.rmtree(self.folder / f"{old:06d}")
         os.replace(unfinished, self.folder / f"{step:06d}")
-        for old in self.steps()[: -self._keep]:
+        for old in self.steps()[: -self._max_to_keep]:
             shutil.rmtree(self.folder / f"{old:06d}", ignore_errors=True)  # the next save tries too
 
     def _failed(self, step: int, error: Exception) -> None:
@@ -287,15 +287,19 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def restore(
-        self, template: TrainState, *, settings: dict | None = None
+        self,
+        template: TrainState,
+        *,
+        settings: dict | None = None,
+        defaults: dict | None = None,
     ) -> tuple[int, TrainState, dict, dict] | None:
         """Reads the newest step that its manifest confirms; says in the log why others are not.
 
         Args:
           template: a state of the wanted structure, shapes and shardings, such as
             `jax.ShapeDtypeStruct`s; only these are looked at.
-          settings: what must agree with the saved settings; saved entries it lacks are not looked
-            at.
+          settings: what must agree with the saved settings; saved entries it lacks are ignored.
+          defaults: values of settings that the checkpoint lacks, since it is older than they are.
         Returns:
           Step, state, data position and all saved settings, or None if nothing was ever saved.
         Raises:
@@ -307,7 +311,7 @@ class Checkpoints:
         if step is not None:
             path = self.folder / f"{step:06d}"
             saved = json.loads((path / "settings.json").read_text())
-            if changes := differences.of_settings(saved, settings or {}):
+            if changes := differences.of_settings(saved, settings or {}, defaults or {}):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.folder} was made with other settings: "
                     f"{'; '.join(changes)}; set them back, or choose another folder for a new run"
@@ -323,7 +327,7 @@ class Checkpoints:
                 # Where the updates leave it: elsewhere, the second update would compile once more.
                 step=jax.device_put(np.int32(step), template.step.sharding),
                 params=items["params"],
-                average=items["average"],
+                ema_params=items["ema_params"],
                 opt_state=items["optimizer"],
                 key=items["rng"]["key"],
                 scales=items.get("scales", ()),
@@ -333,35 +337,11 @@ class Checkpoints:
         return None
 
 
-def read_params(folder: str | Path, step: int | None = None, *, average: bool = True) -> PyTree:
-    """Reads the weights of a checkpoint alone, for export; no model or optimizer is needed.
-
-    Args:
-      folder: the one given to `Checkpoints`.
-      step: which step; None for the newest undamaged one.
-      average: the averaged weights, or else those in training.
-    Returns:
-      Weights as a tree of numpy arrays.
-    Raises:
-      CheckpointError: if there is no such step, or it is damaged.
-    """
-    folder = Path(folder).absolute()
-    name = "average" if average else "params"
-    if (found := _newest_undamaged(folder, step)) is not None:
-        path = folder / f"{found:06d}"
-        saved = ocp.checkpointables_metadata(path).metadata[name]
-        arrays = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), saved)
-        return ocp.load_checkpointables(path, {name: arrays})[name]
-    steps = ", ".join(map(str, _steps(folder))) or "none"
-    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise CheckpointError(f"{wanted} in {folder}; steps there: {steps}")
-
-
 def _items(state: TrainState) -> dict[str, Any]:
     optional = {"scales": state.scales, "errors": state.powersgd}
     return {
         "params": state.params,
-        "average": state.average,
+        "ema_params": state.ema_params,
         "optimizer": state.opt_state,
         "rng": {"key": state.key},
     } | {name: item for name, item in optional.items() if item}
@@ -373,15 +353,15 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def _newest_undamaged(folder: Path, step: int | None = None) -> int | None:
-    """Finds the newest undamaged step, or looks at one alone; each process reads its own files.
+def _newest_undamaged(folder: Path) -> int | None:
+    """Finds the newest undamaged step; each process reads its own files.
 
     Raises:
       CheckpointError: if there are steps but no good one.
     """
     damaged: list[int] = []
     while True:
-        left = [s for s in _steps(folder) if s not in damaged and step in (None, s)]
+        left = [s for s in _steps(folder) if s not in damaged]
         newest = agreed(lambda left=left: max(left, default=None))
         if newest is None:
             break

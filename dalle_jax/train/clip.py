@@ -40,9 +40,9 @@ class ClipRun(MuonOptions):
     micro_batch: int | None = None
     """Pictures whose activations are in memory at a time, over all devices; None for all. The
     loss is still that of the whole batch; every activation is computed twice."""
-    step_size: float = 5e-4
+    learning_rate: float = 5e-4
     """Greatest learning rate."""
-    step_size_end: float = 0.0
+    learning_rate_end: float = 0.0
     """Learning rate at the end of a cosine over the whole run."""
     warmup_steps: int = 2_000
     """Updates over which the learning rate rises from 0."""
@@ -50,7 +50,7 @@ class ClipRun(MuonOptions):
     """AdamW's weight decay, multiplied by the learning rate."""
     shift: int = 0
     """Pixels that a training picture is moved by at most, its border repeated (ours)."""
-    redraw: bool = False
+    reconstructions: bool = False
     """Show every picture a second time, as the dVAE draws it (ours), so that scores hold for drawn
     pictures too."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -59,10 +59,10 @@ class ClipRun(MuonOptions):
     """Folder of the run in the workdir. What is trained in `clip` goes into the model folder."""
 
     def __post_init__(self):
-        if self.loop.accumulate > 1:
+        if self.loop.accumulation_steps > 1:
             raise UserError(
-                f"accumulate is {self.loop.accumulate}, but a contrastive loss compares all of a "
-                "batch; leave it at 1 and give a micro_batch to save memory"
+                f"accumulation_steps is {self.loop.accumulation_steps}, but a contrastive loss "
+                "compares all of a batch; leave it at 1 and give a micro_batch to save memory"
             )
         if self.loop.powersgd.rank is not None:
             raise UserError(
@@ -86,10 +86,10 @@ def short_clip_run(**changes) -> ClipRun:
     """
     recipe = {
         "batch_size": 128,
-        "step_size": 1e-3,
+        "learning_rate": 1e-3,
         "warmup_steps": 100,
         "shift": 4,
-        "redraw": True,
+        "reconstructions": True,
         "precision": "float32",  # a CPU multiplies bfloat16 more slowly
     }
     return ClipRun(**(recipe | changes))
@@ -118,14 +118,14 @@ class ClipStage(Stage):
         self.model = CLIP(run.model, dtype=jnp.dtype(run.precision), settle=along_batch)
         self._validation = validation
         length = max(run.loop.steps - run.warmup_steps, 1)
-        after = cosine(run.step_size, run.step_size_end, length)
+        after = cosine(run.learning_rate, run.learning_rate_end, length)
         self.optimizer = optax.chain(
             adamw(
-                warm_up(run.step_size, run.warmup_steps, after),
+                warm_up(run.learning_rate, run.warmup_steps, after),
                 b2=0.98,
                 eps=1e-6,
                 weight_decay=run.weight_decay,
-                muon=run.muon(run.step_size, matrices),
+                muon=run.muon(run.learning_rate, matrices),
             ),
             optax.stateless(_below_limit),
         )

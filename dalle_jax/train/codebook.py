@@ -21,7 +21,7 @@ ROUNDS = 10  # of k-means; the mean distance falls by less than 1 % in the last 
 SHARPNESS = 2.0  # nats by which a cell at the mean distance prefers its own cluster's centre
 
 
-def kmeans_start(
+def kmeans_init(
     key: Key[Array, ""], params: PyTree, config: DVAEConfig, images: UInt8[np.ndarray, "B R R 3"]
 ) -> PyTree:
     """Sets the encoder's last and the decoder's first convolution from clusters of features.
@@ -65,7 +65,7 @@ def kmeans_table(
 ) -> PyTree:
     """Sets the codebook of a VQ-GAN to clusters of the untrained encoder's features.
 
-    Args, Returns and Raises are those of `kmeans_start`.
+    Args, Returns and Raises are those of `kmeans_init`.
     """
 
     def features(x):

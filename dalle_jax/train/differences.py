@@ -3,6 +3,7 @@
 Source: ours.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from functools import partial
@@ -44,16 +45,47 @@ def without(settings: dict, names: Iterable[str]) -> dict:
     return settings
 
 
-def of_settings(saved: dict, now: dict) -> list[str]:
-    """Lists where `now`, as JSON holds it, differs from `saved`, by dotted name."""
-    return _changes(saved, json.loads(json.dumps(now)), "")
+def defaults(config: Any) -> dict:
+    """Gives the default of each field of a dataclass, and of those of dataclasses inside it.
+
+    Args:
+      config: a frozen dataclass; it says which class each of its fields has.
+    """
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
 
 
-def _changes(saved: Any, now: Any, name: str) -> list[str]:
+def of_settings(saved: dict, now: dict, defaults: dict) -> list[str]:
+    """Lists where settings differ from saved ones, by dotted name.
+
+    Args:
+      saved: of a checkpoint, as JSON holds them; entries that `now` lacks are ignored.
+      now: of the run.
+      defaults: what stands for an entry of `now` that the checkpoint is too old to have.
+    """
+    now, defaults = (json.loads(json.dumps(x)) for x in (now, defaults))
+    return _changes(saved, now, defaults, "")
+
+
+def _changes(saved: Any, now: Any, defaults: Any, name: str) -> list[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
+        defaults = defaults if isinstance(defaults, dict) else {}
         return [
             change
             for key, value in now.items()
-            for change in _changes(saved.get(key), value, f"{name}.{key}" if name else key)
+            for change in _changes(
+                saved.get(key, defaults.get(key)),
+                value,
+                defaults.get(key),
+                f"{name}.{key}" if name else key,
+            )
         ]
     return [] if saved == now else [f"{name} was {saved!r}, now {now!r}"]

@@ -18,7 +18,7 @@ from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import on_one_device
-from dalle_jax.train.codebook import kmeans_start
+from dalle_jax.train.codebook import kmeans_init
 from dalle_jax.train.codec import CodecStage, check_sides, windows
 from dalle_jax.train.loop import LoopConfig
 
@@ -40,11 +40,11 @@ class DVAERun(MuonOptions):
     """Side of the squares cut from them for training, in pixels; None for whole pictures."""
     batch_size: int = 512
     """Pictures (or squares) in an update, over all devices."""
-    step_size: float = 1e-4
+    learning_rate: float = 1e-4
     """Greatest learning rate."""
-    step_size_end: float = 1.25e-6
+    learning_rate_end: float = 1.25e-6
     """Learning rate at the end of its cosine."""
-    step_size_steps: int | None = 1_200_000
+    learning_rate_steps: int | None = 1_200_000
     """Updates of that cosine; None for the whole run."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises from 0."""
@@ -60,13 +60,13 @@ class DVAERun(MuonOptions):
     """Updates over which beta rises from 0 along a cosine; None for full weight at once."""
     rare_code_weight: float = 0.0
     """Weight of a penalty on codes falling out of use, on the scale of beta (ours); 0 for none."""
-    kmeans_start: bool = False
+    kmeans_init: bool = False
     """Start the codebook from clusters of the untrained encoder's features (ours)."""
     min_log_scale: float | None = None
     """Floor of ln b in the likelihood (ours); None for none, as in the paper."""
     weight_decay: float = 1e-4
     """AdamW's weight decay, multiplied by the learning rate."""
-    clip_norm: float | None = None
+    grad_clip_norm: float | None = None
     """Global norm that gradients are clipped to; None for no clipping."""
 
     def __post_init__(self):
@@ -79,17 +79,17 @@ def short_dvae_run(**changes) -> DVAERun:
     docs/dvae.md says what each departure from the paper bought.
     """
     recipe = {
-        "step_size": 2e-3,
-        "step_size_end": 1e-4,
-        "step_size_steps": None,
+        "learning_rate": 2e-3,
+        "learning_rate_end": 1e-4,
+        "learning_rate_steps": None,
         "warmup_steps": 100,
         "temperature_steps": None,
         "kl_steps": None,
         "kl_weight": 1.0,
         "rare_code_weight": 10.0,
-        "kmeans_start": True,
+        "kmeans_init": True,
         "min_log_scale": -2.0,
-        "clip_norm": 1.0,
+        "grad_clip_norm": 1.0,
     }
     return DVAERun(**(recipe | changes))
 
@@ -112,25 +112,25 @@ class DVAEStage(CodecStage):
             _steps(run.temperature_steps, 0.7 * steps),
         )
         self.kl_weight = cosine(0.0, run.kl_weight, _steps(run.kl_steps, 0))
-        step_size = cosine(
-            run.step_size,
-            run.step_size_end,
-            _steps(run.step_size_steps, max(steps - run.warmup_steps, 1)),
+        learning_rate = cosine(
+            run.learning_rate,
+            run.learning_rate_end,
+            _steps(run.learning_rate_steps, max(steps - run.warmup_steps, 1)),
         )
         self.optimizer = adamw(
-            warm_up(run.step_size, run.warmup_steps, step_size),
+            warm_up(run.learning_rate, run.warmup_steps, learning_rate),
             b2=0.999,
             weight_decay=run.weight_decay,
-            clip_norm=run.clip_norm,
-            muon=run.muon(run.step_size, matrices),
+            grad_clip_norm=run.grad_clip_norm,
+            muon=run.muon(run.learning_rate, matrices),
         )
 
-    def begin(self, params):
+    def init_from_data(self, params):
         """Starts the codebook from clusters of pictures, if the run says so."""
-        if not self.run.kmeans_start:
+        if not self.run.kmeans_init:
             return params
         key = jax.random.key(self.run.loop.seed)
-        return kmeans_start(key, on_one_device(params), self.run.model, self._start_images())
+        return kmeans_init(key, on_one_device(params), self.run.model, self._start_images())
 
     def loss(self, params, batch, key, step):
         """Mean pixel NLL + beta / (3 f^2) * mean cell KL.

@@ -269,7 +269,7 @@ def _ahead(batches: Iterator[dict]) -> Iterator[dict]:
             yield batch
 
 
-def redrawn(source: DataSource, model: Model, folder: Path) -> FolderSource:
+def reconstructed(source: DataSource, model: Model, folder: Path) -> FolderSource:
     """Gives pictures as the codec draws them from their codes, kept as a folder of PNG files.
 
     They are made the first time they are asked for, each from the middle square of its picture.
@@ -287,12 +287,12 @@ def redrawn(source: DataSource, model: Model, folder: Path) -> FolderSource:
         folder = folder / f"{model.codec_fingerprint[:12]}-{state[:12]}"
         table = folder / TABLES[0]
         if not where(is_leader() and table.exists()):
-            log.info("redrawing %d pictures into %s; this is done once", len(source), folder)
+            log.info("reconstructing %d pictures into %s; this is done once", len(source), folder)
             most = math.ceil(len(source) / jax.process_count())
             start = min(jax.process_index() * most, len(source))
             ends = [start, min(start + most, len(source))]
             with _together():
-                _redraw(_Part(source, ends), start, model, folder)
+                _reconstruct(_Part(source, ends), start, model, folder)
             with _together():
                 if is_leader():
                     parts = [folder / _LINES.format(i) for i in range(0, len(source), most)]
@@ -306,13 +306,13 @@ def redrawn(source: DataSource, model: Model, folder: Path) -> FolderSource:
 _LINES = ".{:08d}.lines"  # what the table says of pictures from one on
 
 
-def _redraw(part, start, model, folder):
+def _reconstruct(part, start, model, folder):
     """Writes pictures of a part, and what the table says of them into a file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     if not len(part):  # fewer pictures than processes
         return
     encoder, lines = Encoder(model), []
-    with bar("Redrawing") as progress:
+    with bar("Reconstructing") as progress:
         for batch in _ahead(once(part, batch_size=encoder.batch_size, px=model.px)):
             images = model.decode(encoder(batch["image"])[0])
             for index, image in zip(batch["index"], images, strict=True):

@@ -31,10 +31,10 @@ from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import SMALLEST_VOCABULARY, TextError, Tokenizer
-from dalle_jax.train import loop
+from dalle_jax.train import differences, loop
 from dalle_jax.train.clip import ClipRun, ClipStage
 from dalle_jax.train.dvae import DVAERun, DVAEStage
-from dalle_jax.train.encode import EncodedBatches, encoded, redrawn
+from dalle_jax.train.encode import EncodedBatches, encoded, reconstructed
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior import PriorRun, PriorStage
@@ -156,13 +156,14 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
         config=run.loop,
         workdir=workdir,
         settings=_settings(run),
+        defaults=_defaults(run),
         may_change=MAY_CHANGE,
     )
     model = Model(
         name=name,
         px=run.px,
         codec=run.model,
-        codec_params=jax.device_get(whole(stage.network(state.average))),
+        codec_params=jax.device_get(whole(stage.network(state.ema_params))),
         card=_card(name, data, [_summary(stage.name, run, state.step, workdir)]),
         license=data.license,
     )
@@ -211,11 +212,12 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
         config=run.loop,
         workdir=workdir,
         settings=_settings(run) | {"fingerprints": fingerprints},
+        defaults=_defaults(run),
         may_change=MAY_CHANGE,
     )
     stages = [line for line in tokens.card.splitlines() if line.startswith(f"- {tokens.kind}:")]
     card = _card(tokens.name, data, [*stages, _summary(stage.name, run, state.step, workdir)])
-    return stage.to_model(state.average, card=card, license=data.license)
+    return stage.to_model(state.ema_params, card=card, license=data.license)
 
 
 def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, workdir: Path) -> Clip:
@@ -233,10 +235,10 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
     text = {"tokenizer": tokenizer, "text_length": run.model.slots + 1}  # no end token in batches
     source, measured = data.train, {"": data.validation}
     if tokens is not None:
-        source = Joined(source, redrawn(source, tokens, workdir / "redrawn" / "train"))
+        source = Joined(source, reconstructed(source, tokens, workdir / "reconstructed" / "train"))
         if run.loop.evaluate_every is not None:
-            folder = workdir / "redrawn" / "validation"
-            measured["redrawn_"] = redrawn(data.validation, tokens, folder)
+            folder = workdir / "reconstructed" / "validation"
+            measured["reconstructed_"] = reconstructed(data.validation, tokens, folder)
     stage = ClipStage(
         run,
         validation={
@@ -262,12 +264,13 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
         config=run.loop,
         workdir=workdir,
         settings=_settings(run) | {"fingerprints": fingerprints},
+        defaults=_defaults(run),
         may_change=MAY_CHANGE,
     )
     clip = Clip(
         name=name,
         config=run.model,
-        params=jax.device_get(whole(state.average)),
+        params=jax.device_get(whole(state.ema_params)),
         tokenizer=tokenizer,
         card=_card(
             name,
@@ -331,7 +334,7 @@ def _run(name: str, options: Any) -> None:
             save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
             log.info("pictures it drew are in %s", sheet)
     if clip is not None:
-        tokens = Model.load(workdir / options.codec / "model") if clip.redraw else None
+        tokens = Model.load(workdir / options.codec / "model") if clip.reconstructions else None
         data = _opened(options.data, clip.model.px)
         train_clip(clip, data, tokens, name=name, workdir=workdir / clip.folder)
         log.info("the CLIP is in %s", workdir / clip.folder / "model")
@@ -414,9 +417,17 @@ def _with_tokenizer(run: Any, data: Data, workdir: Path) -> tuple[Any, Tokenizer
 
 def _settings(run: Any) -> dict:
     """What is saved with a checkpoint; all but `MAY_CHANGE` has to agree on resume."""
-    settings = dataclasses.asdict(run)
-    loop = settings.pop("loop")
-    return {"run": settings, "loop": loop}
+    return _in_two(dataclasses.asdict(run))
+
+
+def _defaults(run: Any) -> dict:
+    """What those settings stand for that a checkpoint is too old to have."""
+    return _in_two(differences.defaults(run))
+
+
+def _in_two(fields: dict) -> dict:
+    loop = fields.pop("loop")
+    return {"run": fields, "loop": loop}
 
 
 def _card(name: str, data: Data, stages: Sequence[str], *, opener: str = "dalle_jax.load") -> str:

@@ -55,7 +55,7 @@ MAY_CHANGE = (
     "save_every",
     "evaluate_every",
     "sheet_every",
-    "keep",
+    "max_to_keep",
     "seed",  # other batches from there on; weights and noise are those of the checkpoint
     "mesh",  # the same but for rounding; with PowerSGD, groups share the errors anew
 )
@@ -76,14 +76,14 @@ class LoopConfig:
     """Updates between two measurements on held-out data; None for none."""
     sheet_every: int | None = 500
     """Updates between two sheets of sample pictures; None for none."""
-    keep: int = 3
+    max_to_keep: int = 3
     """Newest checkpoints to keep."""
-    accumulate: int = 1
+    accumulation_steps: int = 1
     """Micro-batches per update: memory falls by this factor, the batch stays the same."""
-    average_every: int = 1
-    """Updates between two moves of the weight average."""
-    average_decay: float = 0.999
-    """Decay of the weight average at each of its moves, in [0, 1)."""
+    ema_every: int = 1
+    """Steps between two updates of the EMA of the parameters."""
+    ema_decay: float = 0.999
+    """Decay of the EMA at each of its updates, in [0, 1)."""
     seed: int = 0
     """Seed of the first weights and of all noise in training."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -99,8 +99,8 @@ class LoopConfig:
                 raise UserError(f"{field.name} is {value}, but has to be at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}, but has to lie in 0..{2**32 - 1}")
-        if not 0 <= self.average_decay < 1:
-            raise UserError(f"average_decay is {self.average_decay}, but has to be in [0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay is {self.ema_decay}, but has to be in [0, 1)")
 
 
 def train(
@@ -110,6 +110,7 @@ def train(
     config: LoopConfig,
     workdir: str | Path,
     settings: dict,
+    defaults: dict | None = None,
     may_change: Sequence[str] = (),
 ) -> TrainState:
     """Trains a stage up to `config.steps` updates, or goes on where an earlier call stopped.
@@ -128,6 +129,8 @@ def train(
       config: lengths and intervals, in updates; `MAY_CHANGE` says what may differ between calls.
       workdir: folder of this run and stage alone.
       settings: what describes the run, JSON-able; saved with every checkpoint.
+      defaults: what settings stand for that a checkpoint lacks, since it is older than they are;
+        nested as `settings`.
       may_change: dotted names in settings that a resumed run need not share with its checkpoint.
     Returns:
       The state after the last update.
@@ -149,28 +152,28 @@ def train(
     alone = jax.process_count() == 1
     with (
         locked(workdir),
-        Checkpoints(workdir / "checkpoints", config.keep) as checkpoints,
+        Checkpoints(workdir / "checkpoints", config.max_to_keep) as checkpoints,
         _Signals() as signals,
     ):
         checkpoints.prepare(shapes)
         step = stop = 0
         wanted = state_lib.saved_shapes(shapes, places, groups)
-        if found := checkpoints.restore(wanted, settings=fixed):
+        if found := checkpoints.restore(wanted, settings=fixed, defaults=defaults):
             step, kept, position, _ = found
             state = state_lib.resumed(kept, places, groups)
             iterator.set_state(position)
             log.info("%s goes on from step %d of %s", stage.name, step, checkpoints.folder)
         else:
             state = jax.jit(create, out_shardings=places)(key)
-            if (params := stage.begin(state.params)) is not state.params:
+            if (params := stage.init_from_data(state.params)) is not state.params:
                 state = state_lib.started(state, places, params)
         update = state_lib.update_step(
             stage,
             places=places,
             groups=groups,
-            accumulate=config.accumulate,
-            average_every=config.average_every,
-            average_decay=config.average_decay,
+            accumulation_steps=config.accumulation_steps,
+            ema_every=config.ema_every,
+            ema_decay=config.ema_decay,
         )
         metrics_log = MetricsLog(workdir / "metrics.jsonl", stage=stage.name, step=step)
         window = Window(checkpoints)
@@ -205,14 +208,14 @@ def train(
                 draws = _due(step, config.sheet_every, last)
                 with window.paused():
                     if measures or draws:
-                        average = whole(state.average)
+                        ema_params = whole(state.ema_params)
                     if measures:
-                        measured = stage.evaluate(average)
+                        measured = stage.evaluate(ema_params)
                         measured = {k: float(v) for k, v in measured.items()}
                         metrics_log.write(step, {f"eval/{k}": v for k, v in measured.items()})
                         progress.say(step, "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
                     if draws:
-                        sheet = stage.sheet(average)
+                        sheet = stage.sheet(ema_params)
                         if sheet is not None and is_leader():
                             _save_sheet(workdir / "sheets" / f"{stage.name}-{step:06d}.png", sheet)
         if stop := stop or signals.caught:  # the latter after the last update

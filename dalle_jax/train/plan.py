@@ -75,7 +75,7 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
       run: the settings; its own mesh is not looked at.
       mesh: sizes of data, fsdp and tensor.
     Returns:
-      Bytes by kind: "weights", "gradients", "moments" and "average", in float32 and cut as
+      Bytes by kind: "weights", "gradients", "moments" and "ema", in float32 and cut as
       `parallel.rules` says; "kept", what each picture leaves for the backward pass; "recomputed",
       what one layer adds to that when it is computed again, or nothing without `remat`; "gathered",
       the kernels of two layers in the precision of the products, one in use and one on its way,
@@ -98,16 +98,16 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
     inside = picture_bytes(shallow, run) - picture_bytes(shallow, run, remat=True)
     layer = _kernel_sizes(state.params["layers"]) // run.model.depth // mesh[TENSOR]
     heads = _kernel_sizes(state.params["head"]) // mesh[TENSOR]
-    number, gradient = (jnp.dtype(x).itemsize for x in (run.precision, run.gradient_sums))
+    number, gradient = (jnp.dtype(x).itemsize for x in (run.precision, run.grad_dtype))
     if mesh[FSDP] > 1:
         whole = layer * (2 * number + gradient) + 2 * heads * 4
     else:
         whole = (layer + heads) * number
     sizes = {
         "weights": weights,
-        "gradients": weights * (2 if run.loop.accumulate > 1 else 1),
+        "gradients": weights * (2 if run.loop.accumulation_steps > 1 else 1),
         "moments": held(state.opt_state, places.opt_state),
-        "average": held(state.average, places.average),
+        "ema": held(state.ema_params, places.ema_params),
         "kept": pictures * picture_bytes(run.model, run, remat=run.remat),
         "recomputed": pictures * inside if run.remat else 0,
         "gathered": whole,
@@ -119,12 +119,12 @@ def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int
     """Counts as `bytes_per_device` what the formats of the paper would take.
 
     Kernels of layers have 2 bytes, and so do their gradients, mean, variance (6-10 bits) and error
-    buffer, which the gradient is added to; all else has 4. The average lies with the CPU.
+    buffer, which the gradient is added to; all else has 4. The EMA lies in the memory of the CPU.
 
     Source: Ramesh et al. 2021, section 2.4 and appendices D and E.
     """
     if run.precision == "bfloat16":
-        run = dataclasses.replace(run, gradient_sums="bfloat16")
+        run = dataclasses.replace(run, grad_dtype="bfloat16")
     ours = bytes_per_device(run, mesh)
     params = _shapes(run).params
     places = shardings(params, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
@@ -140,7 +140,7 @@ def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int
         "weights": 2 * small + 4 * large,
         "gradients": 2 * small + 4 * large,
         "moments": 4 * small + 8 * large,
-        "average": 0,
+        "ema": 0,
     } | {name: ours[name] for name in ("kept", "recomputed", "gathered")}
     return sizes | {"total": sum(sizes.values())}
 
@@ -151,12 +151,12 @@ def pictures_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
     Raises:
       UserError: if the batch cannot be spread evenly.
     """
-    parts = mesh[DATA] * mesh[FSDP] * run.loop.accumulate
+    parts = mesh[DATA] * mesh[FSDP] * run.loop.accumulation_steps
     if run.batch_size % parts:
         raise UserError(
             f"a batch of {run.batch_size} pictures cannot be spread over data={mesh[DATA]} x "
-            f"fsdp={mesh[FSDP]} devices in {run.loop.accumulate} micro-batches; choose a multiple "
-            f"of {parts}, or more of tensor"
+            f"fsdp={mesh[FSDP]} devices in {run.loop.accumulation_steps} micro-batches; choose a "
+            f"multiple of {parts}, or more of tensor"
         )
     return run.batch_size // parts
 
@@ -189,7 +189,7 @@ def all_reduce_bytes(run: PriorRun, mesh: dict[str, int], *, rank: int) -> dict[
     """Sizes of what one device averages with those of other groups in an update.
 
     Args:
-      run: the settings; its gradient_sums are the type of what is sent of the kernels' gradients.
+      run: the settings; its grad_dtype are the type of what is sent of the kernels' gradients.
       mesh: sizes of data, fsdp and tensor.
       rank: of PowerSGD, for the parts of all devices of a group together, as in the paper.
     Returns:
@@ -203,7 +203,7 @@ def all_reduce_bytes(run: PriorRun, mesh: dict[str, int], *, rank: int) -> dict[
         _shapes(run).params,
         config=PowerSGDConfig(rank=max(rank // shards, 1)),
         shards=shards,
-        bytes_per_number=jnp.dtype(run.gradient_sums).itemsize,
+        bytes_per_number=jnp.dtype(run.grad_dtype).itemsize,
     )
     sent = sizes["p"] + sizes["q"] + sizes["uncompressed"]
     return {"plain": sizes["plain"] // shards, "powersgd": sent // shards}
@@ -233,9 +233,9 @@ def compiled_update(run: PriorRun) -> tuple[list[Collective], dict[str, int]]:
     )
     update = state_lib.update_step(
         stage,
-        accumulate=run.loop.accumulate,
-        average_every=run.loop.average_every,
-        average_decay=run.loop.average_decay,
+        accumulation_steps=run.loop.accumulation_steps,
+        ema_every=run.loop.ema_every,
+        ema_decay=run.loop.ema_decay,
     )
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         placed = jax.jit(update, donate_argnums=0, out_shardings=(places, None))

@@ -37,22 +37,22 @@ class PriorRun(MuonOptions):
 
     model: PriorConfig = field(default_factory=PriorConfig)
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: LoopConfig(steps=430_000, average_every=25, average_decay=0.99)
+        default_factory=lambda: LoopConfig(steps=430_000, ema_every=25, ema_decay=0.99)
     )
     batch_size: int = 1024
     """Pictures in an update, over all devices."""
-    step_size: float = 4.5e-4
+    learning_rate: float = 4.5e-4
     """Greatest learning rate."""
     warmup_steps: int = 5_000
     """Updates over which the learning rate rises from 0."""
     plateau_steps: int | None = 5_000
     """Updates whose mean loss is compared: after four such spans without progress the learning
     rate is halved, five times at most; None for never."""
-    step_size_end: float | None = None
+    learning_rate_end: float | None = None
     """Learning rate at the end of a cosine over the whole run; None for no cosine."""
     weight_decay: float = 4.5e-2
     """AdamW's weight decay, multiplied by the learning rate."""
-    clip_norm: float | None = 4.0
+    grad_clip_norm: float | None = 4.0
     """Global norm that gradients are clipped to; None for no clipping."""
     max_second_moment: float | None = 5.0
     """Value that Adam's second moment is clipped to; None for no clipping."""
@@ -63,7 +63,7 @@ class PriorRun(MuonOptions):
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of matrix products and attention; weights, residual stream and logits are float32.
     float16 has a gradient scale for each resblock, as in the paper."""
-    gradient_sums: Literal["float32", "bfloat16"] = "float32"
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients of the layers' kernels are summed over a batch and sent between
     devices. With precision bfloat16 it may be bfloat16: half as much to send, less exact."""
     scan_layers: bool = True
@@ -87,8 +87,8 @@ def short_prior_run(**changes) -> PriorRun:
     docs/prior.md says what it costs and reaches.
     """
     recipe = {
-        "step_size": 2e-3,
-        "step_size_end": 1e-4,
+        "learning_rate": 2e-3,
+        "learning_rate_end": 1e-4,
         "warmup_steps": 200,
         "plateau_steps": None,
         "caption_dropout": 0.1,
@@ -127,9 +127,9 @@ class PriorStage(Stage):
         validation: Callable[[], Iterable[dict[str, np.ndarray]]],
         captions: Sequence[str],
     ):
-        if run.gradient_sums not in ("float32", run.precision):
+        if run.grad_dtype not in ("float32", run.precision):
             raise UserError(
-                f"gradient_sums is {run.gradient_sums}, but with precision {run.precision} it has "
+                f"grad_dtype is {run.grad_dtype}, but with precision {run.precision} it has "
                 "to be float32"
             )
         self.run = run
@@ -139,28 +139,28 @@ class PriorStage(Stage):
             dtype=jnp.dtype(run.precision),
             scan=run.scan_layers,
             remat=run.remat,
-            sums=jnp.dtype(run.gradient_sums),
+            sums=jnp.dtype(run.grad_dtype),
             constrain=along_batch,
             gather=look_up,
         )
         if run.precision == "float16":
-            examples = run.batch_size // run.loop.accumulate
+            examples = run.batch_size // run.loop.accumulation_steps
             self.scaling = ResblockScaling(self.config.depth, examples=examples)
         self._tokens, self._tokenizer = tokens, tokenizer
         self._validation, self._captions = validation, captions
         after = None
-        if run.step_size_end is not None:
+        if run.learning_rate_end is not None:
             length = run.loop.steps - run.warmup_steps
-            after = cosine(run.step_size, run.step_size_end, max(length, 1))
+            after = cosine(run.learning_rate, run.learning_rate_end, max(length, 1))
         self.optimizer = adamw(
-            warm_up(run.step_size, run.warmup_steps, after),
+            warm_up(run.learning_rate, run.warmup_steps, after),
             b2=0.96,
             weight_decay=run.weight_decay,
-            clip_norm=run.clip_norm,
+            grad_clip_norm=run.grad_clip_norm,
             max_second_moment=run.max_second_moment,
             plateau_steps=run.plateau_steps,
             muon=run.muon(
-                run.step_size,
+                run.learning_rate,
                 matrices,
                 spread=partial(moved, before=self.rules, after=MUON),
                 restore=partial(moved, before=MUON, after=self.rules),

@@ -1,6 +1,6 @@
 """What a training run carries from step to step, and the one jitted function that moves it.
 
-Source: ours; the weight average follows Ramesh et al. 2021, appendices A.2 and B.2.
+Source: ours; the EMA follows Ramesh et al. 2021, appendices A.2 and B.2.
 """
 
 from abc import ABC, abstractmethod
@@ -61,7 +61,7 @@ class Stage(ABC):
           Loss in f32, and metrics, each a f32 scalar that is a mean over the batch too.
         """
 
-    def begin(self, params: PyTree) -> PyTree:
+    def init_from_data(self, params: PyTree) -> PyTree:
         """Gives the parameters that a new run starts from; may look at data.
 
         Args:
@@ -93,8 +93,8 @@ class TrainState:
     step: PyTree
     """Updates done, int32 scalar."""
     params: PyTree
-    average: PyTree
-    """Exponential moving average of params, of the same structure; used for samples and export."""
+    ema_params: PyTree
+    """Exponential moving average (EMA) of params, of the same structure; for samples and export."""
     opt_state: PyTree
     key: PyTree
     """Typed key scalar, never changed: the key of a step is fold_in(key, step)."""
@@ -105,13 +105,13 @@ class TrainState:
 
 
 def create(stage: Stage, key: Key[Array, ""], groups: Groups | None = None) -> TrainState:
-    """Makes the state before the first update; the average starts as a copy of the parameters."""
+    """Makes the state before the first update; the EMA starts as a copy of the parameters."""
     key_init, key_steps = jax.random.split(key)
     params = stage.init(key_init)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        average=jax.tree.map(jnp.copy, params),  # own buffers: both are donated to the update
+        ema_params=jax.tree.map(jnp.copy, params),  # own buffers: both are donated to the update
         opt_state=stage.optimizer.init(params),
         key=key_steps,
         scales=stage.scaling.create() if stage.scaling else (),
@@ -160,8 +160,8 @@ def started(state: TrainState, places: TrainState, params: PyTree) -> TrainState
         return jax.make_array_from_callback(x.shape, place, lambda part: x[part])
 
     params = jax.tree.map(put, params, places.params)
-    average = jax.tree.map(jnp.copy, params)  # own buffers, as in `create`
-    return state.replace(params=params, average=average)
+    ema_params = jax.tree.map(jnp.copy, params)  # own buffers, as in `create`
+    return state.replace(params=params, ema_params=ema_params)
 
 
 def update_step(
@@ -169,13 +169,13 @@ def update_step(
     *,
     places: TrainState | None = None,
     groups: Groups | None = None,
-    accumulate: int = 1,
-    average_every: int = 1,
-    average_decay: float = 0.999,
+    accumulation_steps: int = 1,
+    ema_every: int = 1,
+    ema_decay: float = 0.999,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the jitted update `(state, batch) -> (state, metrics)`; the given state is consumed.
 
-    With `accumulate` = k the batch is cut into k micro-batches whose losses, metrics and
+    With `accumulation_steps` = k the batch is cut into k micro-batches whose losses, metrics and
     gradients are averaged with equal weight. That equals the whole batch when the loss is a mean
     over examples; a loss averaged over a count of tokens that varies between examples weighs the
     micro-batches equally all the same, which is not quite the mean over all tokens.
@@ -185,9 +185,9 @@ def update_step(
       places: where the state lies, as `shardings` says; None for one device.
       groups: which send each other compressed gradients; None to average whole ones. The losses of
         groups have equal weight, as those of micro-batches have.
-      accumulate: micro-batches k per update, at least 1.
-      average_every: updates between two moves of the weight average.
-      average_decay: d in average = d * average + (1 - d) * params, in [0, 1).
+      accumulation_steps: micro-batches k per update, at least 1.
+      ema_every: updates between two updates of the EMA.
+      ema_decay: d in ema = d * ema + (1 - d) * params, in [0, 1).
 
     Returns:
       The update. Its metrics are the stage's own and loss, grad_norm (after accumulation, before
@@ -203,10 +203,12 @@ def update_step(
         differentiate = jax.value_and_grad(stage.loss, has_aux=True)
         if scaling:
             differentiate = partial(differentiate, scales=scales.scale)
-        if accumulate == 1:
+        if accumulation_steps == 1:
             measures, grads = differentiate(params, batch, key, step)
         else:
-            measures, grads = _accumulated(differentiate, accumulate, params, batch, key, step)
+            measures, grads = _accumulated(
+                differentiate, accumulation_steps, params, batch, key, step
+            )
         grads, finite = scaling.unscale(grads, scales) if scaling else (grads, ())
         return measures, finite, grads
 
@@ -239,18 +241,16 @@ def update_step(
             metrics = metrics | {"skipped": 1 - well.astype(jnp.float32)}
         if scaling:
             metrics = metrics | {
-                "least_scale": scales.scale.min(),
-                "greatest_scale": scales.scale.max(),
+                "min_scale": scales.scale.min(),
+                "max_scale": scales.scale.max(),
             }
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        average = jax.lax.cond(
-            step % average_every == 0,
-            lambda old: jax.tree.map(
-                lambda a, p: average_decay * a + (1 - average_decay) * p, old, params
-            ),
+        ema_params = jax.lax.cond(
+            step % ema_every == 0,
+            lambda old: jax.tree.map(lambda a, p: ema_decay * a + (1 - ema_decay) * p, old, params),
             lambda old: old,
-            state.average,
+            state.ema_params,
         )
         metrics = metrics | {
             "loss": loss,
@@ -261,7 +261,7 @@ def update_step(
         return state.replace(
             step=step,
             params=params,
-            average=average,
+            ema_params=ema_params,
             opt_state=opt_state,
             scales=scales,
             powersgd=powersgd,
@@ -289,7 +289,7 @@ def _accumulated(differentiate, k: int, params, batch, key, step):
         if x.shape[0] % k:
             raise UserError(
                 f"a batch of {x.shape[0]} examples cannot be cut into {k} equal micro-batches; "
-                f"choose a batch size that is a multiple of accumulate={k}"
+                f"choose a batch size that is a multiple of accumulation_steps={k}"
             )
         # Every k-th example, not k runs: a batch sharded by examples then stays where it is.
         return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)  # k B/k ...

@@ -48,9 +48,9 @@ class VQGANRun(MuonOptions):
     """Side of the squares cut from them for training, in pixels; None for whole pictures."""
     batch_size: int = 12
     """Pictures (or squares) in an update, over all devices."""
-    step_size: float = 2e-3
+    learning_rate: float = 2e-3
     """Greatest learning rate."""
-    step_size_end: float = 1e-4
+    learning_rate_end: float = 1e-4
     """Learning rate at the end of a cosine over the whole run."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises from 0."""
@@ -68,7 +68,7 @@ class VQGANRun(MuonOptions):
     """How often it halves pictures."""
     weight_decay: float = 1e-4
     """AdamW's weight decay, multiplied by the learning rate."""
-    clip_norm: float | None = 1.0
+    grad_clip_norm: float | None = 1.0
     """Global norm that gradients are clipped to; None for no clipping."""
 
     def __post_init__(self):
@@ -79,21 +79,21 @@ class VQGANStage(CodecStage):
     """The VQ-GAN as a stage of the training loop; its arguments are those of `CodecStage`."""
 
     name = "vqgan"
-    against_collapse = "a higher unused_code_weight, or a lower step_size, keeps more of them"
+    against_collapse = "a higher unused_code_weight, or a lower learning_rate, keeps more of them"
 
     def __init__(self, run: VQGANRun, *, start_images: Callable[[], np.ndarray], validation):
         super().__init__(run, start_images=start_images, validation=validation)
         self.model = VQGAN(run.model)
         length = max(run.loop.steps - run.warmup_steps, 1)
-        after = cosine(run.step_size, run.step_size_end, length)
+        after = cosine(run.learning_rate, run.learning_rate_end, length)
         optimizer = partial(
             adamw,
-            warm_up(run.step_size, run.warmup_steps, after),
+            warm_up(run.learning_rate, run.warmup_steps, after),
             b2=0.999,
             weight_decay=run.weight_decay,
-            clip_norm=run.clip_norm,
+            grad_clip_norm=run.grad_clip_norm,
         )
-        self.optimizer = optimizer(muon=run.muon(run.step_size, matrices))
+        self.optimizer = optimizer(muon=run.muon(run.learning_rate, matrices))
         self.judge = None
         if run.adversarial_weight:
             self.judge = Discriminator(run.discriminator_width, run.discriminator_layers)
@@ -114,7 +114,7 @@ class VQGANStage(CodecStage):
         """The parameters without those of the discriminator."""
         return params if self.judge is None else params["network"]
 
-    def begin(self, params):
+    def init_from_data(self, params):
         """Starts the codebook from clusters of pictures."""
         key = jax.random.key(self.run.loop.seed)
         network = on_one_device(self.network(params))

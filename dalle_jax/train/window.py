@@ -106,6 +106,6 @@ def _explain(step: int, values: dict, bad: list[str], checkpoints: Checkpoints) 
     )
     return (
         f"{name}{others} became {values[name]} at step {step}; {good}; "
-        "give another --seed to meet other batches from there, or lower the step size in a new "
+        "give another --seed to meet other batches from there, or lower the learning rate in a new "
         "folder, or look for broken values in the data"
     )

@@ -97,11 +97,9 @@ def dvae(report, case, config, px, batch, *, target=None, seconds=6.0):
 
 
 def step_time(stage, batch, *, seconds=6.0):
-    """Median seconds of an update, weight average and metrics included."""
+    """Median seconds of an update, EMA and metrics included."""
     loop = stage.run.loop
-    update = state_lib.update_step(
-        stage, average_every=loop.average_every, average_decay=loop.average_decay
-    )
+    update = state_lib.update_step(stage, ema_every=loop.ema_every, ema_decay=loop.ema_decay)
     state = state_lib.create(stage, jax.random.key(0))
 
     def step():  # an update consumes the state that it is given
@@ -138,7 +136,7 @@ def prior_batch(config, batch):
 def dvae_stage(config, px, batch):
     """The stage of a training run, with the short recipe but for its start from clusters."""
     run = short_dvae_run(
-        model=config, loop=LoopConfig(steps=10_000), px=px, batch_size=batch, kmeans_start=False
+        model=config, loop=LoopConfig(steps=10_000), px=px, batch_size=batch, kmeans_init=False
     )
     return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
 

@@ -26,9 +26,9 @@ def matrices(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: AXES[path[0].key], params)
 
 
-def optimizer(muon=True, *, step_size=0.1, weight_decay=0.0, **options):
+def optimizer(muon=True, *, learning_rate=0.1, weight_decay=0.0, **options):
     muon = Muon(scale=5.0, matrices=matrices) if muon else None
-    schedule = optax.constant_schedule(step_size)
+    schedule = optax.constant_schedule(learning_rate)
     return adamw(schedule, b2=0.96, weight_decay=weight_decay, muon=muon, **options)
 
 
@@ -64,7 +64,7 @@ def test_everything_else_moves_as_without_muon():
 
 
 def test_each_matrix_becomes_orthogonal_by_itself():
-    updates = moved(optimizer(step_size=1 / 5), steps=1)["qkv"]["kernel"]
+    updates = moved(optimizer(learning_rate=1 / 5), steps=1)["qkv"]["kernel"]
     for query_key_or_value in (
         np.asarray(updates.reshape(2, 4, 3, 4)).swapaxes(1, 2).reshape(6, 4, 4)
     ):
@@ -77,7 +77,7 @@ def test_each_matrix_becomes_orthogonal_by_itself():
         grads["qkv"]["kernel"] = grads["qkv"]["kernel"].at[0, :, 0].multiply(1000)
         return grads
 
-    same = moved(optimizer(step_size=1 / 5), steps=1, grads=louder)["qkv"]["kernel"]
+    same = moved(optimizer(learning_rate=1 / 5), steps=1, grads=louder)["qkv"]["kernel"]
     np.testing.assert_allclose(same, updates, rtol=1e-4, atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_decay_of_matrices_is_adamws():
 
 
 def test_gradients_are_clipped_together_before_momentum():
-    transform = optimizer(clip_norm=4.0)
+    transform = optimizer(grad_clip_norm=4.0)
     params, grads = draw(9), draw(0)
     _, state = transform.update(grads, transform.init(params), params, value=1.0)
     scale = 4.0 / optax.global_norm(grads)

@@ -53,7 +53,7 @@ def test_decay_is_multiplied_by_the_step_size():
 
 def test_gradients_are_clipped_before_the_moments():
     params = {"kernel": jnp.zeros(2)}
-    transform = adamw(optax.constant_schedule(0.1), b2=0.96, weight_decay=0.0, clip_norm=4.0)
+    transform = adamw(optax.constant_schedule(0.1), b2=0.96, weight_decay=0.0, grad_clip_norm=4.0)
     _, state = run(transform, {"kernel": jnp.array([30.0, 40.0])}, params, steps=1, value=1.0)
     adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
     np.testing.assert_allclose(adam.mu["kernel"], [0.24, 0.32], rtol=1e-5)

@@ -119,9 +119,9 @@ def begun(sizes, rank):
     return mesh, places, groups, jax.jit(create, out_shardings=places)(key)
 
 
-def three_updates(sizes, rank=None, accumulate=1):
+def three_updates(sizes, rank=None, accumulation_steps=1):
     mesh, places, groups, state = begun(sizes, rank)
-    options = {"places": places, "groups": groups, "accumulate": accumulate}
+    options = {"places": places, "groups": groups, "accumulation_steps": accumulation_steps}
     update = state_lib.update_step(Layered(), **options)
     for seed in range(3):
         state, metrics = update(state, place_batch(mesh, batch(seed)))
@@ -190,7 +190,7 @@ def _check(sharding, place, ndim):
 def main(folder):
     results = {
         "plain": three_updates(MeshConfig()),
-        "full rank": three_updates(MeshConfig(data=4, fsdp=2), D, accumulate=2),
+        "full rank": three_updates(MeshConfig(data=4, fsdp=2), D, accumulation_steps=2),
         "broken": broken(),
         "continued": continued(folder),
     }

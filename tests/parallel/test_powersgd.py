@@ -35,7 +35,7 @@ KERNELS = {
 OTHERS = {"embed": {"code": (5, D)}, "head": {"image": {"kernel": (D, 5)}}}
 FULL = PowerSGDConfig(rank=D)
 THIN = PowerSGDConfig(rank=2)
-REDUCED = PowerSGDConfig(rank=2, reduced=True, p_scale=2.0, q_scale=0.5)
+REDUCED = PowerSGDConfig(rank=2, low_precision=True, p_scale=2.0, q_scale=0.5)
 
 
 def parameters(kernels=KERNELS, others=OTHERS):

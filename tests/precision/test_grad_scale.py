@@ -174,7 +174,14 @@ def test_unscale_refuses_a_leaf_that_is_not_stacked_by_layers():
 
 
 def test_controller_follows_a_sequence_written_out():
-    config = ScaleConfig(start=8.0, growth=2.0, backoff=0.5, window=2, least=2.0, greatest=32.0)
+    config = ScaleConfig(
+        init_scale=8.0,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        backoff_interval=2,
+        min_scale=2.0,
+        max_scale=32.0,
+    )
     sequence = [  # finite, then the scale and the updates since a division after it
         (True, 16, 3),
         (False, 8, 0),
@@ -198,7 +205,14 @@ def test_controller_follows_a_sequence_written_out():
 
 
 def test_blocks_move_on_their_own_and_stop_at_the_least_scale():
-    config = ScaleConfig(start=8.0, growth=2.0, backoff=0.5, window=0, least=2.0, greatest=32.0)
+    config = ScaleConfig(
+        init_scale=8.0,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        backoff_interval=0,
+        min_scale=2.0,
+        max_scale=32.0,
+    )
     state = grad_scale.create(config, (2, 3), replicas=4)
     move = jax.jit(partial(grad_scale.update, config=config, replicas=4))
     flags = jnp.array([[True, False, True], [False, True, False]])
@@ -234,11 +248,11 @@ def test_published_numbers():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"start": 2.0**25}, "least, start and greatest are .* in rising order"),
-        ({"least": 0.0}, "must be positive"),
-        ({"growth": 0.5}, "growth is 0.5, but must be at least 1"),
-        ({"backoff": 1.0}, "backoff is 1.0, but must lie between 0 and 1"),
-        ({"window": -1}, "window is -1, but must be at least 0"),
+        ({"init_scale": 2.0**25}, "min_scale, init_scale and max_scale are .* in rising order"),
+        ({"min_scale": 0.0}, "must be positive"),
+        ({"growth_factor": 0.5}, "growth_factor is 0.5, but must be at least 1"),
+        ({"backoff_factor": 1.0}, "backoff_factor is 1.0, but must lie between 0 and 1"),
+        ({"backoff_interval": -1}, "backoff_interval is -1, but must be at least 0"),
     ],
 )
 def test_wrong_options_are_refused(wrong, message):

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import logging
@@ -14,8 +15,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh
-from dalle_jax.train import manifest
-from dalle_jax.train.checkpoint import CheckpointError, Checkpoints, read_params
+from dalle_jax.train import differences, manifest
+from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.state import TrainState
 
 SETTINGS = {"model": {"width": 64, "kinds": ["row", "column"]}, "steps": 100}
@@ -26,7 +27,7 @@ def state_at(step):
     return TrainState(
         step=jnp.int32(step),
         params=params,
-        average=jax.tree.map(lambda x: x / 2, params),
+        ema_params=jax.tree.map(lambda x: x / 2, params),
         opt_state=optax.adamw(1e-3).init(params),
         key=jax.random.key(7),
     )
@@ -225,7 +226,7 @@ def test_a_step_that_cannot_be_read_back_does_not_count(tmp_path, caplog):
         assert checkpoints.newest() is None
         checkpoints._failures.clear()
     assert "step 1 could not be saved" in caplog.text
-    assert "it cannot be read back: average/dense/b is absent in it" in caplog.text
+    assert "it cannot be read back: ema_params/dense/b is absent in it" in caplog.text
 
 
 def test_each_process_hashes_and_verifies_the_files_that_it_wrote(folder):
@@ -245,12 +246,40 @@ def test_each_process_hashes_and_verifies_the_files_that_it_wrote(folder):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         for step in (1, 2, 3, 4):
             checkpoints.save(step, state_at(step), {}, {})
     assert checkpoints.steps() == [3, 4]
-    with pytest.raises(ValueError, match="keep is 0, but at least 1"):
-        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="max_to_keep is 0, but must be at least 1"):
+        Checkpoints(tmp_path, max_to_keep=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    width: int = 64
+    gain: float = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    model: Inner = dataclasses.field(default_factory=Inner)
+    steps: int = 100
+    kinds: tuple = ("row",)
+
+
+def test_a_setting_that_a_checkpoint_lacks_has_its_default(folder):
+    # SETTINGS, as saved, have neither model.gain nor kinds
+    def restored(outer):
+        settings, defaults = dataclasses.asdict(outer), differences.defaults(outer)
+        return Checkpoints(folder).restore(state_at(0), settings=settings, defaults=defaults)
+
+    assert restored(Outer())[0] == 30
+    with pytest.raises(CheckpointError, match=r"settings: model.gain was 1.5, now 2.0; set"):
+        restored(Outer(model=Inner(gain=2.0)))
+    with pytest.raises(CheckpointError, match=r"kinds was \['row'\], now \['column'\]; set"):
+        restored(Outer(kinds=("column",)))
+    with pytest.raises(CheckpointError, match=r"model.width was 64, now 65; set"):
+        restored(Outer(model=Inner(width=65)))  # the saved value counts, not a default
 
 
 def test_changed_settings_are_named(folder):
@@ -289,15 +318,6 @@ def test_another_model_or_optimizer_is_refused(folder, change, reason):
 def test_settings_that_json_cannot_hold_fail_at_once(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError, match="not JSON"):
         checkpoints.save(1, state_at(1), {}, {"array": np.zeros(3)})
-
-
-def test_weights_alone_are_read_for_export(folder):
-    average = read_params(folder)
-    chex.assert_trees_all_equal(average, state_at(30).average)
-    assert isinstance(average["dense"]["w"], np.ndarray)
-    chex.assert_trees_all_equal(read_params(folder, 10, average=False), state_at(10).params)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 15 in .*: 10, 20, 30"):
-        read_params(folder, 15)
 
 
 def test_manifest_lists_every_file_with_size_and_hash(folder):

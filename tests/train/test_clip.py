@@ -1,4 +1,4 @@
-"""The CLIP's stage: its loss in parts, its temperature, its measurements and the redrawn set."""
+"""The CLIP's stage: its loss in parts, its temperature, its measurements, reconstructions."""
 
 import chex
 import jax
@@ -29,8 +29,8 @@ def batch(B=8):
 
 def test_defaults_are_the_papers():
     run = ClipRun()
-    assert (run.batch_size, run.step_size, run.weight_decay) == (32_768, 5e-4, 0.2)
-    assert (run.warmup_steps, run.shift, run.redraw) == (2_000, 0, False)
+    assert (run.batch_size, run.learning_rate, run.weight_decay) == (32_768, 5e-4, 0.2)
+    assert (run.warmup_steps, run.shift, run.reconstructions) == (2_000, 0, False)
     assert (run.model.px, run.model.patch, run.model.features) == (224, 32, 512)
 
 
@@ -44,8 +44,10 @@ def test_micro_batches_give_loss_and_gradient_of_the_whole_batch(key):
 
 
 def test_settings_that_would_change_the_loss_are_refused():
-    with pytest.raises(ValueError, match="accumulate is 2, but a contrastive loss compares all of"):
-        ClipRun(loop=LoopConfig(steps=1, accumulate=2))
+    with pytest.raises(
+        ValueError, match="accumulation_steps is 2, but a contrastive loss compares all of"
+    ):
+        ClipRun(loop=LoopConfig(steps=1, accumulation_steps=2))
     with pytest.raises(ValueError, match="powersgd.rank is 4, but .* compares all of a batch"):
         ClipRun(loop=LoopConfig(steps=1, powersgd=PowerSGDConfig(rank=4)))
     with pytest.raises(ValueError, match="batch_size is 8, but has to be a multiple of micro_ba"):
@@ -53,7 +55,7 @@ def test_settings_that_would_change_the_loss_are_refused():
 
 
 def test_similarities_are_multiplied_by_100_at_most():
-    optimizer = stage(step_size=10.0).optimizer
+    optimizer = stage(learning_rate=10.0).optimizer
     params = {"log_scale": jnp.log(99.0)}
     for grad, expected in ((-1.0, 100), (1.0, 99 * np.exp(-10))):  # downhill is up
         updates, _ = optimizer.update(
@@ -76,9 +78,9 @@ def test_shifted_pictures_repeat_their_border(key):
 def test_evaluation_measures_each_set_whatever_its_batches():
     whole = batch()
     parts = [{k: v[i] for k, v in whole.items()} for i in (slice(0, 6), slice(6, 8))]
-    sets = {"": lambda: iter([whole]), "redrawn_": lambda: iter(parts)}
+    sets = {"": lambda: iter([whole]), "reconstructed_": lambda: iter(parts)}
     measured = stage(sets).evaluate(PARAMS)
-    assert measured["image_to_text_1"] == measured["redrawn_image_to_text_1"]
+    assert measured["image_to_text_1"] == measured["reconstructed_image_to_text_1"]
     assert set(measured) == {
         f"{beginning}{way}_{k}"
         for beginning in sets

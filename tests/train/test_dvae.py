@@ -36,8 +36,8 @@ def test_defaults_are_the_papers():
     np.testing.assert_allclose(paper.kl_weight(0), 0, atol=1e-7)
     np.testing.assert_allclose(paper.kl_weight(5_000), 6.6, rtol=1e-6)
     np.testing.assert_allclose(paper.temperature(150_000), 1 / 16, rtol=1e-6)
-    assert (run.batch_size, run.loop.steps, run.loop.average_decay) == (512, 3_000_000, 0.999)
-    assert (run.min_log_scale, run.rare_code_weight, run.kmeans_start) == (None, 0, False)
+    assert (run.batch_size, run.loop.steps, run.loop.ema_decay) == (512, 3_000_000, 0.999)
+    assert (run.min_log_scale, run.rare_code_weight, run.kmeans_init) == (None, 0, False)
 
 
 def test_loss_is_mean_nll_and_kl_over_the_values_of_a_cell(key):
@@ -51,10 +51,10 @@ def test_loss_is_mean_nll_and_kl_over_the_values_of_a_cell(key):
 
 def test_a_codebook_starts_from_clusters_only_if_the_run_says_so(key):
     drawn = jax.jit(stage(short()).init)(key)
-    begun = stage(short()).begin(drawn)
+    begun = stage(short()).init_from_data(drawn)
     chex.assert_trees_all_equal(begun["encoder"]["input"], drawn["encoder"]["input"])
     assert not np.allclose(begun["decoder"]["input"]["kernel"], drawn["decoder"]["input"]["kernel"])
-    chex.assert_trees_all_equal(stage(short(kmeans_start=False)).begin(drawn), drawn)
+    chex.assert_trees_all_equal(stage(short(kmeans_init=False)).init_from_data(drawn), drawn)
 
 
 def test_short_recipe_scales_with_the_run():
@@ -77,7 +77,7 @@ def test_training_lowers_the_loss_and_repeats(key):
         return jax.tree.map(jnp.add, params, updates), state, value
 
     def run():
-        params = s.begin(s.init(key))
+        params = s.init_from_data(s.init(key))
         state, values = s.optimizer.init(params), []
         for step in range(30):
             params, state, value = update(params, state, {"image": images()}, step)
@@ -108,7 +108,7 @@ def test_measurements_count_codes_and_decibels(key):
 
 
 def test_a_collapsed_codebook_is_named_in_the_log(key, caplog):
-    s = stage(short(kmeans_start=False))
+    s = stage(short(kmeans_init=False))
     params = s.init(key)
     output = params["encoder"]["output"]
     params["encoder"]["output"] = output | {"bias": 1e3 * jax.nn.one_hot(3, 16)}

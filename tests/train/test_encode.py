@@ -1,4 +1,4 @@
-"""Codes and redrawn pictures: made once, and anew when what they were made of has changed."""
+"""Codes and reconstructed pictures: made once, and anew when what they were made of has changed."""
 
 import io
 import threading
@@ -15,7 +15,7 @@ from dalle_jax.data.batches import batches, once
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.data.sources import FolderSource, SourceError
 from dalle_jax.train import encode
-from dalle_jax.train.encode import EncodedBatches, Encoder, encoded, redrawn
+from dalle_jax.train.encode import EncodedBatches, Encoder, encoded, reconstructed
 
 
 @pytest.fixture(scope="module")
@@ -212,17 +212,17 @@ def test_codes_of_another_version_are_made_anew(tokens, source, tmp_path, made):
     assert made == [0, 0]
 
 
-def test_pictures_are_redrawn_once_and_anew_when_they_change(tokens, pictures, tmp_path):
-    folder = tmp_path / "redrawn"
-    first = redrawn(FolderSource(pictures), tokens, folder)
+def test_pictures_are_reconstructed_once_and_anew_when_they_change(tokens, pictures, tmp_path):
+    folder = tmp_path / "reconstructed"
+    first = reconstructed(FolderSource(pictures), tokens, folder)
     assert [first[i]["captions"] for i in range(5)] == [[f"picture {i}"] for i in range(5)]
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     assert len(stamps) == 5
-    redrawn(FolderSource(pictures), tokens, folder)
+    reconstructed(FolderSource(pictures), tokens, folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == stamps
 
     write_picture(pictures / "2.png", 9)
-    anew = redrawn(FolderSource(pictures), tokens, folder)
+    anew = reconstructed(FolderSource(pictures), tokens, folder)
     image = np.asarray(Image.open(pictures / "2.png"))
     expected = tokens.decode(tokens.encode([image]))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(anew[2]["image"])), expected)

@@ -39,7 +39,7 @@ def test_a_run_goes_on_with_these_settings_changed_and_no_others():
                 assert said.startswith(f"{name} was ")
             else:
                 allowed.add(name)
-    lengths = {"steps", "log_every", "save_every", "evaluate_every", "sheet_every", "keep"}
+    lengths = {"steps", "log_every", "save_every", "evaluate_every", "sheet_every", "max_to_keep"}
     free = {"seed", "mesh.data", "mesh.fsdp", "mesh.tensor"}
     assert allowed == {f"loop.{name}" for name in lengths | free} | {
         "run.remat",

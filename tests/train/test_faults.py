@@ -111,7 +111,7 @@ def test_one_failed_save_is_said_and_the_next_goes_on(tmp_path, monkeypatch, cap
             monkeypatch.undo()
 
     with caplog.at_level(logging.WARNING):
-        run(tmp_path, at=at, keep=2)
+        run(tmp_path, at=at, max_to_keep=2)
     (message,) = caplog.messages
     assert message == (
         f"step 6 could not be saved in {tmp_path / 'checkpoints'}: No space left on device; step 4 "
@@ -181,7 +181,7 @@ def test_an_unwritable_workdir_is_refused_before_anything_is_compiled(tmp_path, 
 def test_too_little_room_for_the_steps_to_keep_is_said_at_the_start(tmp_path, caplog):
     huge = {"w": jax.ShapeDtypeStruct((2**40,), jnp.float32)}  # 4.4 TB
     with caplog.at_level(logging.WARNING):
-        Checkpoints(tmp_path, keep=2).prepare(huge)
+        Checkpoints(tmp_path, max_to_keep=2).prepare(huge)
     (message,) = caplog.messages
     assert message.startswith("checkpoints of 4398046.5 MB may not fit on the disk of ")
     assert "2 are kept, one more while saving, and " in message

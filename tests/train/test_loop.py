@@ -91,9 +91,9 @@ def run(workdir, steps, *, stage=None, settings=None, iterator=None, may_change=
     return state.replace(key=jax.random.key_data(state.key)), iterator
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_run_equals_unbroken_run(tmp_path, accumulate):
-    same = {"stage": Mlp(dropout=True), "accumulate": accumulate}
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_resumed_run_equals_unbroken_run(tmp_path, accumulation_steps):
+    same = {"stage": Mlp(dropout=True), "accumulation_steps": accumulation_steps}
     unbroken, unbroken_data = run(tmp_path / "a", 10, **same)
     run(tmp_path / "b", 5, **same)
     resumed, resumed_data = run(tmp_path / "b", 10, seed=99, **same)
@@ -112,16 +112,16 @@ def test_a_resumed_run_draws_no_weights_and_begins_nothing(tmp_path):
             jax.debug.callback(lambda: told.append("init"))
             return super().init(key)
 
-        def begin(self, params):
-            told.append("begin")
+        def init_from_data(self, params):
+            told.append("init_from_data")
             return {"in": np.asarray(params["in"]), "out": 2 * params["out"]}
 
     state, _ = run(tmp_path, 3, stage=Telling())
     jax.effects_barrier()
-    assert told == ["init", "begin"]
+    assert told == ["init", "init_from_data"]
     resumed, _ = run(tmp_path, 3, stage=Telling())
     jax.effects_barrier()
-    assert told == ["init", "begin"]
+    assert told == ["init", "init_from_data"]
     chex.assert_trees_all_equal(resumed, state)
 
 
@@ -216,8 +216,8 @@ def test_data_that_ends_is_an_error(tmp_path):
 def test_config_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="log_every is 0, but has to be at least 1"):
         LoopConfig(steps=3, log_every=0)
-    with pytest.raises(ValueError, match=r"average_decay is 1.0, but has to be in \[0, 1\)"):
-        LoopConfig(steps=3, average_decay=1.0)
+    with pytest.raises(ValueError, match=r"ema_decay is 1.0, but has to be in \[0, 1\)"):
+        LoopConfig(steps=3, ema_decay=1.0)
     assert LoopConfig(steps=3, evaluate_every=None).evaluate_every is None
 
 

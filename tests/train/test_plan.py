@@ -77,11 +77,11 @@ def test_the_plan_prints_what_the_functions_count(printed):
 def test_bytes_are_those_of_the_rules():
     held = plan.bytes_per_device(run(), MESH)
     weights = 4 * ((KERNELS + TABLES + HEADS) // 4 + BIASES + NORMS + STARTS)
-    assert held["weights"] == held["gradients"] == held["average"] == weights
+    assert held["weights"] == held["gradients"] == held["ema"] == weights
     assert 2 * weights < held["moments"] < 2 * weights + 100  # and counters
     layer = 12 * D * D * 2  # of bfloat16
     assert held["gathered"] == 2 * layer + 12 * D * D * 4 + 2 * HEADS * 4
-    smaller = plan.bytes_per_device(run(gradient_sums="bfloat16"), MESH)
+    smaller = plan.bytes_per_device(run(grad_dtype="bfloat16"), MESH)
     assert smaller["gathered"] == 3 * layer + 2 * HEADS * 4
     stream = T * D * 4
     assert L * stream < held["kept"] < (L + 12) * stream  # logits and embeddings too
@@ -93,7 +93,7 @@ def test_the_papers_formats_take_two_bytes_for_each_number_of_a_kernel():
     others = (TABLES + HEADS) // 4 + BIASES + NORMS + STARTS
     assert held["weights"] == held["gradients"] == KERNELS // 4 * 2 + 4 * others
     assert held["moments"] == KERNELS // 4 * 4 + 8 * others
-    assert held["average"] == 0
+    assert held["ema"] == 0
 
 
 def test_the_published_rank_saves_what_table_2_says():

@@ -32,10 +32,10 @@ def stage(tokens, validation=lambda: iter(())):
 
 def test_defaults_are_the_papers():
     run = PriorRun()
-    assert (run.step_size, run.warmup_steps, run.weight_decay) == (4.5e-4, 5_000, 4.5e-2)
-    assert (run.max_second_moment, run.clip_norm, run.bpe_dropout) == (5, 4, 0.1)
+    assert (run.learning_rate, run.warmup_steps, run.weight_decay) == (4.5e-4, 5_000, 4.5e-2)
+    assert (run.max_second_moment, run.grad_clip_norm, run.bpe_dropout) == (5, 4, 0.1)
     assert (run.batch_size, run.loop.steps) == (1024, 430_000)
-    assert (run.loop.average_every, run.loop.average_decay) == (25, 0.99)
+    assert (run.loop.ema_every, run.loop.ema_decay) == (25, 0.99)
 
 
 @pytest.mark.parametrize("run", [PriorRun, ProgressiveRun])

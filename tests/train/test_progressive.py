@@ -40,10 +40,10 @@ def stage(validation=(), **changes):
 
 
 def test_its_run_takes_over_the_other_priors_settings():
-    prior = short_prior_run(model=tiny.parts()["prior"], step_size=3e-3, bpe_dropout=0.25)
+    prior = short_prior_run(model=tiny.parts()["prior"], learning_rate=3e-3, bpe_dropout=0.25)
     run = progressive_run(prior)
     assert run.model == CONFIG
-    assert (run.step_size, run.bpe_dropout, run.loop) == (3e-3, 0.25, prior.loop)
+    assert (run.learning_rate, run.bpe_dropout, run.loop) == (3e-3, 0.25, prior.loop)
 
 
 def test_the_loss_is_the_mean_nats_of_all_codes_by_their_stages(key):

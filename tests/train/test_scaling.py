@@ -26,7 +26,7 @@ def trained():
     state = jax.jit(lambda key: state_lib.create(stage, key))(jax.random.key(0))
     # On a CPU XLA leaves out conversions to float16 and back, and with them every overflow.
     update = (
-        state_lib.update_step(stage, average_decay=0.5)
+        state_lib.update_step(stage, ema_decay=0.5)
         .lower(state, batch())
         .compile(compiler_options={"xla_allow_excess_precision": False})
     )
@@ -61,7 +61,7 @@ def test_unscaled_gradients_are_those_of_float32(trained):
 def test_an_update_with_an_overflow_changes_nothing_but_the_scales(trained):
     _, update, state = trained
     scale = state.scales.scale.at[2, 1].set(2.0**60)
-    before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.average))
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.ema_params))
     broken = dataclasses.replace(
         jax.tree.map(jnp.copy, state), scales=state.scales.replace(scale=scale)
     )

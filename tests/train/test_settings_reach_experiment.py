@@ -53,10 +53,10 @@ def test_priors_learn_from_crops_of_listing_2_with_both_dropouts(name, encode_on
     assert (seen.train["iterator"] == "EncodedBatches") != encode_once
 
 
-def test_clip_learns_from_crops_of_listing_2_and_from_redrawn_pictures():
+def test_clip_learns_from_crops_of_listing_2_and_from_reconstructed_pictures():
     run = seeded("clip")
     assert stages.experiment_of(run).batches == ONE_PROCESS | {
-        "source": "pictures, redrawn pictures",
+        "source": "pictures, reconstructed pictures",
         "batch_size": 4,
         "seed": 5,
         "px": run.model.px,

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from saved import ema_params
 
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.mesh import MeshConfig
@@ -18,26 +19,32 @@ from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.precision import grad_scale
 from dalle_jax.precision.grad_scale import ScaleConfig
 from dalle_jax.train import loop
-from dalle_jax.train.checkpoint import Checkpoints, read_params
+from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.state import Stage
 
 LOOP = LoopConfig(
-    steps=6, log_every=2, save_every=2, evaluate_every=2, sheet_every=2, keep=2, average_decay=0.5
+    steps=6,
+    log_every=2,
+    save_every=2,
+    evaluate_every=2,
+    sheet_every=2,
+    max_to_keep=2,
+    ema_decay=0.5,
 )
 # Another value of each field, and what of the run differs then: that, and nothing else of it.
 CHANGES = {
-    "steps": (4, {"parameters", "average", "logged", "measured", "saved", "sheets"}),
+    "steps": (4, {"parameters", "ema", "logged", "measured", "saved", "sheets"}),
     "log_every": (3, {"logged"}),
     "save_every": (1, {"saved"}),
     "evaluate_every": (3, {"measured"}),
     "sheet_every": (None, {"sheets"}),
-    "keep": (3, {"saved"}),
-    "accumulate": (2, {"parameters", "average"}),
-    "average_every": (4, {"average"}),
-    "average_decay": (0.75, {"average"}),
-    "seed": (1, {"parameters", "average"}),
+    "max_to_keep": (3, {"saved"}),
+    "accumulation_steps": (2, {"parameters", "ema"}),
+    "ema_every": (4, {"ema"}),
+    "ema_decay": (0.75, {"ema"}),
+    "seed": (1, {"parameters", "ema"}),
 }
 
 
@@ -81,12 +88,12 @@ def trained(folder, config):
     """What there is to see of a run."""
     state = loop.train(Slope(), Numbers(), config=config, workdir=folder, settings={})
     lines = read_metrics(folder / "metrics.jsonl")
-    average = float(state.average["x"])
-    assert float(read_params(folder / "checkpoints")["x"]) == average
-    assert [line["eval/x"] for line in lines if "eval/x" in line][-1] == pytest.approx(average)
+    ema = float(state.ema_params["x"])
+    assert float(ema_params(folder / "checkpoints")["x"]) == ema
+    assert [line["eval/x"] for line in lines if "eval/x" in line][-1] == pytest.approx(ema)
     return {
         "parameters": float(state.params["x"]),
-        "average": average,
+        "ema": ema,
         "logged": [line["step"] for line in lines if "loss" in line],
         "measured": [line["step"] for line in lines if "eval/x" in line],
         "saved": Checkpoints(folder / "checkpoints").steps(),
@@ -147,12 +154,19 @@ def compressed(config):
     return [x.tolist() for x in jax.tree.leaves((means, errors))]
 
 
-POWERSGD = PowerSGDConfig(rank=2, reduced=True)
+POWERSGD = PowerSGDConfig(rank=2, low_precision=True)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PowerSGDConfig)])
 def test_every_setting_of_powersgd_changes_the_mean_gradient(field):
-    other = {"rank": 1, "epsilon": 0.5, "seed": 1, "reduced": False, "p_scale": 0.3, "q_scale": 0.3}
+    other = {
+        "rank": 1,
+        "epsilon": 0.5,
+        "seed": 1,
+        "low_precision": False,
+        "p_scale": 0.3,
+        "q_scale": 0.3,
+    }
     changed = dataclasses.replace(POWERSGD, **{field: other[field]})
     assert compressed(POWERSGD) != compressed(changed)
 
@@ -169,13 +183,20 @@ def scales(config):
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ScaleConfig)])
 def test_every_setting_of_the_gradient_scales_changes_them(field):
-    config = ScaleConfig(start=8.0, growth=1.5, backoff=0.4, window=1, least=1.0, greatest=64.0)
+    config = ScaleConfig(
+        init_scale=8.0,
+        growth_factor=1.5,
+        backoff_factor=0.4,
+        backoff_interval=1,
+        min_scale=1.0,
+        max_scale=64.0,
+    )
     other = {
-        "start": 9.0,
-        "growth": 1.4,
-        "backoff": 0.5,
-        "window": 3,
-        "least": 3.0,
-        "greatest": 9.0,
+        "init_scale": 9.0,
+        "growth_factor": 1.4,
+        "backoff_factor": 0.5,
+        "backoff_interval": 3,
+        "min_scale": 3.0,
+        "max_scale": 9.0,
     }
     assert scales(config) != scales(dataclasses.replace(config, **{field: other[field]}))

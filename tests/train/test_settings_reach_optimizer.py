@@ -65,7 +65,7 @@ def written_out(name, run):
     p, m, v = flat(start()), np.zeros(5), np.zeros(5)
     found = []
     for t, gradient in enumerate(map(flat, gradients())):
-        norm, most = np.linalg.norm(gradient), getattr(run, "clip_norm", None)
+        norm, most = np.linalg.norm(gradient), getattr(run, "grad_clip_norm", None)
         g = gradient * most / norm if most and norm > most else gradient
         m = b1 * m + (1 - b1) * g
         v = np.minimum(b2 * v + (1 - b2) * g**2, getattr(run, "max_second_moment", None) or np.inf)
@@ -82,11 +82,11 @@ def learning_rate(run, t):
     spans = (t + 1) // run.plateau_steps if getattr(run, "plateau_steps", None) else 0
     halved = 0.5 ** min(max(spans - 1, 0) // 4, 5)
     if t < run.warmup_steps:
-        return halved * run.step_size * t / run.warmup_steps
-    length = getattr(run, "step_size_steps", None) or run.loop.steps - run.warmup_steps
+        return halved * run.learning_rate * t / run.warmup_steps
+    length = getattr(run, "learning_rate_steps", None) or run.loop.steps - run.warmup_steps
     share = min((t - run.warmup_steps) / length, 1)
     height = (1 + math.cos(math.pi * share)) / 2
-    return halved * (run.step_size_end + (run.step_size - run.step_size_end) * height)
+    return halved * (run.learning_rate_end + (run.learning_rate - run.learning_rate_end) * height)
 
 
 @pytest.mark.parametrize("name", stages.RUNS)
@@ -104,6 +104,6 @@ def test_a_changed_setting_changes_updates_as_written_out(name, field, value, _)
 
 
 def test_a_prior_without_an_end_stays_at_its_peak():
-    run = stages.changed(stages.RUNS["prior"], "step_size_end", None)
-    same = stages.changed(stages.RUNS["prior"], "step_size_end", run.step_size)
+    run = stages.changed(stages.RUNS["prior"], "learning_rate_end", None)
+    same = stages.changed(stages.RUNS["prior"], "learning_rate_end", run.learning_rate)
     np.testing.assert_allclose(moved("prior", run), written_out("prior", same), rtol=1e-4)

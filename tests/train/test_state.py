@@ -44,11 +44,11 @@ def test_accumulated_update_equals_whole_batch(key):
     stage = Line(optax.adamw(1e-2))
     results = []
     for k in (1, 4):
-        step = state_lib.update_step(stage, accumulate=k)
+        step = state_lib.update_step(stage, accumulation_steps=k)
         state = state_lib.create(stage, key)
         for _ in range(3):
             state, metrics = step(state, batch_of(8))
-        results.append((state.params, state.average, metrics["loss"], metrics["grad_norm"]))
+        results.append((state.params, state.ema_params, metrics["loss"], metrics["grad_norm"]))
     chex.assert_trees_all_close(results[0], results[1], atol=1e-6)
 
 
@@ -56,25 +56,25 @@ def test_micro_batches_get_keys_of_their_own(key):
     state = state_lib.create(Noisy(), key)
     key_step = jax.random.fold_in(state.key, 0)
     expected = np.mean([jax.random.normal(jax.random.fold_in(key_step, i)) for i in range(2)])
-    _, metrics = state_lib.update_step(Noisy(), accumulate=2)(state, batch_of(4))
+    _, metrics = state_lib.update_step(Noisy(), accumulation_steps=2)(state, batch_of(4))
     np.testing.assert_allclose(metrics["noise"], expected, rtol=1e-6)
 
 
 def test_batch_that_does_not_split_evenly_is_refused(key):
-    step = state_lib.update_step(Line(), accumulate=4)
+    step = state_lib.update_step(Line(), accumulation_steps=4)
     with pytest.raises(ValueError, match="batch of 6 examples cannot be cut into 4 equal micro-ba"):
         step(state_lib.create(Line(), key), batch_of(6))
 
 
-def test_average_is_the_written_out_formula_every_second_step(key):
-    step = state_lib.update_step(Line(), average_every=2, average_decay=0.75)
+def test_ema_is_the_written_out_formula_every_second_step(key):
+    step = state_lib.update_step(Line(), ema_every=2, ema_decay=0.75)
     state = state_lib.create(Line(), key)
     expected = np.array(state.params["w"])
     for n in range(1, 6):
         state, _ = step(state, batch_of(8))
         if n in (2, 4):
             expected = 0.75 * expected + 0.25 * np.array(state.params["w"])
-        np.testing.assert_allclose(state.average["w"], expected, rtol=1e-6)
+        np.testing.assert_allclose(state.ema_params["w"], expected, rtol=1e-6)
 
 
 def test_step_counts_updates_and_keys_follow_it(key):

@@ -62,9 +62,9 @@ def test_a_dead_code_comes_back_into_use():
 
 def test_training_lowers_the_loss_repeats_and_measures(key):
     s = stage(crop_px=4)
-    update = update_step(s, average_decay=0.5)
+    update = update_step(s, ema_decay=0.5)
     begun = jax.jit(lambda key: create(s, key))(key)
-    table = s.begin(begun.params)["quantize"]["embedding"]
+    table = s.init_from_data(begun.params)["quantize"]["embedding"]
     assert len(np.unique(table, axis=0)) == 8
 
     def run():
@@ -81,10 +81,10 @@ def test_training_lowers_the_loss_repeats_and_measures(key):
     assert losses == same
     chex.assert_trees_all_equal(state.params, again.params)
 
-    measured = s.evaluate(state.average)
+    measured = s.evaluate(state.ema_params)
     assert 1 <= measured["perplexity"] <= measured["codes"] <= 8
     assert 0 < measured["psnr"] < 30
-    assert s.sheet(state.average).ndim == 3
+    assert s.sheet(state.ema_params).ndim == 3
 
 
 def test_patches_count_until_they_are_told_apart_by_a_margin_of_one():
