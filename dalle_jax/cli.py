@@ -253,11 +253,12 @@ def evaluate(
     out: Path = Path("report"),
     quick: bool = False,
     n: int | None = None,
-    studies: tuple[Literal["blur", "sampling", "rerank", "composition"], ...] = (
+    studies: tuple[Literal["blur", "sampling", "rerank", "composition", "retrieval"], ...] = (
         "blur",
         "sampling",
         "rerank",
         "composition",
+        "retrieval",
     ),
     seed: int = 0,
     temperature: float = 1.0,

@@ -25,12 +25,14 @@ from dalle_jax.evaluate.features import Network
 from dalle_jax.evaluate.kept import Kept
 from dalle_jax.evaluate.likelihood import prior_nats, tokenizer_quality
 from dalle_jax.evaluate.page import Section, plotting, write
+from dalle_jax.evaluate.retrieval import NOTE as RETRIEVAL_NOTE
+from dalle_jax.evaluate.retrieval import retrieval_study
 from dalle_jax.evaluate.studies import RADII, Bench
 from dalle_jax.evaluate.suites import Suite, open_emoji
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 
-STUDIES = ("blur", "sampling", "rerank", "composition")
+STUDIES = ("blur", "sampling", "rerank", "composition", "retrieval")
 SHOWN = 12  # captions on a sheet
 
 
@@ -46,6 +48,8 @@ class Plan:
       temperatures, top_ps, guidances: the settings, one changed at a time.
       pairs: held-out cases of each family of the composition study; None for all.
       composed: pictures of each of them.
+      retrieved: captions of each group of the retrieval study; None for all.
+      compared: images of each of them.
     """
 
     captions: int | None = None
@@ -57,6 +61,8 @@ class Plan:
     guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     pairs: int | None = None
     composed: int = 4
+    retrieved: int | None = 256
+    compared: int = 8
 
     def settings(self, usual: Sampling) -> list[Sampling]:
         """Each way of sampling once, the usual one first."""
@@ -85,6 +91,8 @@ def quick_plan() -> Plan:
         guidances=(1.0, 2.0),
         pairs=40,
         composed=2,
+        retrieved=32,
+        compared=4,
     )
 
 
@@ -237,6 +245,21 @@ def evaluate(
                 progress=progress,
             )
         sections.append(Section(key="composition", title="Composition", note=NOTE, rows=rows))
+    if "retrieval" in chosen and suite.name == "emoji":
+        with show("Comparing") as progress:
+            rows = retrieval_study(
+                model,
+                partial(open_emoji, px=px),
+                sampling=usual,
+                n=plan.compared,
+                captions=plan.retrieved,
+                seed=seed,
+                kept=kept,
+                reranker=reranker,
+                progress=progress,
+            )
+        title = "Right among all emoji"
+        sections.append(Section(key="retrieval", title=title, note=RETRIEVAL_NOTE, rows=rows))
     write(out, sections)
     return sections
 
