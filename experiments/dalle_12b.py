@@ -19,19 +19,19 @@ import jax
 import tyro
 from folder import FolderOptions
 
-from dalle_jax.data.filters import PAPER, Filters
+from dalle_jax.data.record_filters import PAPER, Filters
 from dalle_jax.errors import UserError
-from dalle_jax.models.prior_parts import PUBLISHED
+from dalle_jax.models.prior_config import PUBLISHED
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR, MeshConfig
+from dalle_jax.planner import plan as planning
 from dalle_jax.terminal import complaints
-from dalle_jax.train import plan as planning
-from dalle_jax.train.clip import ClipRun
-from dalle_jax.train.dvae import DVAERun
+from dalle_jax.train.clip_stage import ClipRun
+from dalle_jax.train.dvae_stage import DVAERun
 from dalle_jax.train.experiment import main
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorRun
-from dalle_jax.train.vqgan import VQGANRun
+from dalle_jax.train.prior_stage import PriorRun
+from dalle_jax.train.vqgan_stage import VQGANRun
 
 RANKS = {"2.8B": 512, "5.6B": 640, "12B": 896}  # of PowerSGD, in all; table 1
 
@@ -79,7 +79,7 @@ class PlanOptions:
     devices: int = 1024
     """Devices in all."""
     chip: str = "H100-80GB"
-    """Kind of device: a name of `dalle_jax.train.plan.CHIPS`."""
+    """Kind of device: a name of `dalle_jax.planner.plan.CHIPS`."""
     efficiency: float = 0.4
     """Share of the chip's peak that products are taken to reach."""
     rank: int | None = None
@@ -231,8 +231,8 @@ def report(options: PlanOptions, found: dict) -> str:
     for name, seconds in found["step_seconds"].items():
         lines.append(f"{name:20} " + " ".join(f"{x:8.2f}" for x in seconds.values()))
     lines.append(
-        f"Estimated at {found['efficiency']:.0%} of the peak; `dalle_jax.train.plan.step_seconds` "
-        "has the formula, `CHIPS` the peaks."
+        f"Estimated at {found['efficiency']:.0%} of the peak; "
+        "`dalle_jax.planner.plan.step_seconds` has the formula, `CHIPS` the peaks."
     )
     return "\n".join(lines)
 

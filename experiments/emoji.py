@@ -18,14 +18,14 @@ from dalle_jax.data.sources import Joined
 from dalle_jax.generate.folder import listed
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.vqgan import VQGANConfig
-from dalle_jax.train.clip import ClipRun, short_clip_run
-from dalle_jax.train.dvae import DVAERun, short_dvae_run
+from dalle_jax.train.clip_stage import ClipRun, short_clip_run
+from dalle_jax.train.dvae_stage import DVAERun, short_dvae_run
 from dalle_jax.train.experiment import Data, main
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorRun, short_prior_run
-from dalle_jax.train.vqgan import VQGANRun
+from dalle_jax.train.prior_stage import PriorRun, short_prior_run
+from dalle_jax.train.vqgan_stage import VQGANRun
 
 LICENSE = (
     "Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0), "

@@ -24,12 +24,12 @@ from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.memory import keep_memory
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.encode import EncodedBatches
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorStage, short_prior_run
+from dalle_jax.train.prior_stage import PriorStage, short_prior_run
 
 BATCH, TEXT, IMAGE = 8, 24, 256
 PAPER_BATCH, PAPER_TOKENS = 1024, 1280

@@ -34,10 +34,10 @@ from dalle_jax.image import pixels
 from dalle_jax.memory import keep_memory
 from dalle_jax.models.progressive_prior import ProgressivePrior
 from dalle_jax.terminal import show_log_lines
+from dalle_jax.train.cell_orders import order_scores, ranks
 from dalle_jax.train.experiment import train_prior
 from dalle_jax.train.log import read_metrics
-from dalle_jax.train.orders import order_scores, ranks
-from dalle_jax.train.progressive import progressive_run
+from dalle_jax.train.progressive_stage import progressive_run
 
 ORDERS = ("dynamic", "certain", "uncertain", "random")
 SAMPLING = ("random", "dynamic", "confidence")

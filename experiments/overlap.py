@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_jax.data.drawings import distinct_pictures, drawings, render
+from dalle_jax.data.emoji_svgs import distinct_pictures, drawings, render
 from dalle_jax.evaluate.features import efficientnet_network
 from dalle_jax.evaluate.overlap import find_overlap, open_pictures
 from dalle_jax.image.pixels import encode_png

@@ -26,15 +26,15 @@ from dalle_jax.data.emoji import emoji_source
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.generate.model import Model
 from dalle_jax.memory import keep_memory
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.parallel.groups import Groups
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig, sent_bytes
+from dalle_jax.parallel.powersgd_groups import Groups
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.encode import EncodedBatches
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorStage, short_prior_run
+from dalle_jax.train.prior_stage import PriorStage, short_prior_run
 
 PX = 32
 SOURCES = {"shapes": ShapesSource, "emoji": emoji_source}

@@ -15,16 +15,16 @@ import tiny
 from dalle_jax.generate import folder as files
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.parallel.groups import Groups
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig
-from dalle_jax.train import plan
+from dalle_jax.parallel.powersgd_groups import Groups
+from dalle_jax.planner import plan
 from dalle_jax.train import state as state_lib
-from dalle_jax.train.clip import ClipStage, short_clip_run
-from dalle_jax.train.dvae import DVAEStage, short_dvae_run
+from dalle_jax.train.clip_stage import ClipStage, short_clip_run
+from dalle_jax.train.dvae_stage import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorStage, short_prior_run
+from dalle_jax.train.prior_stage import PriorStage, short_prior_run
 
 LOOP = LoopConfig(steps=100)
 MUON = MeshConfig(data=2, fsdp=4)

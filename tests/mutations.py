@@ -27,90 +27,102 @@ POWERSGD = "parallel/test_powersgd.py"
 
 MUTANTS = [
     # Settings that do not reach what they are for
-    Mutant("prior-beta2", "train/prior.py", "b2=0.96", "b2=0.999", OPTIMIZER + "write_out-prior"),
+    Mutant(
+        "prior-beta2", "train/prior_stage.py", "b2=0.96", "b2=0.999", OPTIMIZER + "write_out-prior"
+    ),
     Mutant(
         "prior-decay",
-        "train/prior.py",
+        "train/prior_stage.py",
         "weight_decay=run.weight_decay",
         "weight_decay=0.0",
         OPTIMIZER + "write_out-prior",
     ),
     Mutant(
         "prior-clip-norm",
-        "train/prior.py",
+        "train/prior_stage.py",
         "grad_clip_norm=run.grad_clip_norm",
         "grad_clip_norm=None",
         OPTIMIZER + "write_out-prior",
     ),
     Mutant(
         "prior-second-moment",
-        "train/prior.py",
+        "train/prior_stage.py",
         "max_second_moment=run.max_second_moment",
         "max_second_moment=None",
         OPTIMIZER + "write_out-prior",
     ),
     Mutant(
         "prior-plateau",
-        "train/prior.py",
+        "train/prior_stage.py",
         "plateau_steps=run.plateau_steps",
         "plateau_steps=None",
         OPTIMIZER + "write_out-prior",
     ),
     Mutant(
         "prior-warm-up",
-        "train/prior.py",
+        "train/prior_stage.py",
         "warm_up(run.learning_rate, run.warmup_steps, after)",
         "warm_up(run.learning_rate, 0, after)",
         OPTIMIZER + "write_out-prior",
     ),
     Mutant(
         "prior-end",
-        "train/prior.py",
+        "train/prior_stage.py",
         "cosine(run.learning_rate, run.learning_rate_end,",
         "cosine(run.learning_rate, 0.0,",
         OPTIMIZER + "write_out",
     ),
-    Mutant("dvae-beta2", "train/dvae.py", "b2=0.999", "b2=0.5", OPTIMIZER + "write_out-dvae"),
-    Mutant("vqgan-beta2", "train/vqgan.py", "b2=0.999", "b2=0.5", OPTIMIZER + "write_out-vqgan"),
-    Mutant("clip-beta2", "train/clip.py", "b2=0.98", "b2=0.5", OPTIMIZER + "write_out-clip"),
-    Mutant("clip-epsilon", "train/clip.py", "eps=1e-6", "eps=1e-8", OPTIMIZER + "write_out-clip"),
+    Mutant("dvae-beta2", "train/dvae_stage.py", "b2=0.999", "b2=0.5", OPTIMIZER + "write_out-dvae"),
+    Mutant(
+        "vqgan-beta2", "train/vqgan_stage.py", "b2=0.999", "b2=0.5", OPTIMIZER + "write_out-vqgan"
+    ),
+    Mutant("clip-beta2", "train/clip_stage.py", "b2=0.98", "b2=0.5", OPTIMIZER + "write_out-clip"),
+    Mutant(
+        "clip-epsilon", "train/clip_stage.py", "eps=1e-6", "eps=1e-8", OPTIMIZER + "write_out-clip"
+    ),
     Mutant("beta1", "optim/optimizer.py", "b1: float = 0.9", "b1: float = 0.5", OPTIMIZER + "dvae"),
     Mutant(
         "dvae-temperature",
-        "train/dvae.py",
+        "train/dvae_stage.py",
         "self.temperature(step)",
         "run.temperature_start",
         RUN + "temperature",
     ),
     Mutant(
-        "dvae-kl-schedule", "train/dvae.py", "self.kl_weight(step)", "run.kl_weight", RUN + "kl_"
+        "dvae-kl-schedule",
+        "train/dvae_stage.py",
+        "self.kl_weight(step)",
+        "run.kl_weight",
+        RUN + "kl_",
     ),
     Mutant(
         "dvae-rare-codes",
-        "train/dvae.py",
+        "train/dvae_stage.py",
         "loss += run.rare_code_weight * per_value",
         "loss += 10.0 * per_value",
         RUN + "rare_code",
     ),
     Mutant(
         "vqgan-commitment",
-        "train/vqgan.py",
+        "train/vqgan_stage.py",
         "commitment=run.commitment",
         "commitment=0.25",
         RUN + "commitment",
     ),
     Mutant(
         "vqgan-adversarial-start",
-        "train/vqgan.py",
+        "train/vqgan_stage.py",
         "step < run.adversarial_start",
         "step < 0",
         RUN + "adversarial_start",
     ),
-    Mutant("prior-remat", "train/prior.py", "remat=run.remat", "remat=False", RUN + "prior-remat"),
-    Mutant("clip-shift", "train/clip.py", "if run.shift:", "if False:", RUN + "clip-shift"),
+    Mutant(
+        "prior-remat", "train/prior_stage.py", "remat=run.remat", "remat=False", RUN + "prior-remat"
+    ),
+    Mutant("clip-shift", "train/clip_stage.py", "if run.shift:", "if False:", RUN + "clip-shift"),
     Mutant(
         "progressive-order-ignored",
-        "train/progressive.py",
+        "train/progressive_stage.py",
         "self.run.order, key_order",
         '"random", key_order',
         RUN + "progressive-order",
@@ -297,7 +309,7 @@ MUTANTS = [
         "losses.py",
         "to_codes + commitment *",
         "commitment * to_codes +",
-        "train/test_vqgan.py -k pulled",
+        "train/test_vqgan_stage.py -k pulled",
     ),
     Mutant(
         "equal-captions-are-wrong",
@@ -365,24 +377,24 @@ MUTANTS = [
     # Networks
     Mutant(
         "rows-and-columns-exchanged",
-        "models/transformer.py",
+        "models/autoregressive_prior.py",
         'self.embed["row"][position // G] + self.embed["column"][position % G]',
         'self.embed["column"][position // G] + self.embed["row"][position % G]',
         GOLDEN + "[people-prior]",
     ),
     Mutant(
         "pads-look-like-tokens",
-        "models/transformer.py",
+        "models/autoregressive_prior.py",
         "(text < V)[..., None], token",
         "(text <= V)[..., None], token",
-        "models/test_transformer.py -k pad",
+        "models/test_autoregressive_prior.py -k pad",
     ),
     Mutant(
         "initial-residual-branches",
-        "models/prior_parts.py",
+        "models/prior_config.py",
         "residual = (2 * L) ** -0.5",
         "residual = L**-0.5",
-        "models/test_transformer.py -k initial",
+        "models/test_autoregressive_prior.py -k initial",
     ),
     Mutant(
         "row-mask",
@@ -428,17 +440,17 @@ MUTANTS = [
     ),
     Mutant(
         "cache-reach",
-        "models/cache.py",
+        "models/kv_cache.py",
         "position % ((query - key).max() + 1)",
         "position % (query - key).max()",
-        "models/test_cache.py",
+        "models/test_kv_cache.py",
     ),
     Mutant(
         "cache-scale",
-        "models/cache.py",
+        "models/kv_cache.py",
         "rows(query * H**-0.5)",
         "rows(query)",
-        "models/test_transformer.py -k dense_layers",
+        "models/test_autoregressive_prior.py -k dense_layers",
     ),
     Mutant(
         "dvae-gain",
@@ -578,7 +590,7 @@ MUTANTS = [
         "train/state.py",
         "_unless(~well, opt_state, state.opt_state)",
         "opt_state",
-        "train/test_scaling.py",
+        "train/test_resblock_scaling.py",
     ),
     Mutant(
         "rounds-down",
@@ -618,7 +630,7 @@ MUTANTS = [
     ),
     Mutant(
         "old-settings-have-no-defaults",
-        "train/differences.py",
+        "train/checkpoint_diff.py",
         "saved.get(key, defaults.get(key))",
         "saved.get(key)",
         "train/test_checkpoint.py -k default",

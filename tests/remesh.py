@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, whole
 from dalle_jax.parallel.processes import ProcessConfig, join
-from dalle_jax.parallel.rules import shardings
+from dalle_jax.parallel.sharding_rules import shardings
 from dalle_jax.train import manifest
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints

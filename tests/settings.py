@@ -121,7 +121,7 @@ ELSEWHERE = {
         for field in ("optimizer", "muon_learning_rate")
     },
     **{
-        (stage, "grad_dtype"): "needs half precision: tests/train/test_prior.py"
+        (stage, "grad_dtype"): "needs half precision: tests/train/test_prior_stage.py"
         for stage in ("prior", "progressive")
     },
 }

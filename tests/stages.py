@@ -12,12 +12,12 @@ import tiny
 
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.train import experiment
-from dalle_jax.train.clip import ClipRun, ClipStage
-from dalle_jax.train.dvae import DVAERun, DVAEStage
+from dalle_jax.train.clip_stage import ClipRun, ClipStage
+from dalle_jax.train.dvae_stage import DVAERun, DVAEStage
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorRun, PriorStage
-from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage
-from dalle_jax.train.vqgan import VQGANRun, VQGANStage
+from dalle_jax.train.prior_stage import PriorRun, PriorStage
+from dalle_jax.train.progressive_stage import ProgressiveRun, ProgressiveStage
+from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 LOOP = LoopConfig(steps=12)
 RATES = {"learning_rate": 0.1, "learning_rate_end": 0.01, "warmup_steps": 3, "weight_decay": 0.2}

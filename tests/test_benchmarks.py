@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.state import Stage
 

@@ -20,11 +20,11 @@ from dalle_jax.generate import folder as files
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.parallel.powersgd import PowerSGDConfig
-from dalle_jax.train.clip import ClipRun
-from dalle_jax.train.dvae import DVAERun
+from dalle_jax.train.clip_stage import ClipRun
+from dalle_jax.train.dvae_stage import DVAERun
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorRun
-from dalle_jax.train.vqgan import VQGANRun
+from dalle_jax.train.prior_stage import PriorRun
+from dalle_jax.train.vqgan_stage import VQGANRun
 
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 

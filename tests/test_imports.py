@@ -24,6 +24,7 @@ ROOMS = {
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets are drawn, and models written, by what users call
     | {"compiled", "memory", "terminal"},
+    "planner": {"parallel", "models", "train"},
     "evaluate": {"image", "text", "precision", "losses", "models", "data", "generate", "weights"},
     "serve": {"image", "generate"},
     "__init__": {"compiled", "memory", "generate"},

@@ -12,7 +12,7 @@ from dalle_jax.image.pixels import PictureError
 from dalle_jax.terminal import bar, complaints, show_log_lines
 from dalle_jax.text.bpe import TextError
 from dalle_jax.train.checkpoint import CheckpointError
-from dalle_jax.train.window import NonFiniteError
+from dalle_jax.train.metrics_buffer import NonFiniteError
 from dalle_jax.weights.torch_file import WeightsError
 
 

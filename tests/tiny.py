@@ -9,11 +9,11 @@ import numpy as np
 from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.models import progressive_prior
+from dalle_jax.models.autoregressive_prior import Prior
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAE, DVAEConfig
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
-from dalle_jax.models.transformer import Prior
 from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 from dalle_jax.text.bpe import Tokenizer
 

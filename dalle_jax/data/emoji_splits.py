@@ -1,7 +1,7 @@
 """Who trains and who is held out: the splits of the emoji, the same on every machine.
 
 A *family* is the set of concepts that must stay together: those that share a picture or a name, or
-that are the person, man and woman of one role. Other words are those of `data/drawings.py`.
+that are the person, man and woman of one role. Other words are those of `data/emoji_svgs.py`.
 """
 
 import collections
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from dalle_jax.data.drawings import PACKAGES, TONES, Cell, Picture, role
+from dalle_jax.data.emoji_svgs import PACKAGES, TONES, Cell, Picture, role
 from dalle_jax.data.record import SourceError
 
 SPLITS = ("train", "validation", "heldout_style", "heldout_cell")

@@ -8,10 +8,10 @@ import os
 
 import numpy as np
 
-from dalle_jax.data.filters import Filters
 from dalle_jax.data.folder_index import FolderIndex, open_index
-from dalle_jax.data.listing import PICTURE_SUFFIXES, TABLES, Listing, list_folder
+from dalle_jax.data.folder_listing import PICTURE_SUFFIXES, TABLES, Listing, list_folder
 from dalle_jax.data.record import DamagedRecordError, DataSource, Record, SourceError
+from dalle_jax.data.record_filters import Filters
 
 __all__ = [
     "PICTURE_SUFFIXES",

@@ -9,7 +9,7 @@ import collections
 import hashlib
 from collections.abc import Callable
 
-from dalle_jax.data.drawings import drawings, role
+from dalle_jax.data.emoji_svgs import drawings, role
 from dalle_jax.data.sources import DataSource, Record
 from dalle_jax.evaluate.composition import Case
 

@@ -14,9 +14,9 @@ from dalle_jax.evaluate.drawing import PART, Part
 from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import decibels
 from dalle_jax.losses import prior_loss
+from dalle_jax.models.autoregressive_prior import Prior
 from dalle_jax.models.codec import code_use
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.prior_config import PriorConfig
 
 
 def tokenizer_quality(model: Model, parts: Iterable[Part]) -> dict[str, float | int]:

@@ -107,7 +107,7 @@ def open_emoji(split: str, *, px: int) -> DataSource:
 
 def _open(folder: Path, split: str | None, usual: str | None) -> DataSource:
     if (folder / "dataset_info.json").is_file():
-        from dalle_jax.data.prepared import PreparedSource
+        from dalle_jax.data.tfds_source import PreparedSource
 
         return PreparedSource(folder, split or usual or "validation")
     return FolderSource(folder, split=split)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Int, Key
 
 from dalle_jax.errors import UserError
 from dalle_jax.generate.drawing import check_options, drawn, empty_captions
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.autoregressive_prior import Prior
+from dalle_jax.models.prior_config import PriorConfig
 
 
 def sample(

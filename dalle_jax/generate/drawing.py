@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.errors import UserError
 from dalle_jax.generate.filters import filter_logits
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 
 

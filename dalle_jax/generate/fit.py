@@ -12,9 +12,9 @@ import jax
 from dalle_jax.generate import folder as files
 from dalle_jax.generate.folder import ModelError, Tensors
 from dalle_jax.models import codec as codecs
-from dalle_jax.models import progressive_prior, transformer
+from dalle_jax.models import progressive_prior
 from dalle_jax.models.codec import CodecConfig
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 
 DECODERS = {"prior": "autoregressive", "progressive": "progressive"}

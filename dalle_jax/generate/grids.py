@@ -15,8 +15,8 @@ from jaxtyping import Array, Int, Key, UInt32
 from dalle_jax.errors import UserError
 from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate.batching import rectangles
-from dalle_jax.models.cache import layout
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.kv_cache import layout
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption

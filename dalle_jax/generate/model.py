@@ -36,9 +36,9 @@ from dalle_jax.image import pixels
 from dalle_jax.image.sheet import PAPER
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
-from dalle_jax.parallel.rules import PRIOR, shardings
+from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
 
 Decoder = Literal["autoregressive", "progressive"]

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from dalle_jax.errors import UserError
 from dalle_jax.models.attention import dense
 from dalle_jax.models.layers import cut, init_norm, layer, layer_norm, project
-from dalle_jax.models.prior_parts import check_lengths, init_stack, init_tables
+from dalle_jax.models.prior_config import check_lengths, init_stack, init_tables
 
 
 @dataclass(frozen=True, kw_only=True)

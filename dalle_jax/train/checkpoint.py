@@ -28,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dalle_jax.errors import UserError
 from dalle_jax.parallel.processes import agreed, is_leader, where
-from dalle_jax.train import differences, manifest
+from dalle_jax.train import checkpoint_diff, manifest
 from dalle_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class Checkpoints:
             writing.result()  # in process 0 after all have written theirs
             if is_leader():
                 read = ocp.checkpointables_metadata(unfinished).metadata
-                if reason := differences.of_arrays(read, shapes):
+                if reason := checkpoint_diff.of_arrays(read, shapes):
                     raise CheckpointError(f"it cannot be read back: {reason}")
                 for name, text in texts.items():  # the settings last
                     (unfinished / name).write_text(text)
@@ -311,13 +311,15 @@ class Checkpoints:
         if step is not None:
             path = self.folder / f"{step:06d}"
             saved = json.loads((path / "settings.json").read_text())
-            if changes := differences.of_settings(saved, settings or {}, defaults or {}):
+            if changes := checkpoint_diff.of_settings(saved, settings or {}, defaults or {}):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.folder} was made with other settings: "
                     f"{'; '.join(changes)}; set them back, or choose another folder for a new run"
                 )
             wanted = _items(template)
-            if reason := differences.of_arrays(ocp.checkpointables_metadata(path).metadata, wanted):
+            if reason := checkpoint_diff.of_arrays(
+                ocp.checkpointables_metadata(path).metadata, wanted
+            ):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.folder} does not fit this model and "
                     f"optimizer: {reason}; use those it was made with, or another folder"

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Float16, Int32, UInt8
 
-from dalle_jax.data import shards
+from dalle_jax.data import code_shards
 from dalle_jax.data.batches import once
 from dalle_jax.data.sources import TABLES, DataSource, FolderSource, Record, SourceError
 from dalle_jax.generate.model import Model
@@ -27,7 +27,7 @@ from dalle_jax.image.pixels import encode_png
 from dalle_jax.models import codec as codecs
 from dalle_jax.parallel.processes import is_leader, where
 from dalle_jax.terminal import bar
-from dalle_jax.train import content
+from dalle_jax.train import data_digest
 from dalle_jax.train.lock import locked
 from dalle_jax.train.loop import DataIterator
 
@@ -151,17 +151,17 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
             with _together():
                 if is_leader():
                     shard_files.write_manifest(ranges)
-    return shards.CodeSource(folder, codec_fingerprint=model.codec_fingerprint)
+    return code_shards.CodeSource(folder, codec_fingerprint=model.codec_fingerprint)
 
 
 def _ranges(source, folder, fingerprint):
     """How records are divided among shards, and how they were; another codec is refused."""
     old = None
     if (folder / "manifest.json").exists():
-        old = shards.CodeSource(folder, codec_fingerprint=fingerprint).meta.get("ranges")
+        old = code_shards.CodeSource(folder, codec_fingerprint=fingerprint).meta.get("ranges")
     if old is not None and old[-1][1] == len(source):
         return old, old
-    most = min(shards.SHARD_RECORDS, math.ceil(len(source) / jax.process_count()))
+    most = min(code_shards.SHARD_RECORDS, math.ceil(len(source) / jax.process_count()))
     starts = range(0, len(source), most)
     return [[start, min(start + most, len(source))] for start in starts], old
 
@@ -193,12 +193,12 @@ class _Shards:
         made_of = {
             "codec": self._model.codec_fingerprint,
             "range": ends,
-            "quick": content.quick(self._source, records),
+            "quick": data_digest.quick(self._source, records),
         }
         note = self._note(number)
         if note is not None and made_of.items() <= note.items():
             return False
-        made_of["full"] = content.full(self._source, records)
+        made_of["full"] = data_digest.full(self._source, records)
         same = ("codec", "range", "full")
         if note is None or any(note[key] != made_of[key] for key in same):
             if self._encoder is None:
@@ -207,7 +207,7 @@ class _Shards:
             (self._folder / "manifest.json").unlink(missing_ok=True)  # it is whole no longer
             part = _Part(self._source, ends)
             coded = _records(part, self._encoder, self._model.px)
-            shard = shards.write_shard(self._folder, number, coded, grid=self._model.grid)
+            shard = code_shards.write_shard(self._folder, number, coded, grid=self._model.grid)
         else:
             shard = note["shard"]  # the files have only been copied
         path = self._note_path(number)
@@ -220,7 +220,7 @@ class _Shards:
         """Makes of the shards a finished folder, without those of a longer one before."""
         written = [self._note(number)["shard"] for number in range(len(ranges))]
         meta = {"codec": self._model.codec_fingerprint, "ranges": ranges}
-        shards.write_manifest(self._folder, written, grid=self._model.grid, meta=meta)
+        code_shards.write_manifest(self._folder, written, grid=self._model.grid, meta=meta)
         names = {shard["file"] for shard in written}
         for path in self._folder.glob("codes-*.array_record*"):
             if path.name.removesuffix(".json") not in names:
@@ -283,7 +283,7 @@ def reconstructed(source: DataSource, model: Model, folder: Path) -> FolderSourc
       CheckpointError: if another run works there.
     """
     with locked(folder):
-        state = content.quick(source, range(len(source)))
+        state = data_digest.quick(source, range(len(source)))
         folder = folder / f"{model.codec_fingerprint[:12]}-{state[:12]}"
         table = folder / TABLES[0]
         if not where(is_leader() and table.exists()):

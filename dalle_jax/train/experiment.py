@@ -31,16 +31,16 @@ from dalle_jax.parallel.mesh import whole
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import SMALLEST_VOCABULARY, TextError, Tokenizer
-from dalle_jax.train import differences, loop
-from dalle_jax.train.clip import ClipRun, ClipStage
-from dalle_jax.train.dvae import DVAERun, DVAEStage
+from dalle_jax.train import checkpoint_diff, loop
+from dalle_jax.train.clip_stage import ClipRun, ClipStage
+from dalle_jax.train.dvae_stage import DVAERun, DVAEStage
 from dalle_jax.train.encode import EncodedBatches, encoded, reconstructed
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
-from dalle_jax.train.prior import PriorRun, PriorStage
-from dalle_jax.train.progressive import ProgressiveRun, ProgressiveStage, progressive_run
-from dalle_jax.train.tokenizer import tokenizer_of
-from dalle_jax.train.vqgan import VQGANRun, VQGANStage
+from dalle_jax.train.prior_stage import PriorRun, PriorStage
+from dalle_jax.train.progressive_stage import ProgressiveRun, ProgressiveStage, progressive_run
+from dalle_jax.train.run_tokenizer import tokenizer_of
+from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 log = logging.getLogger(__name__)
 
@@ -422,7 +422,7 @@ def _settings(run: Any) -> dict:
 
 def _defaults(run: Any) -> dict:
     """What those settings stand for that a checkpoint is too old to have."""
-    return _in_two(differences.defaults(run))
+    return _in_two(checkpoint_diff.defaults(run))
 
 
 def _in_two(fields: dict) -> dict:

@@ -17,17 +17,17 @@ import jax
 
 from dalle_jax.errors import UserError
 from dalle_jax.image.sheet import save_png
-from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, greatest, make_mesh, place_batch, whole
 from dalle_jax.parallel.powersgd import PowerSGDConfig
+from dalle_jax.parallel.powersgd_groups import Groups
 from dalle_jax.parallel.processes import is_leader
-from dalle_jax.train import differences
+from dalle_jax.train import checkpoint_diff
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.lock import locked
 from dalle_jax.train.log import MetricsLog, ProgressLog
+from dalle_jax.train.metrics_buffer import Window
 from dalle_jax.train.state import Stage, TrainState
-from dalle_jax.train.window import Window
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def train(
     """
     workdir = Path(workdir)
     settings = {"stage": stage.name} | settings
-    fixed = differences.without(settings, may_change)
+    fixed = checkpoint_diff.without(settings, may_change)
     mesh = make_mesh(config.mesh)
     groups = None if config.powersgd.rank is None else Groups(config.powersgd, mesh)
     create, key = partial(state_lib.create, stage, groups=groups), jax.random.key(config.seed)

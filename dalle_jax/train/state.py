@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from dalle_jax.errors import UserError
-from dalle_jax.parallel import rules as rules_lib
-from dalle_jax.parallel.groups import Groups
-from dalle_jax.parallel.rules import Rules
-from dalle_jax.train.scaling import ResblockScaling
+from dalle_jax.parallel import sharding_rules
+from dalle_jax.parallel.powersgd_groups import Groups
+from dalle_jax.parallel.sharding_rules import Rules
+from dalle_jax.train.resblock_scaling import ResblockScaling
 
 Batch = PyTree  # a dict of arrays, each with the batch B as first axis
 Metrics = dict[str, Array]  # names to f32 scalars
@@ -123,7 +123,7 @@ def shardings(
     state: TrainState, mesh: Mesh, rules: Rules, groups: Groups | None = None
 ) -> TrainState:
     """Says where each array of a state lies; takes the state or its shapes."""
-    places = rules_lib.shardings(state.replace(powersgd=()), mesh, rules)
+    places = sharding_rules.shardings(state.replace(powersgd=()), mesh, rules)
     return places.replace(powersgd=groups.places(places.params) if groups else ())
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from dalle_jax.models.attention import blocked
-from dalle_jax.models.cache import layout
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.kv_cache import layout
+from dalle_jax.models.prior_config import PriorConfig
 
 
 class Multiplications(NamedTuple):

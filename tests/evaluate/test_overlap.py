@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.data.drawings import distinct_pictures, drawings, render
+from dalle_jax.data.emoji_svgs import distinct_pictures, drawings, render
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import overlap
 from dalle_jax.evaluate.overlap import PX, Pictures, changed, find_overlap, open_pictures, sheet

@@ -20,7 +20,7 @@ from dalle_jax.evaluate.studies import Bench, best_of, blurred, rerank_study, sc
 from dalle_jax.evaluate.suites import Suite
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.losses import prior_loss
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.autoregressive_prior import Prior
 
 CAPTIONS = ("red apple", "blue heart", "crying cat", "green apple", "a cat", "apple")
 PLAN = Plan(

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dalle_jax.data.prepared import PreparedSource
 from dalle_jax.data.sources import SourceError
+from dalle_jax.data.tfds_source import PreparedSource
 from dalle_jax.evaluate import suites
 from dalle_jax.evaluate.suites import open_suite
 from dalle_jax.image.pixels import encode_png

@@ -10,8 +10,8 @@ import pytest
 
 from dalle_jax.generate import autoregressive
 from dalle_jax.generate.autoregressive import sample
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior
+from dalle_jax.models.autoregressive_prior import Prior
+from dalle_jax.models.prior_config import PriorConfig
 
 # four layers hold every kind: row, column, row, conv
 TINY = PriorConfig(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from dalle_jax.models import dvae, layers, progressive_prior, transformer, vqgan
+from dalle_jax.models import dvae, layers, progressive_prior, vqgan
 from dalle_jax.models.clip import CLIP
 from dalle_jax.models.dvae import DVAE
 from dalle_jax.models.progressive_prior import ProgressiveConfig

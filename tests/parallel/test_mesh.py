@@ -16,10 +16,10 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.models.prior_parts import PUBLISHED
-from dalle_jax.models.transformer import draw_params
+from dalle_jax.models.autoregressive_prior import draw_params
+from dalle_jax.models.prior_config import PUBLISHED
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh
-from dalle_jax.parallel.rules import PRIOR, shardings
+from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 
 
 @pytest.fixture(scope="module")

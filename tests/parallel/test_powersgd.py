@@ -19,11 +19,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.models.prior_parts import PUBLISHED
+from dalle_jax.models.prior_config import PUBLISHED
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.mesh import DATA, FSDP, MeshConfig, make_mesh
 from dalle_jax.parallel.powersgd import PowerSGDConfig, PowerSGDState, from_matrices, to_matrices
-from dalle_jax.parallel.rules import PRIOR
+from dalle_jax.parallel.sharding_rules import PRIOR
 
 M, L, D, N, H, F = 2, 2, 4, 2, 2, 8
 KERNELS = {

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh
-from dalle_jax.train import differences, manifest
+from dalle_jax.train import checkpoint_diff, manifest
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.state import TrainState
 
@@ -270,7 +270,7 @@ class Outer:
 def test_a_setting_that_a_checkpoint_lacks_has_its_default(folder):
     # SETTINGS, as saved, have neither model.gain nor kinds
     def restored(outer):
-        settings, defaults = dataclasses.asdict(outer), differences.defaults(outer)
+        settings, defaults = dataclasses.asdict(outer), checkpoint_diff.defaults(outer)
         return Checkpoints(folder).restore(state_at(0), settings=settings, defaults=defaults)
 
     assert restored(Outer())[0] == 30

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from dalle_jax.data import shards
+from dalle_jax.data import code_shards
 from dalle_jax.data.batches import batches, once
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.data.sources import FolderSource, SourceError
@@ -50,7 +50,7 @@ def write_picture(path, seed):
 def made(monkeypatch):
     """Numbers of the shards that are written."""
     numbers = []
-    write = shards.write_shard
+    write = code_shards.write_shard
 
     def written(folder, number, *rest, **options):
         numbers.append(number)

@@ -4,14 +4,14 @@ import dataclasses
 import json
 
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train import differences
-from dalle_jax.train.clip import ClipRun
-from dalle_jax.train.dvae import DVAERun
+from dalle_jax.train import checkpoint_diff
+from dalle_jax.train.clip_stage import ClipRun
+from dalle_jax.train.dvae_stage import DVAERun
 from dalle_jax.train.experiment import MAY_CHANGE, _settings, _summary
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorRun
-from dalle_jax.train.tokenizer import tokenizer_of
-from dalle_jax.train.vqgan import VQGANRun
+from dalle_jax.train.prior_stage import PriorRun
+from dalle_jax.train.run_tokenizer import tokenizer_of
+from dalle_jax.train.vqgan_stage import VQGANRun
 
 
 def names(settings, beginning=""):
@@ -33,9 +33,9 @@ def test_a_run_goes_on_with_these_settings_changed_and_no_others():
     for run in (DVAERun(), VQGANRun(), PriorRun(), ClipRun()):
         saved = json.loads(json.dumps(_settings(run)))
         for name in names(saved):
-            now = differences.without(changed(saved, name), MAY_CHANGE)
-            if differences.of_settings(saved, now):
-                (said,) = differences.of_settings(saved, now)
+            now = checkpoint_diff.without(changed(saved, name), MAY_CHANGE)
+            if checkpoint_diff.of_settings(saved, now):
+                (said,) = checkpoint_diff.of_settings(saved, now)
                 assert said.startswith(f"{name} was ")
             else:
                 allowed.add(name)
@@ -51,7 +51,8 @@ def test_a_run_goes_on_with_these_settings_changed_and_no_others():
 def test_settings_left_out_stay_in_the_original():
     settings = dataclasses.asdict(PriorRun())
     assert (
-        "steps" not in differences.without(settings, ["loop.steps", "absent", "loop.x.y"])["loop"]
+        "steps"
+        not in checkpoint_diff.without(settings, ["loop.steps", "absent", "loop.x.y"])["loop"]
     )
     assert settings["loop"]["steps"] == 430_000
 

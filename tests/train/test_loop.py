@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import LoopConfig, train
+from dalle_jax.train.metrics_buffer import NonFiniteError
 from dalle_jax.train.state import Stage
-from dalle_jax.train.window import NonFiniteError
 
 
 class Mlp(Stage):

@@ -5,13 +5,13 @@ import optax
 import pytest
 import tiny
 
-from dalle_jax.train.clip import ClipStage, short_clip_run
-from dalle_jax.train.dvae import DVAEStage, short_dvae_run
+from dalle_jax.train.clip_stage import ClipStage, short_clip_run
+from dalle_jax.train.dvae_stage import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorStage, short_prior_run
-from dalle_jax.train.progressive import ProgressiveStage, progressive_run
+from dalle_jax.train.prior_stage import PriorStage, short_prior_run
+from dalle_jax.train.progressive_stage import ProgressiveStage, progressive_run
 from dalle_jax.train.state import create
-from dalle_jax.train.vqgan import VQGANRun, VQGANStage
+from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 LOOP = LoopConfig(steps=100)
 CODEC = {"start_images": lambda: None, "validation": lambda: iter(())}

@@ -86,7 +86,7 @@ def _spec(name, leaf, mesh, rules):
     if spec is None:
         raise ValueError(
             f"no rule says where {name} {list(leaf.shape)} lies on the mesh; add one for it to "
-            "dalle_jax/parallel/rules.py"
+            "dalle_jax/parallel/sharding_rules.py"
         )
     axes = list(spec)
     for i, axis in enumerate(axes):

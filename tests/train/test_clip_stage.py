@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from dalle_jax.parallel.powersgd import PowerSGDConfig
-from dalle_jax.train.clip import ClipRun, ClipStage, _shifted, short_clip_run
+from dalle_jax.train.clip_stage import ClipRun, ClipStage, _shifted, short_clip_run
 from dalle_jax.train.loop import LoopConfig
 
 CONFIG, PARAMS = tiny.clip_parts()["config"], tiny.clip_parts()["params"]

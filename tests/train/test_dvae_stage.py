@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.train.codec import windows
-from dalle_jax.train.dvae import DVAERun, DVAEStage, short_dvae_run
+from dalle_jax.train.codec_stage import windows
+from dalle_jax.train.dvae_stage import DVAERun, DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 
 SIZES = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)

@@ -1,6 +1,6 @@
 """What devices send is read from a program's text, in all the forms that XLA writes."""
 
-from dalle_jax.parallel.collectives import Collective, collectives
+from dalle_jax.planner.collectives import Collective, collectives
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 

@@ -6,7 +6,7 @@ Source: Ramesh et al. 2021, section 2.4 and appendix D.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from dalle_jax.models.prior_parts import BRANCHES
+from dalle_jax.models.prior_config import BRANCHES
 from dalle_jax.precision import grad_scale
 from dalle_jax.precision.grad_scale import ScaleConfig, ScaleState
 

@@ -11,7 +11,7 @@ from dalle_jax.models.discriminator import Discriminator, draw_params
 from dalle_jax.models.vqgan import VQGANConfig, nearest
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.state import create, update_step
-from dalle_jax.train.vqgan import VQGANRun, VQGANStage
+from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 SIZES = VQGANConfig(
     width=4, multipliers=(1, 2), blocks_per_group=1, attention=(), z_width=4, codes=8, code_width=4

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle_jax.models.autoregressive_prior import Prior, draw_params
 from dalle_jax.models.masks import attention_mask, layer_kinds
-from dalle_jax.models.prior_parts import PUBLISHED, PriorConfig
-from dalle_jax.models.transformer import Prior, draw_params
+from dalle_jax.models.prior_config import PUBLISHED, PriorConfig
 
 # four layers hold every kind: row, column, row, conv
 TINY = PriorConfig(
@@ -177,7 +177,7 @@ def _reachable(config):
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "dense"])
 def test_one_layer_passes_exactly_what_its_mask_shows(kind, monkeypatch):
     config = dataclasses.replace(TINY, depth=1, grid=4)
-    monkeypatch.setattr("dalle_jax.models.prior_parts.layer_kinds", lambda depth: (kind,) * depth)
+    monkeypatch.setattr("dalle_jax.models.prior_config.layer_kinds", lambda depth: (kind,) * depth)
     monkeypatch.setitem(globals(), "layer_kinds", lambda depth: (kind,) * depth)
     np.testing.assert_array_equal(_influence(config), _reachable(config))
 

@@ -17,17 +17,17 @@ import tyro
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.losses import prior_loss, prior_mean
+from dalle_jax.models.autoregressive_prior import Prior, draw_params
 from dalle_jax.models.layers import matrices
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior, draw_params
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import along_batch, look_up
-from dalle_jax.parallel.rules import MUON, PRIOR, moved
+from dalle_jax.parallel.sharding_rules import MUON, PRIOR, moved
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.scaling import ResblockScaling
+from dalle_jax.train.resblock_scaling import ResblockScaling
 from dalle_jax.train.state import Stage
 
 

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
 from dalle_jax.errors import UserError
-from dalle_jax.models.prior_parts import PriorConfig
-from dalle_jax.models.transformer import Prior, draw_params
+from dalle_jax.models.autoregressive_prior import Prior, draw_params
+from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel import powersgd
-from dalle_jax.parallel.collectives import Collective, collectives
 from dalle_jax.parallel.mesh import BATCH, DATA, FSDP, TENSOR, make_mesh
 from dalle_jax.parallel.powersgd import PowerSGDConfig
-from dalle_jax.parallel.rules import shardings
+from dalle_jax.parallel.sharding_rules import shardings
+from dalle_jax.planner.collectives import Collective, collectives
 from dalle_jax.train import state as state_lib
-from dalle_jax.train.prior import PriorRun, PriorStage
+from dalle_jax.train.prior_stage import PriorRun, PriorStage
 
 GiB = 2**30  # what data sheets call GB of memory
 USABLE = 0.9  # of a device's memory; the rest goes to the runtime, its programs and fragments

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dalle_jax.models.cache import layout
+from dalle_jax.models.kv_cache import layout
 from dalle_jax.models.masks import attention_mask
 
 KINDS = ["dense", "row", "column", "conv"]

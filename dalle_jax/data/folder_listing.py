@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from dalle_jax.data.caption_tables import read_csv, read_jsonl, read_lines
 from dalle_jax.data.record import SourceError, printable
-from dalle_jax.data.tables import read_csv, read_jsonl, read_lines
 from dalle_jax.text.caption import normalize_caption
 
 PICTURE_SUFFIXES = (*(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),)

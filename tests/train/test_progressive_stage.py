@@ -11,10 +11,10 @@ import tiny
 
 from dalle_jax.generate.progressive import filled
 from dalle_jax.models.progressive_prior import ProgressivePrior, draw_params
+from dalle_jax.train.cell_orders import order_scores, ranks
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.orders import order_scores, ranks
-from dalle_jax.train.prior import short_prior_run
-from dalle_jax.train.progressive import ProgressiveStage, draw_stages, progressive_run
+from dalle_jax.train.prior_stage import short_prior_run
+from dalle_jax.train.progressive_stage import ProgressiveStage, draw_stages, progressive_run
 
 PARTS = tiny.progressive_parts()
 CONFIG, RANDOM = PARTS["progressive"], PARTS["progressive_params"]

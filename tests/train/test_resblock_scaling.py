@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.transformer import PriorConfig
+from dalle_jax.models.autoregressive_prior import PriorConfig
 from dalle_jax.train import state as state_lib
 
 MODEL = PriorConfig(**eight.PRIOR, attention="dense")  # one kind of layer compiles in a third

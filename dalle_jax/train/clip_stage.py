@@ -22,7 +22,7 @@ from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import along_batch
-from dalle_jax.parallel.rules import CLIP as CLIP_RULES
+from dalle_jax.parallel.sharding_rules import CLIP as CLIP_RULES
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.state import Stage
 

@@ -25,9 +25,9 @@ from dalle_jax.models.layers import matrices
 from dalle_jax.optim.muon import Muon
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.parallel import powersgd
-from dalle_jax.parallel.groups import Groups
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig
+from dalle_jax.parallel.powersgd_groups import Groups
 from dalle_jax.precision.grad_scale import ScaleState, leave
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints

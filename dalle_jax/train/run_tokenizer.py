@@ -14,7 +14,7 @@ from dalle_jax.generate.folder import TOKENIZER
 from dalle_jax.parallel.processes import is_leader, leader_first
 from dalle_jax.terminal import bar
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train import content
+from dalle_jax.train import data_digest
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def tokenizer_of(source: DataSource, *, vocabulary: int, folder: Path) -> Tokeni
     path, note = folder / TOKENIZER, folder / "tokenizer.json"
     with leader_first("tokenizer"):
         if is_leader():
-            made_of = {"captions": content.of_captions(source), "vocabulary": vocabulary}
+            made_of = {"captions": data_digest.of_captions(source), "vocabulary": vocabulary}
             if not path.is_file() or _read(note) != made_of:
                 if path.is_file():
                     log.info("captions or vocabulary have changed; the tokenizer is learned anew")

@@ -3,7 +3,7 @@ import unicodedata
 
 import pytest
 
-from dalle_jax.data.listing import list_folder, scan
+from dalle_jax.data.folder_listing import list_folder, scan
 from dalle_jax.data.record import SourceError
 
 

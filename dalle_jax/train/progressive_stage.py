@@ -14,8 +14,8 @@ from jaxtyping import Array, Int, Key
 from dalle_jax.generate.progressive import DOUBT, doubts, filled
 from dalle_jax.losses import cross_entropy
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
-from dalle_jax.train.orders import Order, order_scores, ranks
-from dalle_jax.train.prior import PriorRun, PriorStage
+from dalle_jax.train.cell_orders import Order, order_scores, ranks
+from dalle_jax.train.prior_stage import PriorRun, PriorStage
 
 STAGES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of stages that training draws from
 WRONG = 0.1  # share of a held-out picture's codes that are replaced to see what is repaired

@@ -8,8 +8,8 @@ import tiny
 
 from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorRun, PriorStage, short_prior_run
-from dalle_jax.train.progressive import ProgressiveRun
+from dalle_jax.train.prior_stage import PriorRun, PriorStage, short_prior_run
+from dalle_jax.train.progressive_stage import ProgressiveRun
 
 SLOTS = tiny.parts()["prior"].text_length - 1
 

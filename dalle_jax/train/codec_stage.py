@@ -16,7 +16,7 @@ from dalle_jax.image.pixels import decibels
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
-from dalle_jax.parallel.rules import CODEC
+from dalle_jax.parallel.sharding_rules import CODEC
 from dalle_jax.train.state import Stage
 
 log = logging.getLogger(__name__)

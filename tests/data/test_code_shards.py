@@ -5,10 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from dalle_jax.data import shards
 from dalle_jax.data.batches import batches
+from dalle_jax.data.code_shards import CodeSource, write_codes
 from dalle_jax.data.record import DamagedRecordError, SourceError
-from dalle_jax.data.shards import CodeSource, write_codes
 
 CODEC = "c" * 64
 

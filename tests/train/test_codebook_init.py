@@ -8,7 +8,7 @@ import pytest
 
 from dalle_jax.image.pixels import map_pixels
 from dalle_jax.models.dvae import DVAE, DVAEConfig, draw_params
-from dalle_jax.train.codebook import kmeans_init
+from dalle_jax.train.codebook_init import kmeans_init
 
 CONFIG = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=32, code_width=8)
 

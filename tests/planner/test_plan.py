@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dalle_jax.models.prior_parts import PUBLISHED, PriorConfig
-from dalle_jax.train import plan
+from dalle_jax.models.prior_config import PUBLISHED, PriorConfig
+from dalle_jax.planner import plan
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.prior import PriorRun
+from dalle_jax.train.prior_stage import PriorRun
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "dalle_12b.py"
 SIZES = {"width": 32, "depth": 4, "heads": 4, "text_vocabulary": 40, "text_length": 8}

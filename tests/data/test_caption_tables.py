@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from dalle_jax.data.caption_tables import read_csv, read_jsonl, read_lines
 from dalle_jax.data.record import SourceError
-from dalle_jax.data.tables import read_csv, read_jsonl, read_lines
 
 
 def rows(read, path):

@@ -21,9 +21,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dalle_jax.models.attention import blocked, dense
-from dalle_jax.models.cache import Cache, attend, create, layout
+from dalle_jax.models.kv_cache import Cache, attend, create, layout
 from dalle_jax.models.layers import cut, layer, layer_norm
-from dalle_jax.models.prior_parts import (
+from dalle_jax.models.prior_config import (
     PriorConfig,
     check_lengths,
     init_embeddings,

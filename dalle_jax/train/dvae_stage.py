@@ -18,8 +18,8 @@ from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import on_one_device
-from dalle_jax.train.codebook import kmeans_init
-from dalle_jax.train.codec import CodecStage, check_sides, windows
+from dalle_jax.train.codebook_init import kmeans_init
+from dalle_jax.train.codec_stage import CodecStage, check_sides, windows
 from dalle_jax.train.loop import LoopConfig
 
 

@@ -1,0 +1,1 @@
+"""What a training run needs of its devices, before any is rented."""
