@@ -1,188 +1,190 @@
-"""Reads files of `torch.save` without PyTorch, and without running what a pickle asks for.
+"""Reads files of `torch.save` and TorchScript without PyTorch, and without running what they ask.
 
-A pickle may name any function and call it. Here only the few names that tensors are made of are
-known; they make descriptions of tensors, which are looked up in the file's bytes afterwards. Both
-containers are read: the zip archive (PyTorch 1.6 and later) and the older row of pickles.
+Pickles become descriptions of tensors (`weights.pickles`), which are looked up in the file's bytes
+afterwards. The file is mapped, so that a tensor takes no memory before it is used. Three containers
+are read: the zip archive (PyTorch 1.6 and later), TorchScript's, and the older row of pickles.
 
     zip     NAME/data.pkl, then one stored file NAME/data/KEY for the values of each storage
+    script  the same, with constants.pkl and the program's code, which is left alone
     older   pickles: magic number, version, byte order, the object, the keys of its storages; then
             for each key int64 numel and the values
 """
 
-import collections
 import io
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from dalle_jax.errors import UserError
+from dalle_jax.weights.errors import WeightsError
+from dalle_jax.weights.pickles import DTYPES, Reader, Shell, Storage, Tensor
 
 _MAGIC = 0x1950A86A20F9469CFC6C
+_MOST_TIMES = 4  # that all tensors together may be as large as the file: tied weights count twice
+_LARGEST_PICKLE = 2**26  # bytes; a description of tensors, not their values
 
-_DTYPES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
+Values = Callable[[Storage], np.ndarray]
 
 
-class WeightsError(UserError):
-    """A file of weights that cannot be used, said in one sentence."""
-
-
-class _Storage(NamedTuple):
-    """Values that tensors share: their key in the file, type and number."""
-
-    key: str
-    dtype: str
-    numel: int
-
-
-class _Tensor(NamedTuple):
-    """A view of a storage; offset and strides count values."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def read_torch(path: str | os.PathLike) -> dict[str, Any]:
+def read_torch(path: str | os.PathLike, *, shells: bool = False) -> dict[str, Any]:
     """Reads a dictionary of tensors, such as a state dict, that `torch.save` wrote.
 
     Args:
-      path: the .pt, .pth or .bin file.
+      path: the .pt, .pth, .ckpt, .pkl or .bin file.
+      shells: whether objects of any class may stand in it, as in files of whole modules, of
+        TorchScript and of Lightning. They are read as empty shells, whose code is never run.
     Returns:
-      The dictionary, with read-only numpy arrays in place of tensors. Dictionaries, lists and
-      tuples may hold each other, plain numbers, text and None.
+      The dictionary, with read-only numpy arrays of the mapped file in place of tensors.
+      Dictionaries, lists and tuples may hold each other, plain numbers, text and None. Of a module
+      its parameters and buffers, by their names in its state dict.
     Raises:
       WeightsError: if the file is damaged, or asks for anything besides tensors and plain values.
       OSError: if it cannot be opened.
     """
     path = Path(path)
-    with path.open("rb") as file:
-        try:
-            read = _read_zip if zipfile.is_zipfile(file) else _read_older
-            file.seek(0)
-            found, values = read(file)
-            if not isinstance(found, dict):
-                raise WeightsError(f"it holds a {type(found).__name__}, not a dictionary")
-            return _resolved(found, values)
-        except WeightsError as error:
-            raise WeightsError(f"{path}: {error}") from None
-        except OSError:
-            raise
-        except Exception as error:  # damaged bytes make the readers raise nearly anything
-            raise WeightsError(
-                f"{path} is damaged or not a file of torch.save ({error!r}); fetch it again"
-            ) from error
+    try:
+        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        read = _read_zip if zipfile.is_zipfile(path) else _read_older
+        with path.open("rb") as file:
+            found, values = read(file, content, shells)
+        found = _resolved(found, values, most=_MOST_TIMES * len(content))
+        if isinstance(found, Shell):
+            found = module_tensors(found)
+        if not isinstance(found, dict):
+            raise WeightsError(f"it holds a {type(found).__name__}, not a dictionary")
+        return found
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make the readers raise nearly anything
+        raise WeightsError(
+            f"{path} is damaged or not a file of torch.save ({error!r:.200}); fetch it again"
+        ) from error
 
 
-def _read_zip(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], np.ndarray]]:
+def _read_zip(file: io.BufferedReader, content: np.ndarray, shells: bool) -> tuple[Any, Values]:
     archive = zipfile.ZipFile(file)
-    names = archive.namelist()
-    heads = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    members = {info.filename: info for info in archive.infolist()}
+    heads = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(heads) != 1:
         raise WeightsError(f"it has {len(heads)} files */data.pkl, wanted 1")
     root = heads[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in names:
+    if f"{root}constants.pkl" in members and not shells:
         raise WeightsError("it is a TorchScript program; save its state_dict() with torch.save")
-    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+
+    def stored(name):
+        return _member(content, members[name])
+
+    if f"{root}byteorder" in members and stored(f"{root}byteorder").tobytes() != b"little":
         raise WeightsError("its numbers are big-endian; save it again on another machine")
-    found = _Reader(io.BytesIO(archive.read(heads[0]))).load()
+    head = stored(heads[0])
+    if len(head) > _LARGEST_PICKLE:
+        raise WeightsError(f"its pickle has {len(head)} bytes; at most {_LARGEST_PICKLE} are read")
+    found = Reader(io.BytesIO(head.tobytes()), shells=shells).load()
+    return found, lambda s: stored(f"{root}data/{s.key}").view(DTYPES[s.dtype])
 
-    def values(storage):
-        return np.frombuffer(archive.read(f"{root}data/{storage.key}"), _DTYPES[storage.dtype])
 
-    return found, values
+def _member(content: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
+    """Bytes of a file of the archive, where they lie: none is ever made larger than it is."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise WeightsError(f"{info.filename} is compressed in it, which torch.save never does")
+    head = content[info.header_offset : info.header_offset + 30].tobytes()
+    start = info.header_offset + 30 + int.from_bytes(head[26:28], "little")
+    start += int.from_bytes(head[28:30], "little")
+    if head[:4] != b"PK\3\4" or start + info.file_size > len(content):
+        raise WeightsError(f"{info.filename} is not where its list of files says; it is cut")
+    return content[start : start + info.file_size]
 
 
-def _read_older(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], np.ndarray]]:
-    if _Reader(file).load() != _MAGIC:
+def _read_older(file: io.BufferedReader, content: np.ndarray, shells: bool) -> tuple[Any, Values]:
+    pickled = content[:2].tobytes() == b"\x80\x02"  # of protocol 2
+    if not pickled or Reader(file).load() != _MAGIC:
         raise WeightsError("it does not start like a file of torch.save")
-    _Reader(file).load()  # version of the protocol
-    if not _Reader(file).load()["little_endian"]:
+    Reader(file).load()  # version of the protocol
+    if not Reader(file).load()["little_endian"]:
         raise WeightsError("its numbers are big-endian; save it again on another machine")
-    reader = _Reader(file)
+    reader = Reader(file, shells=shells)
     found = reader.load()
     arrays = {}
-    for key in _Reader(file).load():
-        dtype = np.dtype(_DTYPES[reader.storages[key].dtype])
-        (numel,) = np.frombuffer(file.read(8), "<i8")
-        arrays[key] = np.frombuffer(file.read(int(numel) * dtype.itemsize), dtype)
+    keys = Reader(file).load()
+    at = file.tell()
+    for key in keys:
+        dtype = np.dtype(DTYPES[reader.storages[key].dtype])
+        numel = int.from_bytes(content[at : at + 8].tobytes(), "little")
+        end = at + 8 + numel * dtype.itemsize
+        if end > len(content):
+            raise WeightsError("it ends before its values do; it is cut")
+        arrays[key] = content[at + 8 : end].view(dtype)
+        at = end
     return found, lambda storage: arrays[storage.key]
 
 
-class _Reader(pickle.Unpickler):
-    """Unpickles descriptions of tensors; what they are made by does nothing else."""
-
-    def __init__(self, file):
-        super().__init__(file, encoding="utf-8")
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *rest: _Tensor(
-                storage, offset, tuple(shape), tuple(strides)
-            )
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *rest: tensor
-        if module == "torch" and name in _DTYPES:
-            return name
-        raise WeightsError(
-            f"it asks for {module}.{name}, but only tensors are read; "
-            "save the state_dict() alone with torch.save"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, numel, *view = pid
-        if kind != "storage" or any(part is not None for part in view):
-            raise WeightsError(f"it holds a {kind} of a kind that is not known here")
-        storage = _Storage(key, dtype, numel)
-        self.storages[key] = storage
-        return storage
-
-
-def _resolved(found: Any, values: Callable[[_Storage], np.ndarray]) -> Any:
-    """Puts arrays in place of descriptions; a storage is read once."""
-    arrays: dict[_Storage, np.ndarray] = {}
+def _resolved(found: Any, values: Values, *, most: int) -> Any:
+    """Puts arrays in place of descriptions; what is held twice is looked at once."""
+    seen: dict[int, Any] = {}
+    total = 0
 
     def walk(node):
-        if isinstance(node, _Tensor):
-            if node.storage not in arrays:
-                arrays[node.storage] = values(node.storage)
-            return _view(node, arrays[node.storage])
-        if isinstance(node, dict):
-            return {key: walk(value) for key, value in node.items()}
-        if isinstance(node, list | tuple):
-            return type(node)(walk(value) for value in node)
-        return node
+        nonlocal total
+        if id(node) in seen:
+            return seen[id(node)][1]
+        if isinstance(node, Tensor):
+            new = _view(node, values(node.storage))
+            total += new.nbytes
+            if total > most:
+                raise WeightsError("its tensors are much larger than the file; it is no honest one")
+        elif isinstance(node, dict):
+            new = {key: walk(value) for key, value in dict.items(node)}
+        elif isinstance(node, list | tuple):
+            new = type(node)(walk(value) for value in node)
+        elif isinstance(node, Shell):
+            seen[id(node)] = node, node  # modules may hold each other
+            node.state = walk(node.state)
+            return node
+        else:
+            return node
+        seen[id(node)] = node, new  # and the node, so that its id stays its own
+        return new
 
     return walk(found)
 
 
-def _view(tensor: _Tensor, values: np.ndarray) -> np.ndarray:
+def _view(tensor: Tensor, values: np.ndarray) -> np.ndarray:
     _, offset, shape, strides = tensor
+    if not all(type(number) is int for number in (offset, *shape, *strides)):
+        raise WeightsError("a tensor has a size that is no whole number")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     inside = offset >= 0 and min(strides, default=0) >= 0 and last < values.size
-    if values.size != tensor.storage.numel or (0 not in shape and not inside):
+    count = 1
+    for size in shape:
+        count *= size
+    fits = inside and min(shape, default=0) >= 0 and count <= values.size
+    if values.size != tensor.storage.numel or (count and not fits):
         raise WeightsError(f"a tensor of shape {list(shape)} does not fit its values; it is cut")
-    if 0 in shape:
+    if not count:
         return np.empty(shape, values.dtype)
     steps = [step * values.itemsize for step in strides]
     return np.lib.stride_tricks.as_strided(values[offset:], shape, steps, writeable=False)
+
+
+def module_tensors(module: Shell) -> dict[str, np.ndarray]:
+    """Parameters and buffers of a module, in which those of its parts come behind its own."""
+    tensors, waiting, seen = {}, [("", module)], set()
+    while waiting:
+        prefix, part = waiting.pop(0)
+        if id(part) in seen or not isinstance(part.state, dict):
+            continue
+        seen.add(id(part))
+        groups = [part.state.get(key) for key in ("_parameters", "_buffers", "_modules")]
+        # TorchScript keeps all of them as attributes
+        content = [group for group in groups if isinstance(group, dict)] or [part.state]
+        for name, value in (item for group in content for item in group.items()):
+            if isinstance(value, np.ndarray):
+                tensors[f"{prefix}{name}"] = value
+            elif isinstance(value, Shell):
+                waiting.append((f"{prefix}{name}.", value))
+    return tensors
