@@ -3,12 +3,17 @@
 Letters: M captions, n images of each, A true images of all splits, R image side. Source: ours.
 """
 
+import collections
+import csv
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
+from dalle_jax.data.paraphrase import official_names
 from dalle_jax.data.sources import DataSource
 from dalle_jax.evaluate.composition import Judge, interval, nearest_captions
 from dalle_jax.evaluate.drawing import Sampling, drawn, gathered
@@ -19,6 +24,8 @@ from dalle_jax.image.pixels import crop_center, decode
 GROUPS = {"train": "seen", "heldout_cell": "held-out cell", "heldout_style": "held-out style"}
 """Splits of the emoji that captions are taken from, and what they are called in the table."""
 STYLE = "twemoji"
+FREE_FORM = Path(__file__).with_name("free_form.csv")
+"""Captions that training never had, and the names of the emoji that they mean."""
 BLOCK = 64  # images that are compared at a time
 
 NOTE = (
@@ -26,7 +33,8 @@ NOTE = (
     "pixels (mean squared difference) than the one its caption belongs to. Best of n: the image "
     "that the model's CLIP scores highest. Decoded: the true image through the tokenizer, which no "
     "sample can surpass. Nearest caption: the training image that retrieval would show. Shares "
-    "with 95 % intervals over captions."
+    "with 95 % intervals over captions. Free-form captions, as people type them, name no style, so "
+    "both styles are right."
 )
 
 
@@ -60,71 +68,102 @@ def retrieval_study(
     splits = {split: _records(open_split(split)) for split in (*GROUPS, "validation")}
     records = [record for found in splits.values() for record in found]
     true = np.stack([crop_center(decode(record["image"]), model.px) for record in records])
-    numbers = {record["id"]: i for i, record in enumerate(records)}
-    rng = np.random.default_rng(seed)
-    chosen = {}
-    for split in GROUPS:
-        found = [record for record in splits[split] if record["style"] == STYLE]
-        chosen[split] = [found[i] for i in rng.permutation(len(found))[:captions]]
-    total, done, rows = sum(map(len, chosen.values())), 0, []
     known = [record["captions"] for record in splits["train"]]
-    for split, some in chosen.items():
-        wanted = [f"{record['captions'][0]}, {STYLE} style" for record in some]
-        own = np.array([numbers[record["id"]] for record in some])
+    groups = [_group(split, records, splits[split], captions, seed) for split in GROUPS]
+    groups.append(_free_form(records, captions))
+    total, done, rows = sum(len(group.captions) for group in groups), 0, []
+    for group in groups:
         parts = []
-        for part in drawn(model, wanted, sampling, n=n, seed=seed, kept=kept):
+        for part in drawn(model, group.captions, sampling, n=n, seed=seed, kept=kept):
             part.images()
             parts.append(part)
             done += len(part.rows)
             progress(done, total)
         images = gathered(parts)
-        found = {"sampled": is_nearest(images, true, own)}
+        found = {"sampled": group.is_right(nearest(images, true))}
         if reranker is not None and n > 1:
-            best = _best(reranker, images, wanted)
+            best = _best(reranker, images, group.captions)
             found[f"best of {n}"] = np.take_along_axis(found["sampled"], best[:, None], axis=1)
-        through = model.decode(model.encode(true[own]))
-        found["decoded"] = is_nearest(through[:, None], true, own)
-        if split != "train":
-            retrieved = true[nearest_captions(wanted, known)]
-            found["nearest caption"] = is_nearest(retrieved[:, None], true, own)
+        if group.title in GROUPS.values():
+            own = true[[min(right) for right in group.right]]
+            through = model.decode(model.encode(own))
+            found["decoded"] = group.is_right(nearest(through[:, None], true))
+        if group.title != GROUPS["train"]:
+            retrieved = true[nearest_captions(group.captions, known)]  # training comes first
+            found["nearest caption"] = group.is_right(nearest(retrieved[:, None], true))
         rows += [
-            {"captions": f"{len(some)} {GROUPS[split]}", "images": kind, "right": list(share)}
+            {
+                "captions": f"{len(group.captions)} {group.title}",
+                "images": kind,
+                "right": list(interval(right.astype(float))),
+            }
             for kind, right in found.items()
-            for share in [interval(right.astype(float))]
         ]
     return rows
 
 
-def is_nearest(
-    images: UInt8[np.ndarray, "M n R R 3"],
-    true: UInt8[np.ndarray, "A R R 3"],
-    own: Int[np.ndarray, " M"],
-) -> np.ndarray:
-    """Says of each image whether its own true image is the nearest of all; bool [M, n].
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Captions, and for each the true images that are right."""
+
+    title: str
+    captions: list[str]
+    right: list[set[int]]
+
+    def is_right(self, found: Int[np.ndarray, "M n"]) -> Bool[np.ndarray, "M n"]:
+        pairs = zip(found, self.right, strict=True)
+        return np.array([[i in right for i in row] for row, right in pairs])
+
+
+def _group(split, records, own, captions, seed) -> _Group:
+    """Some of a split's images of one style, by the caption that names both."""
+    numbers = {record["id"]: i for i, record in enumerate(records)}
+    own = [record for record in own if record["style"] == STYLE]
+    some = [own[i] for i in np.random.default_rng(seed).permutation(len(own))[:captions]]
+    return _Group(
+        title=GROUPS[split],
+        captions=[f"{record['captions'][0]}, {STYLE} style" for record in some],
+        right=[{numbers[record["id"]]} for record in some],
+    )
+
+
+def _free_form(records, captions) -> _Group:
+    """Captions as people type them; any image of one of the names is right, in either style."""
+    with FREE_FORM.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))[:captions]
+    named = collections.defaultdict(set)
+    for i, record in enumerate(records):
+        for name in official_names(record):
+            named[name].add(i)
+    return _Group(
+        title="free-form",
+        captions=[line["caption"] for line in lines],
+        right=[set().union(*(named[name] for name in line["names"].split("|"))) for line in lines],
+    )
+
+
+def nearest(
+    images: UInt8[np.ndarray, "M n R R 3"], true: UInt8[np.ndarray, "A R R 3"]
+) -> Int[np.ndarray, "M n"]:
+    """Finds for each image the true image with the smallest mean squared difference.
 
     Args:
       images: n of each caption.
       true: every true image.
-      own: which of them belongs to each caption.
     """
     M, n = images.shape[:2]
-    flat = images.reshape(M * n, -1)
-    right = np.empty(M * n, bool)
-    table = true.reshape(len(true), -1)
-    squares = np.concatenate(
-        [(table[i : i + BLOCK].astype(np.float32) ** 2).sum(1) for i in range(0, len(true), BLOCK)]
-    )
+    flat, table = images.reshape(M * n, -1), true.reshape(len(true), -1)
+    blocks = [slice(i, i + BLOCK) for i in range(0, len(true), BLOCK)]
+    squares = [(table[block].astype(np.float32) ** 2).sum(1) for block in blocks]
+    found = np.empty(M * n, int)
     for start in range(0, M * n, BLOCK):
         some = flat[start : start + BLOCK].astype(np.float32)
-        apart = np.concatenate(
-            [
-                squares[i : i + BLOCK] - 2 * some @ table[i : i + BLOCK].astype(np.float32).T
-                for i in range(0, len(true), BLOCK)
-            ],
-            axis=1,
-        )  # without the images' own squares, which change no order
-        right[start : start + BLOCK] = apart.argmin(1) == np.repeat(own, n)[start : start + BLOCK]
-    return right.reshape(M, n)
+        apart = [  # without the images' own squares, which change no order
+            square - 2 * some @ table[block].astype(np.float32).T
+            for square, block in zip(squares, blocks, strict=True)
+        ]
+        found[start : start + BLOCK] = np.concatenate(apart, axis=1).argmin(1)
+    return found.reshape(M, n)
 
 
 def _best(reranker: Judge, images, captions: Sequence[str]) -> Int[np.ndarray, " M"]:

@@ -1,3 +1,4 @@
+import csv
 import itertools
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import pytest
 from dalle_jax.data import emoji_svgs
 from dalle_jax.data.emoji import PeopleSource, emoji_source
 from dalle_jax.data.emoji_splits import SPLITS
+from dalle_jax.data.paraphrase import Paraphrased, official_names
 from dalle_jax.data.sources import SourceError
+from dalle_jax.evaluate.retrieval import FREE_FORM
 from dalle_jax.image.pixels import decode
 
 
@@ -130,3 +133,15 @@ def test_an_unknown_split_lists_the_known_ones(tmp_path):
 def test_too_small_a_side_is_refused(tmp_path):
     with pytest.raises(SourceError, match="at least 8 pixels a side, got 4"):
         emoji_source("train", px=4, data_dir=tmp_path)
+
+
+def test_no_free_form_caption_of_the_evaluation_is_one_of_training(emojis):
+    with FREE_FORM.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len({line["caption"] for line in lines}) == 100
+    source = Paraphrased(emojis["train"])
+    said = {c.lower() for i in range(len(source)) for c in source[i]["captions"]}
+    names = {name for record in emojis["train"] for name in official_names(record)}
+    for line in lines:
+        assert line["caption"].lower() not in said
+        assert set(line["names"].split("|")) <= names
