@@ -1,7 +1,9 @@
 """Emoji of two designers at 96 px, for one CPU.
 
-    python experiments/emoji.py vqgan --workdir runs/emoji --optimizer muon
-    python experiments/emoji.py progressive --workdir runs/emoji --codec vqgan --optimizer muon
+    python experiments/emoji.py vqgan --workdir runs/emoji
+    python experiments/emoji.py progressive --workdir runs/emoji --codec vqgan
+    python experiments/emoji.py prior --workdir runs/emoji --codec vqgan
+    python experiments/emoji.py clip --workdir runs/emoji --codec vqgan
 
 Needs `pip install dalle_jax[emoji]`; the pictures are drawn on this machine. What each stage costs
 and reaches stands in docs/dvae.md, docs/prior.md and docs/clip.md.
@@ -77,10 +79,11 @@ def vqgan() -> VQGANRun:
     return VQGANRun(
         model=VQGANConfig(**sizes, attention=(), z_width=128, codes=1024, code_width=32),
         loop=LoopConfig(
-            steps=5_000, log_every=100, save_every=250, evaluate_every=500, sheet_every=1000
+            steps=3_000, log_every=100, save_every=250, evaluate_every=500, sheet_every=1000
         ),
         px=96,
         batch_size=8,
+        optimizer="muon",
     )
 
 
@@ -89,9 +92,12 @@ def prior() -> PriorRun:
     sizes = {"width": 192, "depth": 6, "heads": 6, "text_vocabulary": 2048, "text_length": 32}
     return short_prior_run(
         model=PriorConfig(**sizes, grid=12, codes=1024),
-        loop=LoopConfig(steps=7_500, save_every=250, ema_every=5, ema_decay=0.98),
+        loop=LoopConfig(
+            steps=9_000, save_every=250, evaluate_every=1500, ema_every=5, ema_decay=0.98
+        ),
         batch_size=8,
         warmup_steps=100,
+        optimizer="muon",
     )
 
 
