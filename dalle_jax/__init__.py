@@ -1,16 +1,26 @@
 """DALL-E and coarse-to-fine token generation in JAX/Flax."""
 
-__all__ = ["Clip", "Model", "keep_programs", "load"]
+import os
+from typing import TYPE_CHECKING
+
+from dalle_jax.generate.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from dalle_jax.compiled import keep_programs
+    from dalle_jax.generate.clip import Clip
+    from dalle_jax.generate.model import Model
+
+__all__ = ["Clip", "Model", "SamplingConfig", "keep_programs", "load"]
 
 
-def load(name_or_folder):
+def load(name_or_folder: str | os.PathLike) -> "Model":
     """Opens a shipped model by name, or a model folder by path; see `Model.load`."""
     from dalle_jax.generate.model import Model  # jax takes a second: only who draws waits for it
 
     return Model.load(name_or_folder)
 
 
-def __getattr__(name):
+def __getattr__(name):  # what needs jax is imported when it is first used
     if name == "Model":
         from dalle_jax.generate.model import Model
 

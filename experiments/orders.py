@@ -30,6 +30,7 @@ from dalle_jax.evaluate.distances import kernel_distance
 from dalle_jax.evaluate.features import efficientnet_network
 from dalle_jax.generate.grids import draw_grids
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image import pixels
 from dalle_jax.memory import keep_memory
 from dalle_jax.models.progressive_prior import ProgressivePrior
@@ -173,9 +174,10 @@ def drawn(model, part, truth, options, **way):
     config, params = model.priors[part]
     own = truth.codes[truth.own]
     codes = np.empty_like(own)
-    way |= {"seed": options.seed, "temperature": options.temperature}
+    sampling = SamplingConfig(temperature=options.temperature, **way)
     counts = np.zeros(3)
-    for some in draw_grids(config, params, model.tokenizer, truth.captions, n=1, **way):
+    request = {"n": 1, "seed": options.seed, "sampling": sampling}
+    for some in draw_grids(config, params, model.tokenizer, truth.captions, **request):
         passes = some.passes[:, :, 0]
         codes[some.prompts] = passes[-1]
         before, after, true = passes[:-1], passes[1:], own[some.prompts]

@@ -17,6 +17,11 @@ os.environ["XLA_FLAGS"] = " ".join([
 import jax
 import pytest
 
+from dalle_jax.generate.sampling import SamplingConfig
+
+# It takes ints for floats and says itself what is wrong, before beartype would.
+SamplingConfig.__init__ = getattr(SamplingConfig.__init__, "__wrapped__", SamplingConfig.__init__)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

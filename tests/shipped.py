@@ -4,9 +4,10 @@ import numpy as np
 from networks import pictures
 
 from dalle_jax.generate.grids import draw_grids
+from dalle_jax.generate.sampling import SamplingConfig
 
 # What a prior is drawn with: noise, filters and guidance all take part.
-OPTIONS = {"seed": 7, "temperature": 0.9, "top_k": 200, "top_p": 0.98, "guidance": 2.0}
+SAMPLING = SamplingConfig(temperature=0.9, top_k=200, top_p=0.98, guidance=2.0)
 TILE = 8  # pixels
 
 
@@ -15,7 +16,8 @@ def drawn(model, part, captions, *, params=None):
     sizes, own = model.priors[part]
     params = own if params is None else params
     grids = np.zeros((len(captions), sizes.grid, sizes.grid), int)
-    for found in draw_grids(sizes, params, model.tokenizer, captions, n=1, **OPTIONS):
+    options = {"n": 1, "seed": 7, "sampling": SAMPLING}
+    for found in draw_grids(sizes, params, model.tokenizer, captions, **options):
         grids[found.prompts] = found.passes[-1][:, 0]
     return grids
 

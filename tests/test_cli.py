@@ -8,8 +8,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from dalle_jax import cli
 from dalle_jax.cli import main
+from dalle_jax.commands import compare_models, evaluate_model, generate_images, inspect_data
 from dalle_jax.generate.folder import SHIPPED
 from dalle_jax.image.pixels import decode, encode_png
 
@@ -41,7 +41,7 @@ def test_generate_draws_a_sheet_and_says_where(dalle, folder, tmp_path):
     args = ("red apple", "crying cat", "--model", folder, "-n", 2, "--seed", 3, "--out", sheet)
     status, said, _ = dalle("generate", *args)
     assert status == 0
-    assert said.startswith("4 pictures of 16 px in ")
+    assert said.startswith("4 images of 16 px in ")
     assert said.endswith(f"s: {sheet}\n")
     first = decode(sheet)
     assert first.shape[1] > 2 * 8 * tiny.PX
@@ -60,10 +60,10 @@ def test_the_best_of_many_are_kept_with_their_scores(dalle, folder, tmp_path):
     for line in scores:
         best, second = map(float, line.partition(":")[2].split())
         assert 1 >= best >= second >= -1
-    assert last.startswith("6 pictures of 16 px, 2 kept a caption, in ")
+    assert last.startswith("6 images of 16 px, the best 2 of each caption kept, in ")
     status, _, complained = dalle(*args, "-n", 3, "--keep", 2)
     assert status == 2
-    assert "has no CLIP to choose pictures with" in complained
+    assert "has no CLIP to rank images with" in complained
 
 
 def test_a_picture_is_edited_and_drawings_are_traced(dalle, tmp_path):
@@ -74,10 +74,10 @@ def test_a_picture_is_edited_and_drawings_are_traced(dalle, tmp_path):
     for name, image in (("picture.png", picture), ("mask.png", mask)):
         (tmp_path / name).write_bytes(encode_png(image))
     args = ("edit", tmp_path / "picture.png", "red apple", "--model", folder, "-n", 2)
-    args += ("--out", tmp_path / "edit.png", "--singles", tmp_path / "singles")
+    args += ("--out", tmp_path / "edit.png", "--image-folder", tmp_path / "singles")
     status, said, _ = dalle(*args, "--mask", tmp_path / "mask.png")
     assert status == 0
-    assert said.startswith("2 pictures in ")
+    assert said.startswith("2 images in ")
     single = decode(tmp_path / "singles" / "000-red-apple-001.png")
     np.testing.assert_array_equal(single[10:], picture[10:])
     assert dalle(*args)[0] == 2
@@ -95,11 +95,11 @@ def test_a_picture_is_edited_and_drawings_are_traced(dalle, tmp_path):
 def test_without_captions_the_first_six_of_the_list_are_drawn(dalle, folder, tmp_path):
     singles = tmp_path / "singles"
     status, said, _ = dalle(
-        *("generate", "--model", folder, "-n", 1, "--singles", singles),
+        *("generate", "--model", folder, "-n", 1, "--image-folder", singles),
         *("--out", tmp_path / "sheet.png"),
     )
     assert status == 0
-    assert said.startswith("6 pictures")
+    assert said.startswith("6 images")
     names = sorted(path.name for path in singles.iterdir())
     listed = (SHIPPED / "emoji" / "captions.txt").read_text().splitlines()[:6]
     assert names == [
@@ -130,9 +130,9 @@ def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
     ("args", "complaint"),
     [
         ([" "], "caption 1 of 1 is empty; say what to draw"),
-        (["-n", 0], "n is 0; at least 1 picture per caption can be drawn"),
-        (["-n", 2, "--keep", 3], "keep is 3; it must be 1 to 2, the pictures drawn a caption"),
-        (["--clip", "none"], "--clip names who chooses, but nothing is chosen; give --keep too"),
+        (["-n", 0], "n is 0; at least 1 image per caption"),
+        (["-n", 2, "--keep", 3], "keep is 3; it must be 1 to 2, the images per caption"),
+        (["--clip", "none"], "--clip names the CLIP that ranks images; give --keep too"),
         (["--temperature", -1], "temperature is -1.0"),
         (["--top-k", 0], "top_k is 0"),
         (["--top-p", 1.5], "top_p is 1.5"),
@@ -180,9 +180,9 @@ def test_a_file_that_is_not_there_is_named_before_work_begins(dalle, command):
     [
         (["generate", "red apple"], "--out", ".png"),
         (["generate", "red apple"], "--trace", ".gif"),
-        (["generate", "red apple"], "--singles", ""),
+        (["generate", "red apple"], "--image-folder", ""),
         (["edit", "picture.png", "red apple"], "--out", ".png"),
-        (["edit", "picture.png", "red apple"], "--singles", ""),
+        (["edit", "picture.png", "red apple"], "--image-folder", ""),
         (["evaluate"], "--out", ""),
         (["data", "overlap", "a", "b"], "--remove-list", ".txt"),
         (["data", "overlap", "a", "b"], "--sheet", ".png"),
@@ -193,7 +193,8 @@ def test_places_that_cannot_be_written_are_refused_before_work_begins(
     dalle, tmp_path, monkeypatch, command, option, suffix
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_prepare_process", lambda: pytest.fail("work began"))
+    for module in (compare_models, evaluate_model, generate_images, inspect_data):
+        monkeypatch.setattr(module, "prepare_process", lambda: pytest.fail("work began"))
     (tmp_path / "file").touch()
     for path in (f"file/new/out{suffix}", "x" * 250 + suffix):
         status, _, complained = dalle(*command, option, path)
@@ -228,7 +229,7 @@ def test_what_cannot_be_saved_in_its_place_is_saved_elsewhere(dalle, folder, tmp
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     args = ("generate", "red apple", "--model", folder, "-n", 1, "--trace", tmp_path / "a.gif")
     out, singles = tmp_path / "full" / "a.png", tmp_path / "full" / "singles"
-    status, _, complained = dalle(*args, "--out", out, "--singles", singles)
+    status, _, complained = dalle(*args, "--out", out, "--image-folder", singles)
     assert status == 2
     assert f"{out} could not be written (No space left on device); it is" in complained
     assert decode(complained.split()[-2]).ndim == 3
@@ -288,7 +289,7 @@ def test_mistyped_option_says_what_was_meant(dalle, wrong, meant):
 def test_help_explains_every_option(dalle):
     status, said, _ = dalle("generate", "--help")
     assert status == 0
-    for words in ("Pictures per caption", "0 always", "above 0 and up to 1", "rows of codes"):
+    for words in ("Images per caption", "0 always", "above 0 and up to 1", "rows of codes"):
         assert words in " ".join(said.replace("│", " ").split())
 
 
@@ -326,7 +327,7 @@ def test_evaluate_hands_its_options_on(dalle, folder, tmp_path, monkeypatch):
     (tmp_path / "red.txt").write_text("a red square\n")
     status, said, _ = dalle(
         *("evaluate", "--model", folder, "--suite", "folder", "--data", tmp_path, "--quick"),
-        *("--n", 7, "--guidance", 2, "--studies", "blur", "--out", tmp_path / "report"),
+        *("--num-captions", 7, "--guidance", 2, "--studies", "blur", "--out", tmp_path / "report"),
     )
     assert status == 0
     assert said.startswith("pictures drawn, FD X 1.235\nmeasured in ")

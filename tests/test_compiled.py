@@ -12,6 +12,7 @@ import tiny
 
 from dalle_jax import cli, compiled
 from dalle_jax.cache import cache_folder
+from dalle_jax.commands import process
 from dalle_jax.data import emoji
 from dalle_jax.data.sources import SourceError
 
@@ -99,8 +100,8 @@ def test_a_library_call_changes_nothing_in_its_process(tmp_path):
 
 def test_a_command_keeps_programs_and_memory(monkeypatch, capsys):
     called = []
-    monkeypatch.setattr(cli, "keep_programs", lambda: called.append("programs"))
-    monkeypatch.setattr(cli, "keep_memory", lambda: called.append("memory"))
+    monkeypatch.setattr(process, "keep_programs", lambda: called.append("programs"))
+    monkeypatch.setattr(process, "keep_memory", lambda: called.append("memory"))
     with pytest.raises(SystemExit):
         cli.main(["generate", "red apple", "--model", "none"])
     assert sorted(called) == ["memory", "programs"]

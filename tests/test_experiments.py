@@ -61,7 +61,7 @@ def test_all_stages_leave_a_model_that_draws(workdir):
         "- clip: 20 updates of 16 examples"
         in (workdir / "model" / "clip" / "README.md").read_text()
     )
-    ranked = model.generate("a large red circle", n=4, seed=1, keep=2)
+    ranked = model.rank("a large red circle", n=4, seed=1, keep=2)
     assert ranked.scores.shape == (1, 2)
     with Image.open(workdir / "sheet.png") as sheet:
         assert sheet.width > 100

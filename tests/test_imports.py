@@ -30,6 +30,7 @@ ROOMS = {
     "__init__": {"compiled", "memory", "generate"},
 }
 ROOMS["options"] = set()
+ROOMS["commands"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
 ROOMS = {"errors": set()} | {room: below | {"errors"} for room, below in ROOMS.items()}
 

@@ -38,11 +38,11 @@ def run(name, folder, monkeypatch):
     return names
 
 
-def test_first_pictures_runs(tmp_path, monkeypatch):
+def test_first_images_runs(tmp_path, monkeypatch):
     tiny.model().save(tmp_path / "tiny")
-    names = run("first_pictures", tmp_path / "tiny", monkeypatch)
+    names = run("first_images", tmp_path / "tiny", monkeypatch)
     shape = (2, 4, tiny.PX, tiny.PX, 3)
-    assert names["pictures"].shape == names["endings"].shape == shape
+    assert names["images"].shape == names["endings"].shape == shape
     assert names["again"].shape == names["originals"].shape
 
 

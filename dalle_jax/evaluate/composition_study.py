@@ -11,10 +11,11 @@ from jaxtyping import UInt8
 
 from dalle_jax.data.sources import DataSource
 from dalle_jax.evaluate.composition import Case, Judge, Row, chance, table
-from dalle_jax.evaluate.drawing import Sampling, drawn, gathered
+from dalle_jax.evaluate.drawing import drawn, gathered
 from dalle_jax.evaluate.emoji_cases import FAMILIES, emoji_cases
 from dalle_jax.evaluate.kept import Kept
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import crop_center, decode
 
 NOTE = (
@@ -32,7 +33,7 @@ def composition_study(
     judge: Judge,
     open_split: Callable[[str], DataSource],
     *,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     n: int,
     pairs: int | None,
     seed: int,

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -16,27 +15,9 @@ from jaxtyping import Int, UInt8
 from dalle_jax.evaluate.kept import Kept, digest
 from dalle_jax.evaluate.suites import Suite, digest_of
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 
 PART = 32  # pictures that are drawn, or read, between two looks at the disk
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to draw; see `Model.generate`."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance: float = 1.0
-    decoder: Literal["autoregressive", "progressive"] | None = None
-    stages: int | None = None
-
-    def __str__(self) -> str:
-        """Says what is not as usual."""
-        fields = dataclasses.fields(self)
-        changed = {f.name: getattr(self, f.name) for f in fields}
-        changed = {f.name: changed[f.name] for f in fields if changed[f.name] != f.default}
-        return ", ".join(f"{name} {value}" for name, value in changed.items()) or "as trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +36,13 @@ class Part:
 
 
 def drawn(
-    model: Model, captions: Sequence[str], sampling: Sampling, *, n: int, seed: int, kept: Kept
+    model: Model,
+    captions: Sequence[str],
+    sampling: SamplingConfig,
+    *,
+    n: int,
+    seed: int,
+    kept: Kept,
 ) -> Iterator[Part]:
     """Draws n pictures for each caption; what is on disk is not drawn again.
 
@@ -78,7 +65,7 @@ def drawn(
                 "prompts": [captions[row] for row in part],
                 "n": n,
                 "seed": (seed + turn) % 2**32,
-                **dataclasses.asdict(sampling),
+                "sampling": dataclasses.asdict(sampling),
             }
             images = functools.partial(_images, model, kept, question)
             yield Part(rows=np.asarray(part), key=digest(question), images=images)
@@ -86,6 +73,7 @@ def drawn(
 
 def _images(model, kept, question):
     options = {name: value for name, value in question.items() if name != "drawn by"}
+    options["sampling"] = SamplingConfig(**options["sampling"])
     return kept.arrays(question, lambda: {"images": model.generate(**options)})["images"]
 
 

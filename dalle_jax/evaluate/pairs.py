@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,6 +11,7 @@ from dalle_jax.data.sources import FolderSource
 from dalle_jax.errors import UserError
 from dalle_jax.generate.folder import CONFIG, shipped
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import crop_center, decode
 
 FOLDER_PX = 256  # side that pictures of a folder are shown at
@@ -34,12 +34,15 @@ class Painter:
     paint: Callable[[Sequence[str], Progress | None], UInt8[np.ndarray, "M R R 3"]]
 
 
-def open_painter(name: str, **options: Any) -> Painter:
+def open_painter(
+    name: str, *, seed: int = 0, sampling: SamplingConfig = SamplingConfig()
+) -> Painter:
     """Opens a shipped model, a model folder, or a folder of captioned pictures.
 
     Args:
       name: of the model or folder.
-      options: of `Model.generate`, for a model.
+      seed: for a model, as for `Model.generate`.
+      sampling: how a model samples.
     Raises:
       ModelError: if the model cannot be used.
       SourceError: if the folder holds no captioned pictures.
@@ -48,7 +51,8 @@ def open_painter(name: str, **options: Any) -> Painter:
         model = Model.load(name)
 
         def draw(captions, progress=None):
-            return model.generate(captions, n=1, progress=progress, **options)[:, 0]
+            images = model.generate(captions, seed=seed, sampling=sampling, progress=progress)
+            return images[:, 0]
 
         return Painter(name=name, known=None, paint=draw)
 

@@ -20,7 +20,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate import studies
 from dalle_jax.evaluate.composition import Judge
 from dalle_jax.evaluate.composition_study import NOTE, composition_study
-from dalle_jax.evaluate.drawing import Sampling, decoded, drawn, gathered, real, singles
+from dalle_jax.evaluate.drawing import decoded, drawn, gathered, real, singles
 from dalle_jax.evaluate.features import Network
 from dalle_jax.evaluate.kept import Kept
 from dalle_jax.evaluate.likelihood import prior_nats, tokenizer_quality
@@ -30,6 +30,7 @@ from dalle_jax.evaluate.retrieval import retrieval_study
 from dalle_jax.evaluate.studies import RADII, Bench
 from dalle_jax.evaluate.suites import Suite, open_emoji
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.sheet import contact_sheet
 
 STUDIES = ("blur", "sampling", "rerank", "composition", "retrieval")
@@ -64,7 +65,7 @@ class Plan:
     retrieved: int | None = 256
     compared: int = 8
 
-    def settings(self, usual: Sampling) -> list[Sampling]:
+    def settings(self, usual: SamplingConfig) -> list[SamplingConfig]:
         """Each way of sampling once, the usual one first."""
         changed = {
             "temperature": self.temperatures,
@@ -104,7 +105,7 @@ def evaluate(
     plan: Plan,
     networks: Sequence[Network],
     chosen: Sequence[str] = STUDIES,
-    sampling: Sampling | None = None,
+    sampling: SamplingConfig | None = None,
     seed: int = 0,
     reranker: Judge | None = None,
     judge: Judge | None = None,
@@ -138,7 +139,7 @@ def evaluate(
     plotting()  # says so before hours of work if it is missing
     out = Path(out)
     kept = Kept(out / "kept")
-    usual = sampling or Sampling()
+    usual = sampling or SamplingConfig()
     small = suite.head(plan.captions)
     px = model.px
     if (fewest := min(len(small.captions), len(suite.real))) < 2:
@@ -163,7 +164,7 @@ def evaluate(
             Section(
                 key="distances",
                 title="Distance from the real pictures",
-                note=f"{len(small.captions)} drawn pictures, {usual}, against "
+                note=f"{len(small.captions)} drawn pictures, {usual.describe()}, against "
                 f"{len(suite.real)} real ones. Through the tokenizer are the true pictures of the "
                 "same captions, encoded and decoded: what no drawing can surpass.",
                 rows=[
@@ -306,7 +307,7 @@ def _of_settings(model, captions, settings, seed, kept):
     for sampling in settings:
         parts = singles(drawn(model, captions, sampling, n=1, seed=seed, kept=kept))
         rows.append(gathered(parts))
-    return contact_sheet(np.stack(rows), [str(sampling) for sampling in settings])
+    return contact_sheet(np.stack(rows), [sampling.describe() for sampling in settings])
 
 
 def _of_counts(parts, scored, captions):

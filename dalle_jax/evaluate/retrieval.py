@@ -16,9 +16,10 @@ from jaxtyping import Bool, Int, UInt8
 from dalle_jax.data.paraphrase import official_names
 from dalle_jax.data.sources import DataSource
 from dalle_jax.evaluate.composition import Judge, interval, nearest_captions
-from dalle_jax.evaluate.drawing import Sampling, drawn, gathered
+from dalle_jax.evaluate.drawing import drawn, gathered
 from dalle_jax.evaluate.kept import Kept
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import crop_center, decode
 
 GROUPS = {"train": "seen", "heldout_cell": "held-out cell", "heldout_style": "held-out style"}
@@ -42,7 +43,7 @@ def retrieval_study(
     model: Model,
     open_split: Callable[[str], DataSource],
     *,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     n: int,
     captions: int | None,
     seed: int,

@@ -15,10 +15,11 @@ from PIL import Image, ImageFilter
 from dalle_jax.evaluate import distances
 from dalle_jax.evaluate.composition import Judge
 from dalle_jax.evaluate.distances import Moments
-from dalle_jax.evaluate.drawing import Part, Sampling, drawn, singles
+from dalle_jax.evaluate.drawing import Part, drawn, singles
 from dalle_jax.evaluate.features import Network
 from dalle_jax.evaluate.kept import Kept, digest, on_disk
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 
 RADII = (0, 1, 2, 4, 8)
 BLUR_PX = 256  # side of the pictures that the radii are for
@@ -205,7 +206,7 @@ def sampling_study(
     real: Sequence[Part],
     model: Model,
     captions: Sequence[str],
-    settings: Sequence[Sampling],
+    settings: Sequence[SamplingConfig],
     *,
     seed: int,
     kept: Kept,
@@ -214,5 +215,7 @@ def sampling_study(
     rows = []
     for sampling in settings:
         parts = list(singles(drawn(model, captions, sampling, n=1, seed=seed, kept=kept)))
-        rows.append({"sampling": str(sampling)} | bench.compare(real, parts, captions=captions))
+        rows.append(
+            {"sampling": sampling.describe()} | bench.compare(real, parts, captions=captions)
+        )
     return rows

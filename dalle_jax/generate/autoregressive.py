@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.drawing import check_options, drawn, empty_captions
+from dalle_jax.generate.drawing import check_inputs, drawn, empty_captions, traced_options
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.autoregressive_prior import Prior
 from dalle_jax.models.prior_config import PriorConfig
 
@@ -23,10 +24,7 @@ def sample(
     text: Int[Array | np.ndarray, "U slots"],
     keys: Key[Array, " B"],
     *,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | int | None = None,
-    guidance: float | int = 1.0,
+    sampling: SamplingConfig = SamplingConfig(),
     prompt_codes: Int[Array | np.ndarray, "B G G"] | None = None,
     keep_rows: int = 0,
 ) -> Int[Array, "B G G"]:
@@ -45,12 +43,8 @@ def sample(
       text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
       keys: one typed key (`jax.random.key`) a picture: all those of the first caption, then all of
         the next one, and so on.
-      temperature: divides the logits, at least 0; 0 takes the likeliest code each time (greedy).
-      top_k: draw among the k likeliest codes, in [1, K]. None: among all.
-      top_p: then among the fewest that hold this share of the probability, in (0, 1]. None: all.
-      guidance: s in u + s (c - u), where c are the logits for the caption and u those for an
-        empty one (all pads); 1 is off and costs nothing, others double the work. The prior must
-        have seen empty captions in training.
+      sampling: how to sample. Guidance doubles the work, and the prior must have seen empty
+        captions (all pads) in training; choices of the progressive decoder do not count.
       prompt_codes: codes of a picture each, whose top rows are kept. None: no picture.
       keep_rows: how many rows of prompt_codes are kept, in [0, G].
 
@@ -63,7 +57,7 @@ def sample(
     Source: Ramesh et al. 2021, section 2.6 and figure 2 for drawing at temperature t and keeping
       top rows; top-k, top-p and guidance (Ho and Salimans 2022) are ours.
     """
-    check_options(config, text, keys, temperature, top_k, top_p, guidance)
+    check_inputs(config, text, keys, sampling)
     _check_prompt(config, keys, prompt_codes, keep_rows)
     B, G = keys.shape[0], config.grid
     given = jnp.zeros((B, G, G), jnp.int32) if prompt_codes is None else jnp.asarray(prompt_codes)
@@ -72,10 +66,7 @@ def sample(
         params,
         jnp.asarray(text),
         keys,
-        temperature=jnp.float32(temperature),
-        top_k=None if top_k is None else jnp.int32(top_k),
-        top_p=None if top_p is None else jnp.float32(top_p),
-        guidance=None if guidance == 1 else jnp.float32(guidance),
+        **traced_options(sampling),
         given=given.astype(jnp.int32),
         kept=jnp.int32(keep_rows * G),
     )
@@ -119,13 +110,13 @@ def _check_prompt(config, keys, prompt_codes, keep_rows):
     if prompt_codes is None:
         if keep_rows:
             raise ValueError(
-                f"keep_rows is {keep_rows}, but there is no picture to keep rows of; "
+                f"keep_rows is {keep_rows}, but there is no image to keep rows of; "
                 "give prompt_codes, or keep_rows=0"
             )
     elif prompt_codes.shape != (B, G, G):
         raise ValueError(
-            f"prompt_codes have shape {tuple(prompt_codes.shape)}, but {B} pictures on grid {G} "
-            f"need {(B, G, G)}, one prompt a picture"
+            f"prompt_codes have shape {tuple(prompt_codes.shape)}, but {B} images on grid {G} "
+            f"need {(B, G, G)}, one prompt an image"
         )
     elif B and not 0 <= prompt_codes.min() <= prompt_codes.max() < config.codes:
         raise ValueError(

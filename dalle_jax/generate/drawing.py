@@ -3,8 +3,6 @@
 Letters: U prompts, B batch, K codebook.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.errors import UserError
 from dalle_jax.generate.filters import filter_logits
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 
@@ -46,38 +45,37 @@ def empty_captions(
     return jnp.broadcast_to(empty, text.shape)
 
 
-def check_options(
+def check_inputs(
     config: PriorConfig | ProgressiveConfig,
     text: Int[Array | np.ndarray, "U slots"],
     keys: Array,
-    temperature: float | int,
-    top_k: int | None,
-    top_p: float | int | None,
-    guidance: float | int,
+    sampling: SamplingConfig,
 ) -> None:
-    """Raises UserError for what cannot be drawn with, whichever way."""
+    """Raises UserError if captions, keys and options do not fit each other or the prior."""
     U = text.shape[0]
     if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(f"keys have dtype {keys.dtype}, but must come from jax.random.key")
     if keys.ndim != 1 or not U or keys.size % U:
         raise UserError(
-            f"got {U} captions and keys of shape {keys.shape}; give one key a picture, as many for "
+            f"got {U} captions and keys of shape {keys.shape}; give one key an image, as many for "
             "each caption, for example jax.random.split(key, number)"
         )
-    if not (math.isfinite(temperature) and temperature >= 0):
+    if sampling.top_k is not None and sampling.top_k > config.codes:
         raise UserError(
-            f"temperature is {temperature}, but must be 0 (always the likeliest code) or a "
-            "positive finite number"
+            f"top_k is {sampling.top_k}, but must lie in 1..{config.codes}, the size of the "
+            "codebook; leave it out to sample from all codes"
         )
-    if top_k is not None and not 1 <= top_k <= config.codes:
-        raise UserError(
-            f"top_k is {top_k}, but must lie in 1..{config.codes}, the size of the codebook; "
-            "leave it out to draw from all codes"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(
-            f"top_p is {top_p}, but must be above 0 and at most 1; "
-            "leave it out to draw from all codes"
-        )
-    if not math.isfinite(guidance):
-        raise UserError(f"guidance is {guidance}, but must be a finite number; 1 turns it off")
+
+
+def traced_options(sampling: SamplingConfig) -> dict[str, Array | None]:
+    """Options whose values a compiled sampler takes as inputs, so that new ones compile nothing.
+
+    None has no leaves: whether there is a top_k, a top_p and guidance is compiled in.
+    """
+    guided = sampling.guidance != 1
+    return {
+        "temperature": jnp.float32(sampling.temperature),
+        "top_k": None if sampling.top_k is None else jnp.int32(sampling.top_k),
+        "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
+        "guidance": jnp.float32(sampling.guidance) if guided else None,
+    }

@@ -74,20 +74,20 @@ def _marked(mask, name) -> Bool[np.ndarray, "H W"]:
     return colours.mean(axis=-1) > 127.5
 
 
-def some_cells(share: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray, "n G G"]:
+def some_cells(strength: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray, "n G G"]:
     """Draws which cells each of n variations draws again: as many, at other places.
 
     Args:
-      share: of the cells, above 0 and at most 1; at least one is drawn again.
+      strength: share of the cells, above 0 and at most 1; at least one is drawn again.
       grid: G.
       n: pictures; the cells of picture j depend on seed and j alone.
       seed: as for drawing.
     Raises:
-      UserError: if the share is out of its range.
+      UserError: if the strength is out of its range.
     """
-    if not 0 < share <= 1:
-        raise UserError(f"share is {share}, but must be above 0 and at most 1, of the cells")
-    count = max(1, round(share * grid**2))
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is {strength}, but must be above 0 and at most 1, of the cells")
+    count = max(1, round(strength * grid**2))
     cells = np.zeros((n, grid**2), bool)
     for j in range(n):
         cells[j, np.random.default_rng((seed, j)).permutation(grid**2)[:count]] = True

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int, Key, UInt32
 from dalle_jax.errors import UserError
 from dalle_jax.generate import autoregressive, progressive
 from dalle_jax.generate.batching import rectangles
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.kv_cache import layout
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
@@ -43,8 +44,8 @@ def draw_grids(
     *,
     n: int,
     seed: int,
+    sampling: SamplingConfig = SamplingConfig(),
     given: Int[np.ndarray, "#n G G"] | None = None,
-    **options: Any,
 ) -> Iterator[Drawn]:
     """Draws n grids for each caption, some at a time.
 
@@ -56,9 +57,9 @@ def draw_grids(
         for the prior are cut, as there, which the log says.
       n: pictures of each.
       seed: in [0, 2**32). A grid depends on seed, caption and its number alone.
+      sampling: how to sample; the decoder is that of the prior.
       given: for each number, or once for all, codes of cells that are kept, K in the others. In the
         autoregressive style these have to be whole rows at the top, as many for each.
-      options: of `autoregressive.sample` or `progressive.sample`.
     Raises:
       UserError: if something asked for is out of its range.
     """
@@ -69,13 +70,11 @@ def draw_grids(
     text = tokenizer.encode(prompts, length=config.text_length - 1)
     hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
     hashes = np.asarray(hashes, np.uint32)
-    for rows, columns in rectangles(
-        len(prompts), n, _bytes_each(config, options.get("guidance", 1))
-    ):
+    for rows, columns in rectangles(len(prompts), n, _bytes_each(config, sampling.guidance)):
         u, w = len(rows.indices), len(columns.indices)
         keys = _keys(np.uint32(seed), hashes[rows.indices], columns.indices.astype(np.uint32))
         start = None if given is None else np.concatenate([given[columns.indices]] * u)
-        passes = _sample(config, params, text[rows.indices], keys, start, options)
+        passes = _sample(config, params, text[rows.indices], keys, start, sampling)
         passes = np.asarray(passes).reshape(-1, u, w, config.grid, config.grid)
         yield Drawn(
             prompts=rows.indices[: rows.new],
@@ -99,9 +98,10 @@ def row_by_row(drawn: Drawn) -> Drawn:
     return drawn._replace(passes=np.stack(cut))
 
 
-def _sample(config, params, text, keys, given, options):
+def _sample(config, params, text, keys, given, sampling):
     if isinstance(config, ProgressiveConfig):
-        return progressive.sample(config, params, text, keys, given=given, **options)
+        return progressive.sample(config, params, text, keys, sampling=sampling, given=given)
+    prompt = {}
     if given is not None:
         kept = given < config.codes
         rows = int(kept[0].all(axis=1).sum())
@@ -110,8 +110,8 @@ def _sample(config, params, text, keys, given, options):
                 "the autoregressive decoder keeps whole rows at the top alone; give these, or draw "
                 "with the progressive one"
             )
-        options = options | {"prompt_codes": np.where(kept, given, 0), "keep_rows": rows}
-    return autoregressive.sample(config, params, text, keys, **options)[None]
+        prompt = {"prompt_codes": np.where(kept, given, 0), "keep_rows": rows}
+    return autoregressive.sample(config, params, text, keys, sampling=sampling, **prompt)[None]
 
 
 def _bytes_each(config, guidance):
@@ -134,7 +134,7 @@ def check_request(prompts: Sequence[str], *, n: int, seed: int) -> None:
         if not normalize_caption(prompt):
             raise UserError(f"caption {i} of {len(prompts)} is empty; say what to draw")
     if n < 1:
-        raise UserError(f"n is {n}; at least 1 picture per caption can be drawn")
+        raise UserError(f"n is {n}; at least 1 image per caption can be generated")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
 

@@ -4,6 +4,7 @@ Letters: B batch, F passes, R pixel side, G grid side, K codes.
 """
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from dalle_jax.generate.fit import (
 from dalle_jax.generate.folder import CLIP_FOLDER, ModelError
 from dalle_jax.generate.grids import check_request, draw_grids, finished, row_by_row
 from dalle_jax.generate.rerank import Best, Ranked
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image import pixels
 from dalle_jax.image.sheet import PAPER
 from dalle_jax.models import codec as codecs
@@ -41,7 +43,7 @@ from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
 
-Decoder = Literal["autoregressive", "progressive"]
+Progress = Callable[[int, int], None]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -211,72 +213,73 @@ class Model(Codec):
         *,
         n: int = 1,
         seed: int = 0,
-        temperature: float | int = 1.0,
-        top_k: int | None = None,
-        top_p: float | int | None = None,
-        guidance: float | int = 1.0,
+        sampling: SamplingConfig = SamplingConfig(),
         image_prompt: str | os.PathLike | ArrayLike | None = None,
         keep_rows: int = 0,
-        decoder: Decoder | None = None,
-        stages: int | None = None,
-        revise: int | None = None,
-        keep: int | None = None,
-        judge: Clip | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> UInt8[np.ndarray, "prompts n R R 3"] | Ranked:
-        """Draws n pictures for each caption, and with `keep` chooses the best of them.
+        progress: Progress | None = None,
+    ) -> UInt8[np.ndarray, "prompts n R R 3"]:
+        """Generates n images for each caption.
 
         Args:
           prompts: captions; one alone counts as a list of one. White space around them does not
             count, and those too long for the prior are cut, which the log says: as in training.
-          n: pictures per caption, at least 1.
+          n: images per caption, at least 1.
           seed: in [0, 2**32). Sample j of a caption depends on seed, caption and j alone, up to
             float rounding: not on the other captions, nor on n.
-          temperature: divides the logits; 1 as trained, 0 always takes the likeliest code.
-          top_k: draw from the k likeliest codes only, 1 to K; None for all.
-          top_p: draw from the likeliest codes that hold this probability, in (0, 1]; None for all.
-          guidance: s in u + s * (c - u) of the logits with (c) and without (u) caption; 1 is off.
-          image_prompt: a picture, as a file or uint8 [H, W, 3], of which the top rows are kept.
+          sampling: how to sample.
+          image_prompt: an image, as a file or uint8 [H, W, 3], of which the top rows are kept.
           keep_rows: rows of codes to keep, 1 to G - 1; 0 without image_prompt.
-          decoder: "autoregressive", code after code, or "progressive", in few passes from coarse to
-            fine; None for the latter if the model can do it.
-          stages: of the progressive decoder, 1 to the number of cells; None for 16.
-          revise: passes of the progressive decoder over the full grid that replace unlikely codes;
-            None for none.
-          keep: how many to keep, 1 to n: those that fit the caption best. Memory is that of these
-            alone, however many are drawn. None: all, in the order of their numbers.
-          judge: says how well a picture fits its caption; None for the model's own CLIP.
-          progress: called with the pictures drawn so far and in all.
+          progress: called with the images generated so far and in all.
         Returns:
-          The pictures; with `keep` the best ones first, and their scores.
+          The images, in the order of captions and sample numbers.
         Raises:
-          ModelError: if the model has no prior, or nothing to choose with.
+          ModelError: if the model has no prior, or not the one of the decoder.
           UserError: if an argument is out of its range or a caption is empty.
-          PictureError: if the picture to start from cannot be read.
-        Source: Ramesh et al. 2021, section 2.6 (which keeps the best of 512); guidance: Ho and
-          Salimans 2021.
+          PictureError: if the image to start from cannot be read.
+        Source: Ramesh et al. 2021, section 2.6.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        best = None if keep is None else self._best(prompts, n, keep, judge)
-        if judge is not None and keep is None:
-            raise UserError("a judge was given, but nothing to choose; say how many to keep")
-        drawn = self._draw(
-            prompts,
-            n=n,
-            seed=seed,
-            given=self._top_rows(image_prompt, keep_rows),
-            decoder=decoder,
-            stages=stages,
-            revise=revise,
-            progress=progress,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-        )
-        if best is None:
-            return self._gathered(map(finished, drawn), len(prompts), n)[0]
-        for part in drawn:
+        prompts = _as_list(prompts)
+        given = self._top_rows(image_prompt, keep_rows)
+        parts = self._sample(prompts, n, seed, sampling, given, progress)
+        return self._gathered(map(finished, parts), len(prompts), n)[0]
+
+    def rank(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int,
+        keep: int,
+        seed: int = 0,
+        sampling: SamplingConfig = SamplingConfig(),
+        image_prompt: str | os.PathLike | ArrayLike | None = None,
+        keep_rows: int = 0,
+        clip: Clip | None = None,
+        progress: Progress | None = None,
+    ) -> Ranked:
+        """Generates n images for each caption and returns the best, by their CLIP scores.
+
+        Only the best images so far are in memory, however many are generated.
+
+        Args: as for `generate`, and
+          keep: how many images per caption to return, 1 to n.
+          clip: scores how well an image fits its caption; None for the model's own.
+        Returns:
+          The images of each caption, best first, and their scores.
+        Raises: as `generate`, and
+          ModelError: if there is no CLIP.
+        Source: Ramesh et al. 2021, section 2.6 (which keeps the best of 512).
+        """
+        prompts = _as_list(prompts)
+        if not 1 <= keep <= n:
+            raise UserError(f"keep is {keep}; it must be 1 to {n}, the images per caption")
+        clip = clip or self.clip
+        if clip is None:
+            raise ModelError(
+                f"model {self.name!r} has no CLIP to rank images with; give another as clip"
+            )
+        best = Best(prompts, keep=keep, px=self.px, clip=clip)
+        given = self._top_rows(image_prompt, keep_rows)
+        for part in self._sample(prompts, n, seed, sampling, given, progress):
             best.add(part.prompts, self._pictures(finished(part).passes)[0])
         return best.ranked()
 
@@ -286,30 +289,24 @@ class Model(Codec):
         *,
         n: int = 1,
         seed: int = 0,
+        sampling: SamplingConfig = SamplingConfig(),
         image_prompt: str | os.PathLike | ArrayLike | None = None,
         keep_rows: int = 0,
-        decoder: Decoder | None = None,
-        stages: int | None = None,
-        revise: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        **options: Any,
+        progress: Progress | None = None,
     ) -> UInt8[np.ndarray, "frames prompts n R R 3"]:
-        """Draws as `generate` does, and shows each picture arising.
+        """Generates images as `generate` does, and shows how each of them is filled.
 
-        Args: as for `generate`, but for `keep` and `judge`.
+        Args: as for `generate`.
         Returns:
-          The pictures after each pass of the progressive decoder, or after each row of the other
-          one, grey where no code stands yet; the last are those of `generate`.
+          The images after each pass of the progressive decoder, or after each row of the
+          autoregressive one, grey where no code is sampled yet; the last are those of `generate`.
         Raises: as `generate`.
         Source: ours.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = _as_list(prompts)
         given = self._top_rows(image_prompt, keep_rows)
-        style = {"decoder": decoder, "stages": stages, "revise": revise}
-        drawn = self._draw(
-            prompts, n=n, seed=seed, given=given, progress=progress, **style, **options
-        )
-        return self._gathered(map(row_by_row, drawn), len(prompts), n)
+        parts = self._sample(prompts, n, seed, sampling, given, progress)
+        return self._gathered(map(row_by_row, parts), len(prompts), n)
 
     def edit(
         self,
@@ -317,64 +314,54 @@ class Model(Codec):
         prompts: str | Sequence[str],
         *,
         mask: str | os.PathLike | ArrayLike | Image.Image | None = None,
-        share: float | None = None,
+        strength: float | None = None,
         n: int = 1,
         seed: int = 0,
-        stages: int | None = None,
-        revise: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        **options: Any,
+        sampling: SamplingConfig = SamplingConfig(),
+        progress: Progress | None = None,
     ) -> UInt8[np.ndarray, "prompts n R R 3"]:
-        """Draws a part of a picture again, with the progressive decoder.
+        """Samples a part of an image again, with the progressive decoder.
 
         Args:
-          image: the picture, as a file or uint8 [H, W, 3]; its middle square counts.
-          prompts: what the whole picture shall show.
-          mask: which part: a picture of the same size, white there and black or transparent
-            elsewhere, as `masked_cells` takes it: a file, an array, or a picture of Pillow. All
-            cells that it touches are drawn again, from the codes of all others, and blended into
-            the picture over half a cell around them; beyond, no pixel changes.
-          share: instead of a mask: of the cells, drawn at random for each sample, above 0 and at
-            most 1. The result is all drawn from codes.
-          n: pictures per caption, at least 1.
+          image: the image, as a file or uint8 [H, W, 3]; its middle square counts.
+          prompts: captions of the whole image.
+          mask: which part: an image of the same size, white there and black or transparent
+            elsewhere, as `masked_cells` takes it: a file, an array, or an image of Pillow. All
+            cells that it touches are sampled again, given the codes of all others, and blended into
+            the image over half a cell around them; beyond, no pixel changes.
+          strength: instead of a mask: share of the cells, chosen at random for each sample, above 0
+            and at most 1. All of the result is decoded from codes.
+          n: images per caption, at least 1.
           seed: as for `generate`.
-          stages: None for 16, or one a cell if there are fewer.
-          revise: as for `generate`.
+          sampling: how to sample, with the progressive decoder.
           progress: as for `generate`.
-          options: temperature, top_k, top_p and guidance, as for `generate`.
         Returns:
-          The pictures.
+          The images.
         Raises:
           ModelError: if the model has no progressive prior.
-          UserError: if an argument is out of its range, or mask and picture do not fit.
-          PictureError: if a picture cannot be read.
+          UserError: if an argument is out of its range, or mask and image do not fit.
+          PictureError: if an image cannot be read.
         Source: ours; Chang et al. 2022, section 4.3.
         """
-        if (mask is None) == (share is None):
-            raise UserError(f"the mask is {mask} and share {share}; give one of the two")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if (mask is None) == (strength is None):
+            raise UserError(f"the mask is {mask} and strength {strength}; give one of the two")
+        if sampling.decoder == "autoregressive":
+            raise UserError("an edit needs the progressive decoder; leave decoder out")
+        sampling = dataclasses.replace(sampling, decoder="progressive")
+        prompts = _as_list(prompts)
         check_request(prompts, n=n, seed=seed)
-        self._part("progressive", stages, revise)
+        self._prior(sampling)
         image = self._opened(image)
         old, size = pixels.square(image, self.px), image.shape[:2]
         if mask is None:
-            anew = some_cells(share, self.grid, n=n, seed=seed)
+            edited = some_cells(strength, self.grid, n=n, seed=seed)
         else:
             cells = masked_cells(mask, size, px=self.px, grid=self.grid)
-            anew = np.repeat(cells[None], n, axis=0)
-        drawn = self._draw(
-            prompts,
-            n=n,
-            seed=seed,
-            given=np.where(anew, self.codec.codes, self.encode([old])),
-            decoder="progressive",
-            stages=min(16, int(anew[0].sum())) if stages is None else stages,
-            revise=revise,
-            progress=progress,
-            **options,
-        )
-        images = self._gathered(map(finished, drawn), len(prompts), n)[0]
-        return images if mask is None else blend(old, images, anew[0])
+            edited = np.repeat(cells[None], n, axis=0)
+        given = np.where(edited, self.codec.codes, self.encode([old]))
+        parts = self._sample(prompts, n, seed, sampling, given, progress)
+        images = self._gathered(map(finished, parts), len(prompts), n)[0]
+        return images if mask is None else blend(old, images, edited[0])
 
     def __repr__(self):
         sizes = f"{self.px} px, {self.grid} x {self.grid} of {self.codec.codes} codes"
@@ -384,29 +371,29 @@ class Model(Codec):
         ]
         return f"Model({self.name!r}: {sizes}, {', '.join(parts) or 'no prior'})"
 
-    def _part(self, decoder, stages, revise):
+    def _prior(self, sampling: SamplingConfig) -> str:
+        """The part that samples; SamplingConfig refuses options that its decoder does not have."""
         if not self.priors:
             raise ModelError(
                 f"model {self.name!r} holds a {codecs.TITLES[self.kind]} alone: it can encode and "
-                "decode, but drawing needs a prior trained on its codes"
+                "decode, but generating needs a prior trained on its codes"
             )
         usual = "progressive" if "progressive" in self.priors else "prior"
-        part = {name: part for part, name in DECODERS.items()}.get(decoder, usual)
+        part = {name: part for part, name in DECODERS.items()}.get(sampling.decoder, usual)
         if part not in self.priors:
             able = " or ".join(DECODERS[part] for part in self.priors)
-            raise ModelError(f"model {self.name!r} has no {decoder} prior; its decoder is {able}")
-        if part != "progressive" and (stages, revise) != (None, None):
-            raise UserError(
-                f"stages is {stages} and revise {revise}, but only the progressive decoder has them"
+            raise ModelError(
+                f"model {self.name!r} has no {sampling.decoder} prior; its decoder is {able}"
             )
+        dataclasses.replace(sampling, decoder=DECODERS[part])
         return part
 
-    def _draw(self, prompts, *, n, given, decoder, stages, revise, progress, **options):
-        config, params = self.priors[self._part(decoder, stages, revise)]
-        options |= {k: v for k, v in (("stages", stages), ("revise", revise)) if v is not None}
+    def _sample(self, prompts, n, seed, sampling, given, progress):
+        config, params = self.priors[self._prior(sampling)]
         done = 0
-        parts = draw_grids(config, params, self.tokenizer, prompts, n=n, given=given, **options)
-        for part in parts:
+        for part in draw_grids(
+            config, params, self.tokenizer, prompts, n=n, seed=seed, sampling=sampling, given=given
+        ):
             yield part
             done += len(part.prompts) * len(part.numbers)
             if progress is not None:
@@ -431,17 +418,6 @@ class Model(Codec):
         images[empty.repeat(self.codec.factor, -2).repeat(self.codec.factor, -1)] = PAPER
         return images
 
-    def _best(self, prompts, n, keep, judge):
-        if not 1 <= keep <= n:
-            raise UserError(f"keep is {keep}; it must be 1 to {n}, the pictures drawn a caption")
-        judge = judge or self.clip
-        if judge is None:
-            raise ModelError(
-                f"model {self.name!r} has no CLIP to choose pictures with; give another as judge, "
-                "or keep all"
-            )
-        return Best(prompts, keep=keep, px=self.px, judge=judge)
-
     def _top_rows(self, image_prompt, keep_rows):
         """Codes [1, G, G] of the rows to be kept, and K below."""
         if image_prompt is None:
@@ -461,6 +437,10 @@ class Model(Codec):
         if isinstance(image, str | os.PathLike):
             return pixels.decode(image, min_px=self.grid)
         return np.asarray(image)
+
+
+def _as_list(prompts):
+    return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def _placed(params, mesh):

@@ -5,7 +5,6 @@ side, K codebook. The code K stands for a cell that is not filled.
 """
 
 from functools import partial
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.drawing import check_options, drawn, empty_captions
+from dalle_jax.generate.drawing import check_inputs, drawn, empty_captions, traced_options
+from dalle_jax.generate.sampling import SamplingConfig, Schedule
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, with_room
 
-Schedule = Literal["linear", "cosine"]
-Order = Literal["dynamic", "confidence", "random", "raster"]
-
+STAGES = 16  # unless there are fewer cells, or the caller says otherwise
 DOUBT = np.log(4)  # revision replaces a code if another one is this many nats likelier
 SPANS = 4  # the stages are compiled as this many loops, each as wide as its largest stage
 
@@ -56,15 +54,7 @@ def sample(
     text: Int[Array | np.ndarray, "U slots"],
     keys: Key[Array, " B"],
     *,
-    stages: int = 16,
-    schedule: Schedule = "cosine",
-    order: Order = "random",
-    temperature: float | int = 1.0,
-    choice_temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | int | None = None,
-    guidance: float | int = 1.0,
-    revise: int = 0,
+    sampling: SamplingConfig = SamplingConfig(),
     given: Int[Array | np.ndarray, "B G G"] | None = None,
 ) -> Int[Array, "passes B G G"]:
     """Samples grids of codes, the same number for each caption, in some stages.
@@ -77,21 +67,7 @@ def sample(
       params: its weights.
       text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
       keys: one typed key a picture: all those of the first caption, then all of the next one.
-      stages: 1 to the number of cells that are not given.
-      schedule: how many cells each of them fills, see `filled`.
-      order: which cells come first. "random"; "raster"; "dynamic": those whose codes are the most
-        certain given the caption alone, known from one look at all cells, once a caption;
-        "confidence": those whose sampled code is the most likely, which takes a look at all cells
-        in every stage.
-      temperature: divides the codes' logits, at least 0; 0 takes the likeliest code each time.
-      choice_temperature: weight of Gumbel noise in nats in choosing cells, at least 0; for
-        "confidence" it falls along a line to 0 in the last stage.
-      top_k: draw among the k likeliest codes, in [1, K]. None: among all.
-      top_p: then among the fewest that hold this share of the probability, in (0, 1]. None: all.
-      guidance: s in u + s_k (c - u), where s_k rises along a line from near 1 to s in the last
-        stage; 1 is off.
-      revise: passes after the last stage, each of which replaces every code that is given less than
-        a quarter of the probability of another one by the rest of the picture; at least 0.
+      sampling: how to sample; stages may be as many as the cells that are not given.
       given: codes in [0, K) of cells that are given and never change, K in the others. As many
         cells have to be given in each picture. None: no cell.
 
@@ -104,14 +80,8 @@ def sample(
     Source: ours, after Li et al. 2025 (ARPG), with stages as in Fei et al. 2022; confidence follows
       Chang et al. 2022, rising guidance Chang et al. 2023.
     """
-    check_options(config, text, keys, temperature, top_k, top_p, guidance)
+    check_inputs(config, text, keys, sampling)
     B, G, K = keys.shape[0], config.grid, config.codes
-    if order not in get_args(Order):
-        raise UserError(f"order is {order!r}, but must be one of {list(get_args(Order))}")
-    if choice_temperature < 0:
-        raise UserError(f"choice_temperature is {choice_temperature}; it may not be negative")
-    if revise < 0:
-        raise UserError(f"revise is {revise}; it is a number of passes, 0 for none")
     start = np.full((B, G, G), K) if given is None else np.asarray(given)
     empty = np.unique((start == K).reshape(len(start), -1).sum(axis=1))
     if start.shape != (B, G, G) or not 0 <= start.min() <= start.max() <= K or len(empty) != 1:
@@ -119,21 +89,19 @@ def sample(
             f"given has shape {list(start.shape)}; give {[B, G, G]} codes in 0..{K}, with {K} in "
             "the cells to be drawn, as many in each picture"
         )
-    after = filled(int(empty[0]), stages, schedule)
+    cells = int(empty[0])
+    stages = min(STAGES, cells) if sampling.stages is None else sampling.stages
     return _sample(
         config,
         params,
         jnp.asarray(text),
         keys,
         jnp.asarray(start.reshape(B, -1), jnp.int32),
-        temperature=jnp.float32(temperature),
-        choice_temperature=jnp.float32(choice_temperature),
-        top_k=None if top_k is None else jnp.int32(top_k),
-        top_p=None if top_p is None else jnp.float32(top_p),
-        guidance=None if guidance == 1 else jnp.float32(guidance),
-        after=tuple(after.tolist()),
-        order=order,
-        revise=revise,
+        **traced_options(sampling),
+        choice_temperature=jnp.float32(sampling.choice_temperature),
+        after=tuple(filled(cells, stages, sampling.schedule).tolist()),
+        order=sampling.order,
+        revise=sampling.revise,
     )
 
 

@@ -27,12 +27,12 @@ class Best:
       captions: U of them.
       keep: pictures to keep for each.
       px: side R of the pictures.
-      judge: says how well a picture fits its caption.
+      clip: says how well an image fits its caption.
     """
 
-    def __init__(self, captions: Sequence[str], *, keep: int, px: int, judge: Clip):
+    def __init__(self, captions: Sequence[str], *, keep: int, px: int, clip: Clip):
         U = len(captions)
-        self._judge, self._wanted, self._keep = judge, judge.texts(captions), keep
+        self._clip, self._texts, self._keep = clip, clip.texts(captions), keep
         self._images = np.zeros((U, keep, px, px, 3), np.uint8)
         self._scores = np.full((U, keep), -np.inf, np.float32)
 
@@ -44,8 +44,8 @@ class Best:
           images: their pictures; of equally good ones the first to come is kept.
         """
         u, w = images.shape[:2]
-        seen = self._judge.images(images.reshape(u * w, *images.shape[2:])).reshape(u, w, -1)
-        scores = np.einsum("uE,uwE->uw", self._wanted[rows], seen)
+        seen = self._clip.images(images.reshape(u * w, *images.shape[2:])).reshape(u, w, -1)
+        scores = np.einsum("uE,uwE->uw", self._texts[rows], seen)
         scores = np.concatenate([self._scores[rows], scores], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, : self._keep]
         self._scores[rows] = np.take_along_axis(scores, best, axis=1)

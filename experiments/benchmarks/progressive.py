@@ -16,6 +16,7 @@ from measure import Options, Report, drawn, median_time
 from train_step import SHIPPED, SMALL, WIDE, prior_batch
 
 from dalle_jax.generate import autoregressive, progressive
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models import autoregressive_prior, progressive_prior
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
@@ -65,7 +66,8 @@ def compare(report, label, case, batch):
     params = drawn(partial(progressive_prior.draw_params, config))
     for order in ("random", "dynamic", "confidence"):
         for stages in case.stages:
-            sample = partial(progressive.sample, config, stages=stages, order=order)
+            sampling = SamplingConfig(stages=stages, order=order)
+            sample = partial(progressive.sample, config, sampling=sampling)
             took = seconds(sample, params, text, keys) / batch
             report.add(label, f"{stages} stages, {order}", took, "s/picture")
             target = case.target if (batch, stages, order) == (1, 16, "random") else None

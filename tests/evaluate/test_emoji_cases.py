@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 from dalle_jax.evaluate.composition_study import composition_study
-from dalle_jax.evaluate.drawing import Sampling
 from dalle_jax.evaluate.emoji_cases import emoji_cases
 from dalle_jax.evaluate.kept import Kept
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import encode_png
 
 _greys = itertools.count(10, 30)
@@ -106,7 +106,7 @@ def test_the_study_draws_each_case_and_finds_true_pictures_right():
         tiny.model(),
         Connoisseur(),
         SPLITS.get,
-        sampling=Sampling(),
+        sampling=SamplingConfig(),
         n=2,
         pairs=1,
         seed=0,

@@ -11,13 +11,14 @@ from PIL import Image, ImageFilter
 
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import studies
-from dalle_jax.evaluate.drawing import Part, Sampling, drawn, gathered, real, singles
+from dalle_jax.evaluate.drawing import Part, drawn, gathered, real, singles
 from dalle_jax.evaluate.features import Network
 from dalle_jax.evaluate.kept import Kept
 from dalle_jax.evaluate.likelihood import prior_nats, tokenizer_quality
 from dalle_jax.evaluate.report import Plan, evaluate
 from dalle_jax.evaluate.studies import Bench, best_of, blurred, rerank_study, scores
 from dalle_jax.evaluate.suites import Suite
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.losses import prior_loss
 from dalle_jax.models.autoregressive_prior import Prior
@@ -179,17 +180,19 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_an_unbroken_one(
 
 def test_another_request_draws_anew_and_leaves_the_first_alone(model, suite, tmp_path):
     kept = Kept(tmp_path)
-    first = gathered(drawn(model, CAPTIONS, Sampling(), n=1, seed=0, kept=kept))
-    other = gathered(drawn(model, CAPTIONS, Sampling(), n=1, seed=1, kept=kept))
-    cooler = gathered(drawn(model, CAPTIONS, Sampling(temperature=0.5), n=1, seed=0, kept=kept))
+    first = gathered(drawn(model, CAPTIONS, SamplingConfig(), n=1, seed=0, kept=kept))
+    other = gathered(drawn(model, CAPTIONS, SamplingConfig(), n=1, seed=1, kept=kept))
+    cooler = gathered(
+        drawn(model, CAPTIONS, SamplingConfig(temperature=0.5), n=1, seed=0, kept=kept)
+    )
     assert len({images.tobytes() for images in (first, other, cooler)}) == 3
-    again = gathered(drawn(model, CAPTIONS, Sampling(), n=1, seed=0, kept=kept))
+    again = gathered(drawn(model, CAPTIONS, SamplingConfig(), n=1, seed=0, kept=kept))
     np.testing.assert_array_equal(again, first)
 
 
 def test_a_caption_that_comes_again_gets_another_picture(model):
     twice = CAPTIONS[:1] * 2
-    images = gathered(singles(drawn(model, twice, Sampling(), n=1, seed=4, kept=Kept(None))))
+    images = gathered(singles(drawn(model, twice, SamplingConfig(), n=1, seed=4, kept=Kept(None))))
     expected = [model.generate(twice[0], seed=seed)[0, 0] for seed in (4, 5)]
     np.testing.assert_array_equal(images, expected)
     assert (images[0] != images[1]).any()
@@ -274,7 +277,7 @@ def test_tokenizer_quality_counts_codes_and_decibels(model, suite):
 
 def test_settings_change_one_thing_at_a_time():
     settings = Plan(temperatures=(0.5, 1.0), top_ps=(0.9,), guidances=(1.0, 2.0)).settings(
-        Sampling(guidance=2.0)
+        SamplingConfig(guidance=2.0)
     )
     assert [str(sampling) for sampling in settings] == [
         "guidance 2.0",

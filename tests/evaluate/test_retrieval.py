@@ -5,9 +5,9 @@ import pytest
 import tiny
 
 from dalle_jax.evaluate import retrieval
-from dalle_jax.evaluate.drawing import Sampling
 from dalle_jax.evaluate.kept import Kept
 from dalle_jax.evaluate.retrieval import nearest, retrieval_study
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import decode, encode_png
 
 _greys = itertools.count(10, 20)
@@ -72,7 +72,7 @@ def study(monkeypatch, samples, reranker=None):
     rows = retrieval_study(
         tiny.model(),
         SPLITS.get,
-        sampling=Sampling(),
+        sampling=SamplingConfig(),
         n=len(samples),
         captions=None,
         seed=0,

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dalle_jax.errors import UserError
 from dalle_jax.generate.edit import blend, masked_cells, some_cells
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import encode_png
 
 
@@ -88,7 +89,7 @@ def test_variations_draw_as_many_cells_again_at_places_of_their_own():
     assert len({one.tobytes() for one in cells}) > 1
     np.testing.assert_array_equal(cells[:2], some_cells(0.25, 4, n=2, seed=3))
     assert some_cells(0.001, 4, n=1, seed=0).sum() == 1
-    with pytest.raises(ValueError, match=r"share is 1.5, but must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=r"strength is 1.5, but must be above 0 and at most 1"):
         some_cells(1.5, 4, n=1, seed=0)
 
 
@@ -134,15 +135,16 @@ def test_variations_keep_the_codes_of_the_other_cells(monkeypatch):
     monkeypatch.setattr(
         type(model()), "decode", lambda self, codes: (seen.append(codes), decode(self, codes))[1]
     )
-    model().edit(picture(), "red apple", share=0.25, n=2)
+    model().edit(picture(), "red apple", strength=0.25, n=2)
     kept = (seen[0] == model().encode([picture()])).reshape(2, -1).sum(axis=1)
     assert (kept >= 12).all()
 
 
 def test_a_trace_ends_with_the_picture_and_begins_grey():
     for decoder, frames in (("progressive", 3), ("autoregressive", 4)):
-        options = {"seed": 2, "decoder": decoder, "temperature": 0.5}
-        options |= {"stages": 3} if decoder == "progressive" else {}
+        stages = 3 if decoder == "progressive" else None
+        sampling = SamplingConfig(decoder=decoder, temperature=0.5, stages=stages)
+        options = {"seed": 2, "sampling": sampling}
         trace = model().trace("red apple", n=2, **options)
         assert trace.shape == (frames, 1, 2, tiny.PX, tiny.PX, 3)
         np.testing.assert_array_equal(trace[-1], model().generate("red apple", n=2, **options))
@@ -153,12 +155,17 @@ def test_a_trace_ends_with_the_picture_and_begins_grey():
     assert rows[4:].all()  # raster order: after one row of cells the others are grey
 
 
+STAGES_99 = SamplingConfig(stages=99)
+AUTOREGRESSIVE = SamplingConfig(decoder="autoregressive")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "the mask is None and share None; give one of the two"),
-        ({"share": 0.5, "stages": 99}, r"stages is 99, but must lie in 1\.\.8"),
-        ({"share": 0.5, "n": 0}, "n is 0; at least 1 picture"),
+        ({}, "the mask is None and strength None; give one of the two"),
+        ({"strength": 0.5, "sampling": STAGES_99}, r"stages is 99, but must lie in 1\.\.8"),
+        ({"strength": 0.5, "sampling": AUTOREGRESSIVE}, "an edit needs the progressive decoder"),
+        ({"strength": 0.5, "n": 0}, "n is 0; at least 1 image"),
     ],
 )
 def test_bad_edits_are_refused(options, message):
@@ -168,4 +175,4 @@ def test_bad_edits_are_refused(options, message):
 
 def test_a_model_without_a_progressive_prior_cannot_edit():
     with pytest.raises(ValueError, match="has no progressive prior; its decoder is autoregressive"):
-        tiny.model().edit(picture(), "red apple", share=0.5)
+        tiny.model().edit(picture(), "red apple", strength=0.5)

@@ -19,6 +19,7 @@ from dalle_jax.generate import folder as files
 from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.folder import ModelError
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import PictureError, decode
 from dalle_jax.models import dvae
 from dalle_jax.models.dvae import DVAE
@@ -100,13 +101,16 @@ def test_micro_batches_shrink_to_the_memory():
 
 
 def test_temperature_zero_draws_the_likeliest_picture_whatever_the_seed(model):
-    first = model.generate("red apple", temperature=0, seed=0)
-    np.testing.assert_array_equal(first, model.generate("red apple", temperature=0, seed=1))
+    greedy = SamplingConfig(temperature=0)
+    first = model.generate("red apple", sampling=greedy, seed=0)
+    np.testing.assert_array_equal(first, model.generate("red apple", sampling=greedy, seed=1))
 
 
 @pytest.mark.parametrize("option", [{"guidance": 8.0}, {"top_k": 1}, {"top_p": 0.1}])
-def test_every_option_of_drawing_reaches_the_decoder(model, option):
-    assert (model.generate("red apple", n=2) != model.generate("red apple", n=2, **option)).any()
+def test_every_option_of_sampling_reaches_the_decoder(model, option):
+    sampling = SamplingConfig(**option)
+    changed = model.generate("red apple", n=2, sampling=sampling)
+    assert (model.generate("red apple", n=2) != changed).any()
 
 
 def test_image_prompt_keeps_its_top_rows_of_codes(model, pictures, monkeypatch):
@@ -494,11 +498,8 @@ def test_prompts_are_read_as_training_captions_are(model, prompt):
         ({"n": 0}, "n is 0; at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"sampling": SamplingConfig(top_k=13)}, r"top_k is 13, but must lie in 1\.\.12"),
+        ({"sampling": SamplingConfig(stages=2)}, "stages is 2, but only the progressive decoder"),
         ({"keep_rows": 2}, "keep_rows is 2, but no image prompt was given"),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.generate.progressive import filled, sample
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
 
 CONFIG = ProgressiveConfig(
@@ -24,9 +25,10 @@ def params():
     return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), init)
 
 
-def draw(seed=0, text=TEXT, samples=2, stages=4, **options):
+def draw(seed=0, text=TEXT, samples=2, stages=4, given=None, **options):
     keys = jax.random.split(jax.random.key(seed), samples * len(text))
-    return np.asarray(sample(CONFIG, params(), text, keys, stages=stages, **options))
+    sampling = SamplingConfig(stages=stages, **options)
+    return np.asarray(sample(CONFIG, params(), text, keys, sampling=sampling, given=given))
 
 
 @cache
@@ -162,10 +164,12 @@ def test_raster_goes_row_by_row_and_random_otherwise_for_each_picture():
 
 def test_a_picture_depends_on_its_key_and_caption_alone():
     keys = jax.random.split(jax.random.key(3), 4)
-    together = sample(CONFIG, params(), TEXT, keys, stages=4)
-    alone = sample(CONFIG, params(), TEXT[1:], keys[3:], stages=4)
+    four = SamplingConfig(stages=4)
+    together = sample(CONFIG, params(), TEXT, keys, sampling=four)
+    alone = sample(CONFIG, params(), TEXT[1:], keys[3:], sampling=four)
     chex.assert_trees_all_equal(alone, together[:, 3:])
-    other = sample(CONFIG, params(), TEXT, jax.random.split(jax.random.key(4), 4), stages=4)
+    other_keys = jax.random.split(jax.random.key(4), 4)
+    other = sample(CONFIG, params(), TEXT, other_keys, sampling=four)
     assert (np.asarray(other[-1]) != np.asarray(together[-1])).any()
 
 
@@ -212,15 +216,12 @@ def test_guidance_moves_codes_and_none_of_an_empty_caption():
     chex.assert_trees_all_equal(plain, guided)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"revise": -1}, "revise is -1; it is a number of passes"),
-        ({"choice_temperature": -1.0}, "choice_temperature is -1.0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_k": 7}, r"top_k is 7, but must lie in 1\.\.6"),
-    ],
-)
-def test_bad_options_say_what_is_allowed(options, message):
-    with pytest.raises(ValueError, match=message):
-        draw(**options)
+def test_stages_are_16_unless_fewer_cells_are_empty():
+    given = np.full((4, 4, 4), K)
+    given[:, :3] = 0
+    assert [len(draw(stages=None)), len(draw(stages=None, given=given))] == [16, 4]
+
+
+def test_a_top_k_above_the_codebook_is_refused():
+    with pytest.raises(ValueError, match=r"top_k is 7, but must lie in 1\.\.6"):
+        draw(top_k=7)

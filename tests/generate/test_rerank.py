@@ -36,24 +36,24 @@ def test_kept_pictures_are_those_of_ranking_all_at_once(
 ):
     expected, scores = best_of(everything, clip.score(CAPTIONS, everything), 3)
     monkeypatch.setattr(batching, "LARGEST", largest)
-    ranked = model.generate(CAPTIONS, n=7, seed=5, keep=3)
+    ranked = model.rank(CAPTIONS, n=7, seed=5, keep=3)
     assert isinstance(ranked, Ranked)
     np.testing.assert_array_equal(ranked.images, expected)
     np.testing.assert_allclose(ranked.scores, scores, atol=1e-6)
 
 
-def test_another_judge_chooses_others(model, clip, everything):
+def test_another_clip_chooses_others(model, clip, everything):
     other = tiny.clip(params=tiny.clip_params(clip.config, 3))
     expected, scores = best_of(everything, other.score(CAPTIONS, everything), 2)
-    ranked = model.generate(CAPTIONS, n=7, seed=5, keep=2, judge=other)
+    ranked = model.rank(CAPTIONS, n=7, seed=5, keep=2, clip=other)
     np.testing.assert_array_equal(ranked.images, expected)
     np.testing.assert_allclose(ranked.scores, scores, atol=1e-6)
-    assert (ranked.images != model.generate(CAPTIONS, n=7, seed=5, keep=2).images).any()
+    assert (ranked.images != model.rank(CAPTIONS, n=7, seed=5, keep=2).images).any()
 
 
 def test_of_equally_good_pictures_the_first_is_kept(clip):
     picture, other = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    best = Best(["red apple"], keep=2, px=8, judge=clip)
+    best = Best(["red apple"], keep=2, px=8, clip=clip)
     best.add(np.array([0]), np.stack([picture, other])[None])
     first = best.ranked()
     best.add(np.array([0]), np.stack([other, picture])[None])
@@ -72,23 +72,22 @@ def test_only_what_is_kept_is_in_memory(model, monkeypatch):
         return empty(shape, *args)
 
     monkeypatch.setattr(np, "empty", watched)
-    model.generate("red apple", n=12, keep=1)
+    model.rank("red apple", n=12, keep=1)
     assert max(largest) <= 2 * tiny.PX**2 * 3
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"n": 4, "keep": 5}, "keep is 5; it must be 1 to 4, the pictures drawn a caption"),
+        ({"n": 4, "keep": 5}, "keep is 5; it must be 1 to 4, the images per caption"),
         ({"n": 4, "keep": 0}, "keep is 0; it must be 1 to 4"),
-        ({"judge": tiny.clip()}, "a judge was given, but nothing to choose; say how many to keep"),
     ],
 )
 def test_a_bad_request_is_refused(model, request_, message):
     with pytest.raises(ValueError, match=message):
-        model.generate("red apple", **request_)
+        model.rank("red apple", **request_)
 
 
 def test_a_model_without_a_clip_cannot_choose():
-    with pytest.raises(ModelError, match="has no CLIP to choose pictures with; give another as"):
-        tiny.model().generate("red apple", n=2, keep=1)
+    with pytest.raises(ModelError, match="has no CLIP to rank images with; give another as"):
+        tiny.model().rank("red apple", n=2, keep=1)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from dalle_jax.generate.progressive import filled
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.progressive_prior import ProgressivePrior, draw_params
 from dalle_jax.train.cell_orders import order_scores, ranks
 from dalle_jax.train.loop import LoopConfig
@@ -138,9 +139,13 @@ def test_the_model_draws_and_keeps_the_top_of_a_picture():
     s = stage()
     model = s.to_model(PARAMS)
     assert list(model.priors) == ["progressive"]
-    drawn = model.generate("red apple", seed=1, stages=4)
+    drawn = model.generate("red apple", seed=1, sampling=SamplingConfig(stages=4))
     other = model.generate(
-        "red apple", seed=2, stages=4, image_prompt=drawn[0, 0], keep_rows=2, decoder="progressive"
+        "red apple",
+        seed=2,
+        sampling=SamplingConfig(stages=4, decoder="progressive"),
+        image_prompt=drawn[0, 0],
+        keep_rows=2,
     )
     chex.assert_equal_shape([drawn, other])
     assert (drawn != other).any()
@@ -148,12 +153,12 @@ def test_the_model_draws_and_keeps_the_top_of_a_picture():
 
 def test_a_model_with_both_priors_draws_with_the_progressive_one():
     model = tiny.model(**tiny.progressive_parts())
-    drawn = [model.generate("red apple", stages=4, decoder=d) for d in (None, "progressive")]
-    chex.assert_trees_all_equal(*drawn)
+    configs = [SamplingConfig(stages=4, decoder=decoder) for decoder in (None, "progressive")]
+    chex.assert_trees_all_equal(*(model.generate("red apple", sampling=c) for c in configs))
 
 
 def test_what_a_decoder_cannot_do_is_said():
     with pytest.raises(ValueError, match="has no progressive prior; its decoder is autoregressive"):
-        tiny.model().generate("red apple", decoder="progressive")
-    with pytest.raises(ValueError, match="stages is 4 .* but only the progressive decoder has"):
-        tiny.model().generate("red apple", stages=4)
+        tiny.model().generate("red apple", sampling=SamplingConfig(decoder="progressive"))
+    with pytest.raises(ValueError, match="stages is 4, but only the progressive decoder has"):
+        tiny.model().generate("red apple", sampling=SamplingConfig(stages=4))
