@@ -21,7 +21,7 @@ def drawn(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""] | None,
     top_p: Float[Array, ""] | None,
-) -> tuple[Int[Array, "B *cells"], Float[Array, "B *cells"]]:
+) -> tuple[Int[Array, " B *cells"], Float[Array, " B *cells"]]:
     """Draws codes, each picture by its own key, and gives the log-probability of each.
 
     Options are those of `sample`; at temperature 0 the likeliest codes come, with their

@@ -11,8 +11,8 @@ import jax
 
 from dalle_jax.generate import folder as files
 from dalle_jax.generate.folder import ModelError, Tensors
+from dalle_jax.models import autoregressive_prior, progressive_prior
 from dalle_jax.models import codec as codecs
-from dalle_jax.models import progressive_prior
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
@@ -94,7 +94,7 @@ def codec_shapes(config: CodecConfig) -> Shapes:
 
 def prior_shapes(config: PriorConfig | ProgressiveConfig) -> Shapes:
     """What the weights of a prior look like."""
-    module = progressive_prior if isinstance(config, ProgressiveConfig) else transformer
+    module = progressive_prior if isinstance(config, ProgressiveConfig) else autoregressive_prior
     return shapes(partial(module.draw_params, config))
 
 

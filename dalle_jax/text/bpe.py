@@ -161,7 +161,7 @@ class Tokenizer:
             ids[row, : len(tokens)] = tokens[:length]
         return ids
 
-    def decode(self, ids: Int32[np.ndarray, "length"]) -> str:
+    def decode(self, ids: Int32[np.ndarray, " length"]) -> str:
         """Returns the lower-cased caption of one row of ids; pads (ids from V on) say nothing."""
         return self._pieces.decode([int(i) for i in ids if i < self.vocabulary])
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from dalle_jax.errors import UserError
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.losses import prior_loss, prior_mean

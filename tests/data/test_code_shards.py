@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from dalle_jax.data import code_shards
 from dalle_jax.data.batches import batches
 from dalle_jax.data.code_shards import CodeSource, write_codes
 from dalle_jax.data.record import DamagedRecordError, SourceError
@@ -24,7 +25,7 @@ def records(count, grid=4):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 3)
+    monkeypatch.setattr(code_shards, "SHARD_RECORDS", 3)
     write_codes(tmp_path / "codes", iter(records(7)), meta={"codec": CODEC, "px": 64})
     return tmp_path / "codes"
 
@@ -128,8 +129,8 @@ def descriptors(folder):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 @pytest.mark.parametrize("threads", [0, 3])
 def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 1)
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    monkeypatch.setattr(code_shards, "SHARD_RECORDS", 1)
+    monkeypatch.setattr(code_shards, "OPEN_SHARDS", 3)
     write_codes(tmp_path, records(12), meta={"codec": CODEC})
     source = CodeSource(tmp_path, codec_fingerprint=CODEC)
     reading = batches(source, batch_size=12, seed=0, px=8, crop="prior", threads=threads)
@@ -145,7 +146,7 @@ def test_a_failing_disk_is_not_taken_for_a_damaged_record(folder, monkeypatch, f
         raise RuntimeError(f"{failed}; reading x")
 
     source = CodeSource(folder, codec_fingerprint=CODEC)
-    monkeypatch.setattr(shards, "ArrayRecordReader", fail)
+    monkeypatch.setattr(code_shards, "ArrayRecordReader", fail)
     with pytest.raises(OSError, match=re.escape(failed)):
         source[0]
 

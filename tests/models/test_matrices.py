@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from dalle_jax.models import dvae, layers, progressive_prior, vqgan
+from dalle_jax.models import autoregressive_prior, dvae, layers, progressive_prior, vqgan
 from dalle_jax.models.clip import CLIP
 from dalle_jax.models.dvae import DVAE
 from dalle_jax.models.progressive_prior import ProgressiveConfig
@@ -42,7 +42,7 @@ def stack(start, depth, width, heads):
 @pytest.mark.parametrize("parts", [tiny.parts, tiny.progressive_parts])
 def test_those_of_a_prior_are_the_kernels_of_its_layers(parts):
     c = parts().get("prior") or parts()["progressive"]
-    module = progressive_prior if isinstance(c, ProgressiveConfig) else transformer
+    module = progressive_prior if isinstance(c, ProgressiveConfig) else autoregressive_prior
     assert found(lambda key: module.draw_params(c, key), layers.matrices) == stack(
         "", c.depth, c.width, c.heads
     )

@@ -56,7 +56,7 @@ def made(monkeypatch):
         numbers.append(number)
         return write(folder, number, *rest, **options)
 
-    monkeypatch.setattr(shards, "write_shard", written)
+    monkeypatch.setattr(code_shards, "write_shard", written)
     return numbers
 
 
@@ -148,7 +148,7 @@ def test_codes_are_made_once_and_belong_to_their_codec(tokens, source, tmp_path,
 def test_what_has_changed_is_encoded_anew_and_nothing_else(
     tokens, pictures, tmp_path, monkeypatch, made
 ):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 2)
+    monkeypatch.setattr(code_shards, "SHARD_RECORDS", 2)
     codes = tmp_path / "codes"
     encoded(FolderSource(pictures), tokens, codes)
     assert made == [0, 1, 2]
@@ -182,7 +182,7 @@ def test_what_has_changed_is_encoded_anew_and_nothing_else(
 
 
 def test_encoding_that_was_cut_short_goes_on(tokens, pictures, tmp_path, monkeypatch, made):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 2)
+    monkeypatch.setattr(code_shards, "SHARD_RECORDS", 2)
     codes = tmp_path / "codes"
     encoded(FolderSource(pictures), tokens, codes)
     for i in range(5):
