@@ -161,15 +161,15 @@ def contrastive_loss(
     scale: Float[Array, ""],
     tokens: Int[Array, "B P"],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Symmetric InfoNCE: pictures choose among the batch's captions, captions among its pictures.
+    """Symmetric InfoNCE: images choose among the batch's captions, captions among its images.
 
-    A caption may stand in the batch more than once, under different pictures. All of them are right
-    then, to equal parts (ours): each picture's target is spread over the captions equal to its
-    own, and each caption's over the pictures of equal captions. Of B different captions this is the
+    A caption may stand in the batch more than once, under different images. All of them are right
+    then, to equal parts (ours): each image's target is spread over the captions equal to its
+    own, and each caption's over the images of equal captions. Of B different captions this is the
     plain loss.
 
     Args:
-      image: features of the pictures, of length 1.
+      image: features of the images, of length 1.
       text: features of their captions, of length 1, in the same order.
       scale: what similarities are multiplied by, the inverse of the temperature.
       tokens: the captions' tokens, to see which are equal.

@@ -27,7 +27,7 @@ def main(
     Args:
       metrics: a run's metrics.jsonl.
       names: metrics to draw, as they are called in the file.
-      out: picture file to write.
+      out: image file to write.
     """
     entries = read_metrics(metrics)
     known = sorted({name for entry in entries for name in entry})
@@ -51,7 +51,7 @@ def compare(curves: dict[str, np.ndarray], out: Path, *, dashed: str = "") -> No
 
     Args:
       curves: nats per token at each update, by the names of the runs.
-      out: picture file to write.
+      out: image file to write.
       dashed: name of one that lies on another.
     """
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")

@@ -1,7 +1,7 @@
-"""The paper's run: 256 px, 12 billion parameters, 1,024 pictures an update.
+"""The paper's run: 256 px, 12 billion parameters, 1,024 images an update.
 
     python experiments/dalle_12b.py plan --devices 1024 --chip H100-80GB
-    python experiments/dalle_12b.py all --data pictures/ --workdir /shared/runs/dalle
+    python experiments/dalle_12b.py all --data images/ --workdir /shared/runs/dalle
 
 `plan` says what the prior's training asks of each device and how long an update may take; it
 needs no accelerator. docs/dalle_12b.md has its tables. The defaults of the other commands are the
@@ -38,13 +38,13 @@ RANKS = {"2.8B": 512, "5.6B": 640, "12B": 896}  # of PowerSGD, in all; table 1
 
 @dataclass(frozen=True, kw_only=True)
 class PaperOptions(FolderOptions):
-    """A folder of pictures with captions, filtered as the paper's were."""
+    """A folder of images with captions, filtered as the paper's were."""
 
     filters: Filters = PAPER
 
 
 def dvae() -> DVAERun:
-    """32 x 32 codes of 8,192 for pictures of 256 px; on 64 devices in the paper."""
+    """32 x 32 codes of 8,192 for images of 256 px; on 64 devices in the paper."""
     return DVAERun()
 
 
@@ -123,7 +123,7 @@ def planned(options: PlanOptions) -> dict:
     )
     reduced = planning.all_reduce_bytes(run, mesh, rank=rank)
     seconds = {
-        name: planning.step_seconds(
+        name: planning.estimate_step_seconds(
             run, mesh, sent, chip, efficiency=options.efficiency, saved=reduced["plain"] - bytes_
         )
         for name, bytes_ in reduced.items()
@@ -135,7 +135,7 @@ def planned(options: PlanOptions) -> dict:
         "chip": options.chip,
         "devices": options.devices,
         "mesh": mesh,
-        "pictures_per_device": planning.pictures_per_device(run, mesh),
+        "images_per_device": planning.images_per_device(run, mesh),
         "bytes_per_device": held,
         "bytes_per_device_in_the_papers_formats": paper,
         "usable_bytes": int(room),
@@ -187,7 +187,7 @@ def report(options: PlanOptions, found: dict) -> str:
     lines = [
         f"{found['parameters']:,} parameters on {found['devices']} x {found['chip']}: "
         f"{mesh[DATA]} groups of fsdp {mesh[FSDP]} x tensor {mesh[TENSOR]}, "
-        f"{found['pictures_per_device']} pictures a device",
+        f"{found['images_per_device']} images a device",
         "",
         f"{'GB a device':24} {'here':>8} {'paper formats':>14}",
     ]
@@ -232,7 +232,7 @@ def report(options: PlanOptions, found: dict) -> str:
         lines.append(f"{name:20} " + " ".join(f"{x:8.2f}" for x in seconds.values()))
     lines.append(
         f"Estimated at {found['efficiency']:.0%} of the peak; "
-        "`dalle_jax.planner.plan.step_seconds` has the formula, `CHIPS` the peaks."
+        "`dalle_jax.planner.plan.estimate_step_seconds` has the formula, `CHIPS` the peaks."
     )
     return "\n".join(lines)
 

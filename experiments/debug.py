@@ -2,7 +2,7 @@
 
     python experiments/debug.py all --workdir runs/debug
 
-Shows that the parts fit together; the pictures are no good.
+Shows that the parts fit together; the images are no good.
 """
 
 from dataclasses import dataclass

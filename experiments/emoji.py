@@ -5,7 +5,7 @@
     python experiments/emoji.py prior --workdir runs/emoji --codec vqgan
     python experiments/emoji.py clip --workdir runs/emoji --codec vqgan
 
-Needs `pip install dalle_jax[emoji]`; the pictures are drawn on this machine. What each stage costs
+Needs `pip install dalle_jax[emoji]`; the images are drawn on this machine. What each stage costs
 and reaches stands in docs/dvae.md, docs/prior.md and docs/clip.md.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
 from dalle_jax.data.paraphrase import Paraphrased
-from dalle_jax.data.sources import Joined
+from dalle_jax.data.sources import ConcatSource
 from dalle_jax.generate.folder import listed
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
@@ -32,7 +32,7 @@ from dalle_jax.train.vqgan_stage import VQGANRun
 LICENSE = (
     "Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0), "
     "https://creativecommons.org/licenses/by-sa/4.0/legalcode, since they were learned from "
-    "pictures under those terms"
+    "images under those terms"
 )
 
 
@@ -50,7 +50,7 @@ class EmojiOptions:
         """Draws the emoji, if this has not been done yet, and opens their splits."""
         split = partial(emoji_source, px=px, data_dir=self.data_dir)
         return Data(
-            train=Paraphrased(Joined(*map(split, self.splits))),
+            train=Paraphrased(ConcatSource(*map(split, self.splits))),
             validation=split("validation"),
             captions=listed("emoji"),
             attribution=ATTRIBUTION,

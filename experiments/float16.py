@@ -6,7 +6,7 @@ And in bfloat16, with gradients of kernels summed in float32 or in bfloat16.
 
 Each sees the same coloured shapes, as codes of the shipped dVAE, in the same order. The loss is
 divided by 585, so that the gradient of a token is as small as in the paper's batches of 1,024
-pictures with 1,280 tokens each. Prints means of the loss over tenths of the run, by how much the
+images with 1,280 tokens each. Prints means of the loss over tenths of the run, by how much the
 last is off that of float32, and how many updates were skipped; draws the first three curves (needs
 matplotlib).
 """
@@ -123,10 +123,10 @@ def stage_of(options, tokens, tokenizer, precision, sums, *, scaled):
 
 def train(stage, data):
     """The loss of every update, and how many updates were skipped."""
-    state = jax.jit(lambda key: state_lib.create(stage, key))(jax.random.key(0))
+    state = jax.jit(lambda key: state_lib.init_state(stage, key))(jax.random.key(0))
     # On a CPU XLA leaves out conversions to float16 and back, unless told to be exact about them.
     exact = {"xla_allow_excess_precision": False}
-    update = state_lib.update_step(stage).lower(state, data[0]).compile(compiler_options=exact)
+    update = state_lib.make_train_step(stage).lower(state, data[0]).compile(compiler_options=exact)
     curve, skipped = [], 0
     for batch in data:
         state, metrics = update(state, batch)

@@ -1,9 +1,9 @@
-"""Your own pictures with captions.
+"""Your own images with captions.
 
-    python experiments/folder.py all --data my_pictures/ --workdir runs/mine
+    python experiments/folder.py all --data my_images/ --workdir runs/mine
 
-docs/data.md says what the folder may hold; `dalle-jax data check my_pictures/` looks it over. The
-defaults are sized for one CPU and some thousands of pictures.
+docs/data.md says what the folder may hold; `dalle-jax data check my_images/` looks it over. The
+defaults are sized for one CPU and some thousands of images.
 """
 
 from dataclasses import dataclass, field
@@ -25,26 +25,26 @@ from dalle_jax.train.vqgan_stage import VQGANRun
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions:
-    """A folder of pictures with captions."""
+    """A folder of images with captions."""
 
     data: Path
     """Folder with x.jpg beside x.txt, or with captions.jsonl or captions.csv."""
     filters: Filters = field(default_factory=Filters)
 
     def open(self, px: int) -> Data:
-        """Splits the folder into training and validation pictures."""
+        """Splits the folder into training and validation images."""
         train, validation = folder_splits(self.data, filters=self.filters)
         few = range(min(6, len(validation)))
         return Data(
             train=train,
             validation=validation,
             captions=[validation[i]["captions"][0] for i in few],
-            attribution=f"Pictures and captions of the folder {self.data.name}.",
+            attribution=f"Images and captions of the folder {self.data.name}.",
         )
 
 
 def dvae() -> DVAERun:
-    """16 x 16 codes of 512 for pictures of 64 px."""
+    """16 x 16 codes of 512 for images of 64 px."""
     return short_dvae_run(
         model=DVAEConfig(
             width=32, groups=3, blocks_per_group=2, codes=512, code_width=64, residual_gain=0.3
@@ -56,7 +56,7 @@ def dvae() -> DVAERun:
 
 
 def vqgan() -> VQGANRun:
-    """16 x 16 codes of 512 for pictures of 64 px."""
+    """16 x 16 codes of 512 for images of 64 px."""
     sizes = {"width": 32, "multipliers": (1, 2, 2), "blocks_per_group": 1, "attention": ()}
     return VQGANRun(
         model=VQGANConfig(**sizes, z_width=64, codes=512, code_width=64),

@@ -3,10 +3,10 @@
     python experiments/orders.py train --workdir runs/orders       # every prior; goes on if stopped
     python experiments/orders.py draw --workdir runs/orders --out docs/orders.md
 
-In the world of `people.py` a caption has one true picture, so a drawing is right if no other of
-the true pictures, training's and held-out ones alike, is nearer to it. The model's autoregressive
+In the world of `people.py` a caption has one true image, so a drawing is right if no other of
+the true images, training's and held-out ones alike, is nearer to it. The model's autoregressive
 prior is measured too. `draw` writes a table of all priors, orders of sampling, numbers of stages,
-revision and guidance, and a picture of the mean orders of training beside it.
+revision and guidance, and an image of the mean orders of training beside it.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from dalle_jax.image import pixels
 from dalle_jax.memory import keep_memory
 from dalle_jax.models.progressive_prior import ProgressivePrior
 from dalle_jax.terminal import show_log_lines
-from dalle_jax.train.cell_orders import order_scores, ranks
+from dalle_jax.train.cell_orders import order_ranks, order_scores
 from dalle_jax.train.experiment import train_prior
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.progressive_stage import progressive_run
@@ -73,7 +73,7 @@ class Draw:
     """Which priors, beside the autoregressive one."""
     stages: tuple[int, ...] = STAGES
     """Numbers of stages."""
-    pictures: int = 70
+    images: int = 70
     """Captions of training, and as many that were held out."""
     seed: int = 0
     """Of the drawings."""
@@ -82,7 +82,7 @@ class Draw:
 
 
 def train(options: Train) -> None:
-    """Trains each prior on the same pictures, in the same order, for as many updates."""
+    """Trains each prior on the same images, in the same order, for as many updates."""
     tokens = dalle_jax.load(options.model)
     data = PeopleOptions().open(tokens.px)
     start = prior()
@@ -125,7 +125,7 @@ def draw(options: Draw) -> None:
 
 
 class Truth:
-    """The true pictures: those to be drawn, half of them held out, and all others."""
+    """The true images: those to be drawn, half of them held out, and all others."""
 
     def __init__(self, codec, options):
         rng = np.random.default_rng(options.seed)
@@ -133,7 +133,7 @@ class Truth:
             split: PeopleSource(split, px=codec.px) for split in ("train", "heldout_cell")
         }
         chosen = {
-            split: rng.permutation(len(people))[: options.pictures].tolist()
+            split: rng.permutation(len(people))[: options.images].tolist()
             for split, people in self.splits.items()
         }
         records = [people[i] for people in self.splits.values() for i in range(len(people))]
@@ -207,7 +207,7 @@ def mean_orders(model, name, truth) -> dict[str, np.ndarray]:
         blind = prior.ask(prior.read(text), every, count=config.text_length)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(blind), codes[..., None], axis=-1)
         scores = {"difficulty": -log_p[..., 0], "errors": errors}
-        return ranks(order_scores(name, jax.random.key(0), codes.shape, **scores))
+        return order_ranks(order_scores(name, jax.random.key(0), codes.shape, **scores))
 
     mean = np.asarray(places(params, text, codes, errors.astype(np.float32))).mean(axis=0)
     return {name: mean.reshape(config.grid, config.grid) / (config.image_length - 1)}
@@ -221,7 +221,7 @@ def draw_orders(orders: dict[str, np.ndarray], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     for name in ("centre", "raster"):
-        rank = ranks(order_scores(name, jax.random.key(0), (1, 64)))
+        rank = order_ranks(order_scores(name, jax.random.key(0), (1, 64)))
         orders |= {name: np.asarray(rank).reshape(8, 8) / 63}
     figure, panels = plt.subplots(1, len(orders), figsize=(2 * len(orders), 2.3), squeeze=False)
     for panel, (name, order) in zip(panels[0], orders.items(), strict=True):
@@ -230,13 +230,13 @@ def draw_orders(orders: dict[str, np.ndarray], out: Path) -> None:
     figure.savefig(out, dpi=110, bbox_inches="tight")
 
 
-def write(out: Path, rows: list[dict], pictures: int) -> None:
+def write(out: Path, rows: list[dict], images: int) -> None:
     """Writes the table."""
     names = list(rows[0])
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in rows:
         lines.append(f"| {' | '.join(map(_short, row.values()))} |")
-    out.write_text("\n".join([*lines, "", f"Nearest of {pictures} true pictures.", ""]))
+    out.write_text("\n".join([*lines, "", f"Nearest of {images} true images.", ""]))
 
 
 def _short(value) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_jax.data.emoji_svgs import distinct_pictures, drawings, render
+from dalle_jax.data.emoji_svgs import distinct_images, list_emoji, render
 from dalle_jax.evaluate.features import efficientnet_network
 from dalle_jax.evaluate.overlap import find_overlap, open_pictures
 from dalle_jax.image.pixels import encode_png
@@ -25,9 +25,9 @@ OTHERS = 200  # emoji of each side that look like no other
 
 def main() -> None:
     """Prints what was found of the known pairs, and what else."""
-    pictures = [picture.drawings for picture in distinct_pictures(drawings())]
-    groups = [group for group in pictures if len(group) > 1]
-    alone = [group[0] for group in pictures if len(group) == 1]
+    looks = [image.svgs for image in distinct_images(list_emoji())]
+    groups = [group for group in looks if len(group) > 1]
+    alone = [group[0] for group in looks if len(group) == 1]
     alone = [alone[i] for i in np.random.default_rng(0).permutation(len(alone))[: 2 * OTHERS]]
     training = {f"known{i:03d}": (group[0], 64) for i, group in enumerate(groups)}
     held = {

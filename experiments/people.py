@@ -4,8 +4,8 @@
     python experiments/people.py prior --workdir runs/people --codec vqgan
     python experiments/people.py progressive --workdir runs/people --codec vqgan --steps 4000
 
-Needs `pip install dalle_jax[emoji]`; the pictures are drawn on this machine. Every caption has one
-true picture, so it shows whether a drawing is right, and what no picture in training combines:
+Needs `pip install dalle_jax[emoji]`; the images are drawn on this machine. Every caption has one
+true image, so it shows whether a drawing is right, and what no image in training combines:
 the held-out ones are a role, a gender and a skin tone that training knows only apart. What each
 stage costs and reaches stands in docs/progressive.md and docs/vqgan.md.
 """
@@ -32,7 +32,7 @@ CODES = 1024
 
 LICENSE = (
     "Creative Commons Attribution 4.0 International (CC BY 4.0), "
-    "https://creativecommons.org/licenses/by/4.0/legalcode, as the pictures they were learned from"
+    "https://creativecommons.org/licenses/by/4.0/legalcode, as the images they were learned from"
 )
 
 

@@ -3,7 +3,7 @@ r"""What compressed gradients cost: a small prior trained by four groups, with P
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python experiments/powersgd.py \
         --out docs/powersgd.png
 
-Both see the same pictures, as codes of the shipped dVAE, in the same order: coloured shapes, or
+Both see the same images, as codes of the shipped dVAE, in the same order: coloured shapes, or
 emoji with `--data emoji` (needs `pip install dalle_jax[emoji]`). Prints what a group sends in an
 update, means of the loss over tenths of the run, and by how much the last of them is off; draws
 both curves (needs matplotlib).
@@ -46,13 +46,13 @@ class Options:
     """What can be chosen."""
 
     data: Literal["shapes", "emoji"] = "shapes"
-    """Pictures, of 32 px."""
+    """Images, of 32 px."""
     steps: int = 300
     """Updates of each run."""
     ranks: tuple[int, ...] = (4,)
     """Ranks to compress to, one run each."""
     batch_size: int = 16
-    """Pictures in an update, over all groups."""
+    """Images in an update, over all groups."""
     width: int = 64
     """Width of the prior."""
     depth: int = 4
@@ -118,7 +118,7 @@ def train(stage, data, rank):
     groups = None if rank is None else Groups(config, mesh)
 
     def create(key):
-        return state_lib.create(stage, key, groups)
+        return state_lib.init_state(stage, key, groups)
 
     key = jax.random.key(0)
     shapes = jax.eval_shape(create, key)
@@ -126,7 +126,7 @@ def train(stage, data, rank):
         say_bytes(shapes.params, config, groups.count)
     places = state_lib.shardings(shapes, mesh, stage.rules, groups)
     state = jax.jit(create, out_shardings=places)(key)
-    update = state_lib.update_step(stage, places=places, groups=groups)
+    update = state_lib.make_train_step(stage, places=places, groups=groups)
     curve = []
     for batch in data:
         state, metrics = update(state, place_batch(mesh, batch))

@@ -80,7 +80,7 @@ def two_updates(name, mesh=None, accumulation_steps=1, rank=None):
     groups = Groups(PowerSGDConfig(rank=rank), mesh) if rank else None
 
     def create(key):
-        return state_lib.create(this, key, groups)
+        return state_lib.init_state(this, key, groups)
 
     if mesh is None:
         state = jax.jit(create)(key)
@@ -88,7 +88,7 @@ def two_updates(name, mesh=None, accumulation_steps=1, rank=None):
         places = state_lib.shardings(jax.eval_shape(create, key), mesh, this.rules, groups)
         state = jax.jit(create, out_shardings=places)(key)
         data = place_batch(mesh, data)
-    update = state_lib.update_step(
+    update = state_lib.make_train_step(
         this, places=places, groups=groups, accumulation_steps=accumulation_steps
     )
     for _ in range(2):
@@ -111,7 +111,7 @@ def sent_with_muon():
 
 
 def drawn(**where):
-    """Pictures and files of a model whose prior lies there."""
+    """Images and files of a model whose prior lies there."""
     model = tiny.model(**where)
     return model, model.generate(["red apple", "sky"], n=2, seed=1)
 
@@ -121,9 +121,9 @@ def main(folder):
     files.PIECE = 2**9  # bytes: tensors of the tiny model leave their devices in pieces
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     for name, where in (("whole", {}), ("spread", {"mesh": mesh})):
-        model, pictures = drawn(**where)
+        model, images = drawn(**where)
         model.save(folder / name)
-        np.save(folder / f"{name}.npy", pictures)
+        np.save(folder / f"{name}.npy", images)
     assert not model.priors["prior"][1]["head"]["image"]["kernel"].is_fully_replicated
     for case, (name, sizes, *options) in CASES.items():
         mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.data.batches import Share
+from dalle_jax.data.batches import ProcessSlice
 from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.parallel.processes import ProcessConfig, join
 from dalle_jax.train import checkpoint
@@ -69,7 +69,7 @@ class Paused:
 
 
 def data():
-    order = Share(grain.MapDataset.range(40).seed(1).shuffle().repeat(), 8, index, count)
+    order = ProcessSlice(grain.MapDataset.range(40).seed(1).shuffle().repeat(), 8, index, count)
 
     def example(i):
         return {"x": np.linspace(i, i + 1, 4, dtype=np.float32) / 40, "y": np.float32(i % 2)}

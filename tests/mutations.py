@@ -208,8 +208,8 @@ MUTANTS = [
     Mutant(
         "clip-exports-raw-weights",
         "train/experiment.py",
-        "params=jax.device_get(whole(state.ema_params)),\n        tokenizer",
-        "params=jax.device_get(whole(state.params)),\n        tokenizer",
+        "params=jax.device_get(gather_to_host(state.ema_params)),\n        tokenizer",
+        "params=jax.device_get(gather_to_host(state.params)),\n        tokenizer",
         EXPERIMENT,
     ),
     Mutant(

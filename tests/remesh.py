@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.parallel.mesh import MeshConfig, make_mesh, whole
+from dalle_jax.parallel.mesh import MeshConfig, gather_to_host, make_mesh
 from dalle_jax.parallel.processes import ProcessConfig, join
 from dalle_jax.parallel.sharding_rules import shardings
 from dalle_jax.train import manifest
@@ -40,7 +40,7 @@ class Stage(state_lib.Stage):
 
 def created():
     """A state of which no two arrays are equal."""
-    state = state_lib.create(Stage(), jax.random.key(0))
+    state = state_lib.init_state(Stage(), jax.random.key(0))
     double = partial(jax.tree.map, lambda x: 2 * x)
     moments = jax.tree.map(lambda x: x + 3, state.opt_state)
     return state.replace(
@@ -55,7 +55,7 @@ def on_mesh(config):
 
 def readable(state):
     """Its values on the host, of all processes."""
-    return whole(state.replace(key=jax.random.key_data(state.key)))
+    return gather_to_host(state.replace(key=jax.random.key_data(state.key)))
 
 
 def main(folder, port, index, count):

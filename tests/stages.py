@@ -157,16 +157,16 @@ def experiment_of(run, *, train_too=True):
     data = experiment.Data(
         train=train_set, validation=validation, captions=["red apple"], attribution=""
     )
-    known = {id(train_set): "pictures", id(validation): "validation pictures"}
+    known = {id(train_set): "images", id(validation): "validation images"}
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Reached):
         patch.setattr(experiment, "batches", batches)
         patch.setattr(experiment, "train", train)
-        patch.setattr(experiment, "encoded", lambda source, *_: f"codes of {known[id(source)]}")
+        patch.setattr(experiment, "cached_codes", lambda x, *_: f"codes of {known[id(x)]}")
         patch.setattr(
-            experiment, "reconstructed", lambda source, *_: f"reconstructed {known[id(source)]}"
+            experiment, "cached_reconstructions", lambda x, *_: f"reconstructed {known[id(x)]}"
         )
-        patch.setattr(experiment, "Joined", lambda first, second: f"{known[id(first)]}, {second}")
-        patch.setattr(experiment, "tokenizer_of", lambda *_, **__: tiny.tokenizer())
+        patch.setattr(experiment, "ConcatSource", lambda x, y: f"{known[id(x)]}, {y}")
+        patch.setattr(experiment, "run_tokenizer", lambda *_, **__: tiny.tokenizer())
         patch.setattr(experiment.Model, "save", lambda *_: None)
         patch.setattr(experiment.Clip, "save", lambda *_: None)
         folder = Path("nowhere")

@@ -175,11 +175,11 @@ def test_decoding_is_measured_against_both_bandwidths(report, capsys):
     )
 
 
-def test_batches_of_codes_and_of_pictures_are_measured(tmp_path):
+def test_batches_of_codes_and_of_images_are_measured(tmp_path):
     data = script("data")
     config = dataclasses.replace(PRIOR, text_length=32)
     assert data.code_time(tmp_path, config, 2, count=2) > 0
-    assert data.picture_time(16, 2, count=2) > 0
+    assert data.image_time(16, 2, count=2) > 0
     seconds, peak = data.example_cost(10**8, count=32)
     assert seconds > 0
     assert peak < 10 * 2**20

@@ -299,7 +299,7 @@ def test_data_check_lists_what_is_wrong(dalle, tmp_path):
     Image.new("RGB", (9, 9), "blue").save(tmp_path / "dot.png")
     status, said, _ = dalle("data", "check", tmp_path)
     assert status == 0
-    assert "2 pictures, 1 captions, 1 pictures to train on" in said
+    assert "2 images, 1 captions, 1 images to train on" in said
     assert "1 are tiny (short side below 64 px):\n  dot.png: 9x9" in said
     assert "1 have no caption:\n  dot.png" in said
 

@@ -50,8 +50,8 @@ def workdir(tmp_path_factory):
 @pytest.mark.slow
 def test_all_stages_leave_a_model_that_draws(workdir):
     model = dalle_jax.load(workdir / "model")
-    pictures = model.generate(["a large red circle"], n=2, seed=1)
-    assert pictures.shape == (1, 2, 16, 16, 3)
+    images = model.generate(["a large red circle"], n=2, seed=1)
+    assert images.shape == (1, 2, 16, 16, 3)
     card = (workdir / "model" / "README.md").read_text()
     assert "Coloured shapes" in card
     assert "- dvae: 20 updates of 8 examples" in card
@@ -88,7 +88,7 @@ def test_the_prior_learns_more_when_the_same_command_asks_for_more_steps(workdir
 
 
 @pytest.mark.slow
-def test_clip_measures_true_and_reconstructed_pictures(workdir):
+def test_clip_measures_true_and_reconstructed_images(workdir):
     lines = metrics(workdir / "clip")
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert 0 <= lines[-1]["eval/reconstructed_text_to_image_5"] <= 1
@@ -140,14 +140,14 @@ TOY = {
 
 
 @pytest.mark.slow
-def test_the_papers_run_goes_from_pictures_to_a_model_in_two_processes(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_the_papers_run_goes_from_images_to_a_model_in_two_processes(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
     rng = np.random.default_rng(0)
     for i in range(24):
         pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(f"noise of the kind {i}")
+        Image.fromarray(pixels).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"noise of the kind {i}")
     options = [
         f"--{stage}.{name}={value}"
         for stage, sizes in TOY.items()
@@ -157,7 +157,7 @@ def test_the_papers_run_goes_from_pictures_to_a_model_in_two_processes(tmp_path)
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(SCRIPTS.parent)}
-    command = [sys.executable, SCRIPTS / "dalle_12b.py", "all", "--data", pictures]
+    command = [sys.executable, SCRIPTS / "dalle_12b.py", "all", "--data", images]
     command += ["--workdir", tmp_path / "run", "--processes.coordinator-address", address]
     members = [
         subprocess.Popen(

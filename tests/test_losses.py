@@ -117,7 +117,7 @@ def test_equal_captions_are_equally_right():
     )  # as if the equal captions differed, so that order might matter
     tokens = jnp.array([[1, 2], [1, 3], [1, 2], [4, 2]])  # the first and the third are equal
     loss, _ = losses.contrastive_loss(image, text, jnp.float32(5), tokens)
-    order = jnp.array([2, 1, 0, 3])  # which of both pictures is listed first changes nothing
+    order = jnp.array([2, 1, 0, 3])  # which of both images is listed first changes nothing
     swapped, _ = losses.contrastive_loss(image[order], text, jnp.float32(5), tokens)
     assert float(loss) == pytest.approx(float(swapped), rel=1e-6)
     strangers, _ = losses.contrastive_loss(image, text, jnp.float32(5), jnp.arange(4)[:, None])
@@ -125,9 +125,9 @@ def test_equal_captions_are_equally_right():
     assert abs(float(strangers) - float(swapped)) > 0.01
 
 
-def test_a_picture_that_chooses_a_caption_equal_to_its_own_is_right():
+def test_an_image_that_chooses_a_caption_equal_to_its_own_is_right():
     image = jnp.eye(3)
-    text = jnp.eye(3)[jnp.array([1, 0, 2])]  # the first two pictures choose each other's caption
+    text = jnp.eye(3)[jnp.array([1, 0, 2])]  # the first two images choose each other's caption
     _, apart = losses.contrastive_loss(image, text, jnp.float32(5), jnp.arange(3)[:, None])
     _, equal = losses.contrastive_loss(image, text, jnp.float32(5), jnp.array([[7], [7], [8]]))
     assert float(apart["image_to_text"]) == float(apart["text_to_image"]) == pytest.approx(1 / 3)

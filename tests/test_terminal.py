@@ -8,7 +8,7 @@ from dalle_jax.data.sources import SourceError
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.votes import VotesError
 from dalle_jax.generate.folder import ModelError
-from dalle_jax.image.pixels import PictureError
+from dalle_jax.image.pixels import ImageError
 from dalle_jax.terminal import bar, complaints, show_log_lines
 from dalle_jax.text.bpe import TextError
 from dalle_jax.train.checkpoint import CheckpointError
@@ -44,7 +44,7 @@ def test_a_bar_counts_on_a_terminal_and_says_nothing_elsewhere(capsys, monkeypat
         CheckpointError,
         ModelError,
         NonFiniteError,
-        PictureError,
+        ImageError,
         SourceError,
         TextError,
         VotesError,

@@ -70,7 +70,7 @@ def progressive_parts():
     sizes = {"width": 16, "depth": 2, "query_depth": 1, "heads": 2, "grid": 4, "codes": 12}
     sizes |= {"text_vocabulary": tokenizer().vocabulary, "text_length": 64}
     config = ProgressiveConfig(**sizes)
-    draw = functools.partial(progressive_prior.draw_params, config)
+    draw = functools.partial(progressive_prior.init_params, config)
     return {"progressive": config, "progressive_params": _filled(3, draw, jax.random.key(0))}
 
 

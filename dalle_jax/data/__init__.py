@@ -1,1 +1,1 @@
-"""Captioned pictures: where they come from, checks, code shards, and batches for training."""
+"""Captioned images: where they come from, checks, code shards, and batches for training."""

@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from dalle_jax.data.record import DamagedRecordError, DataSource, Record, SourceError, printable
-from dalle_jax.image.pixels import PictureError, crop_center, crop_dvae, crop_prior, decode
+from dalle_jax.image.pixels import ImageError, crop_center, crop_dvae, crop_prior, decode
 from dalle_jax.text.bpe import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -27,7 +27,7 @@ _CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] 
     "prior": crop_prior,
     "center": lambda image, px, rng: crop_center(image, px),
 }
-# Below a quarter of the side asked for, enlarging a picture shows nothing but blur.
+# Below a quarter of the side asked for, enlarging an image shows nothing but blur.
 _SMALLEST_SHARE = 4
 # A batch that takes longer than this is worth a line in the log, so that a dead disk is noticed.
 _PATIENCE_S = 60.0
@@ -59,15 +59,15 @@ def batches(
 
     Everything drawn for an example (crop, which caption, dropout) depends on the seed, the epoch
     and the record alone, and the k-th batch of all processes together holds the same examples
-    however many processes there are. A picture that cannot be used is named in the log, once, and
+    however many processes there are. An image that cannot be used is named in the log, once, and
     the next record of the source takes its place. A batch that takes more than a minute is said in
     the log, with the records that are being read.
 
     Args:
-      source: pictures or codes with captions.
+      source: images or codes with captions.
       batch_size: examples of one step over all processes; a multiple of `process_count`.
       seed: any non-negative number below 2**32.
-      px: side R of the pictures; those whose short side is below R / 4 are not used.
+      px: side R of the images; those whose short side is below R / 4 are not used.
       crop: "dvae" (listing 1, mirrors), "prior" (listing 2) or "center".
       tokenizer: turns one caption of each record, each equally often, into ids; None for no text.
       text_length: P, the start-of-text position included, so that captions have P - 1 slots.
@@ -82,7 +82,7 @@ def batches(
       JSON-able dict.
     Raises:
       SourceError: if an option is out of range, or (when a batch is asked for) if none of the
-        pictures can be used or a record fails otherwise, which is named.
+        images can be used or a record fails otherwise, which is named.
     Source: Ramesh et al. 2021, listings 1 and 2; the sampling of captions is ours.
     """
     _check(source, batch_size, tokenizer, text_length)
@@ -93,20 +93,20 @@ def batches(
     for name, chance in {"bpe_dropout": bpe_dropout, "caption_dropout": caption_dropout}.items():
         if not 0 <= chance <= 1:
             raise SourceError(f"{name} must lie in [0, 1], got {chance}")
-    pictures = _Pictures(source, px)
+    images = _Images(source, px)
 
     # Repeating before sharing keeps epochs aligned between processes when the source does not
     # divide evenly.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    share = Share(order, batch_size, process_index, process_count)
+    share = ProcessSlice(order, batch_size, process_index, process_count)
 
     def example(step: int, index: int) -> Batch:
         epoch = share.position(step) // len(source)
         rng = np.random.default_rng([seed, epoch, index])
-        # fixed draws come first, so that text does not depend on the crop or on the picture
+        # fixed draws come first, so that text does not depend on the crop or on the image
         use_caption, which, bpe_seed = rng.random(), rng.random(), rng.integers(2**31)
-        with pictures.named(index):
-            _, record, made = pictures.usable(index, lambda image: _CROPS[crop](image, px, rng))
+        with images.named(index):
+            _, record, made = images.usable(index, lambda image: _CROPS[crop](image, px, rng))
             if tokenizer is not None:
                 captions = record["captions"]
                 shown = use_caption >= caption_dropout
@@ -119,7 +119,7 @@ def batches(
     examples = share.map_with_index(example)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     made = iter(examples.batch(batch_size // process_count).to_iter_dataset(options))
-    return Batches(made, pictures.being_read)
+    return Batches(made, images.being_read)
 
 
 class Batches:
@@ -160,8 +160,8 @@ class Batches:
         if self._waited_s > _HELD_BACK * elapsed:
             _log.warning(
                 "reading holds this run back: %d of the last %d s went into waiting for data, "
-                "%.0f ms a batch; smaller copies of large pictures help most, then more threads "
-                "or a faster disk (`dalle-jax data check FOLDER` lists large pictures)",
+                "%.0f ms a batch; smaller copies of large images help most, then more threads "
+                "or a faster disk (`dalle-jax data check FOLDER` lists large images)",
                 self._waited_s,
                 elapsed,
                 1000 * self._waited_s / self._batches,
@@ -186,7 +186,7 @@ class Batches:
         self._iterator.set_state(state)
 
 
-class Share(grain.MapDataset):
+class ProcessSlice(grain.MapDataset):
     """The examples that one process puts into each batch.
 
     They follow each other in the batch, so that its order is the same for any number of processes.
@@ -220,7 +220,7 @@ class Share(grain.MapDataset):
         return batch * self._batch_size + self._first + place
 
 
-def once(
+def one_epoch(
     source: DataSource,
     *,
     batch_size: int,
@@ -230,31 +230,31 @@ def once(
 ) -> Iterator[Batch]:
     """Yields every record once and in order, for evaluation; the last batch may be smaller.
 
-    Pictures are cropped in the middle, captions are the primary ones. Unusable pictures are named
+    Images are cropped in the middle, captions are the primary ones. Unusable images are named
     in the log and left out, so "index" says which records a batch holds.
 
     Args:
-      source: pictures or codes with captions.
+      source: images or codes with captions.
       batch_size: most examples in a batch.
-      px: side R of the pictures.
+      px: side R of the images.
       tokenizer: turns captions into ids; None for no text.
       text_length: P, as in `batches`.
     Returns:
       dicts as from `batches`, and int32 "index" [B] into the source.
     Raises:
-      SourceError: if an option is out of range, or none of the pictures can be used.
+      SourceError: if an option is out of range, or none of the images can be used.
     """
     _check(source, batch_size, tokenizer, text_length)
     return _once(source, batch_size, px, tokenizer, text_length)
 
 
 def _once(source, batch_size, px, tokenizer, text_length) -> Iterator[Batch]:
-    pictures = _Pictures(source, px)
+    images = _Images(source, px)
     waiting: list[Batch] = []
     index = 0
     while index < len(source):
-        with pictures.named(index):
-            found, record, made = pictures.usable(index, lambda image: crop_center(image, px))
+        with images.named(index):
+            found, record, made = images.usable(index, lambda image: crop_center(image, px))
             if found < index:  # the search went round: only unusable ones were left
                 break
             made["index"] = np.int32(found)
@@ -275,7 +275,7 @@ def _stack(examples: list[Batch]) -> Batch:
 
 def _check(source: DataSource, batch_size: int, tokenizer: Any, text_length: int | None) -> None:
     if len(source) == 0:
-        raise SourceError("the data source is empty; it needs at least one captioned picture")
+        raise SourceError("the data source is empty; it needs at least one captioned image")
     if batch_size < 1:
         raise SourceError(f"batch_size must be at least 1, got {batch_size}")
     if tokenizer is not None and (text_length is None or text_length < 2):
@@ -284,8 +284,8 @@ def _check(source: DataSource, batch_size: int, tokenizer: Any, text_length: int
         )
 
 
-class _Pictures:
-    """Reads records and remembers which pictures were no good; used by several threads."""
+class _Images:
+    """Reads records and remembers which images were no good; used by several threads."""
 
     def __init__(self, source: DataSource, px: int):
         self._source, self._min_px = source, max(2, px // _SMALLEST_SHARE)
@@ -317,7 +317,7 @@ class _Pictures:
     def usable(
         self, index: int, crop: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[int, Record, Batch]:
-        """Finds the first record from `index` on, going round, that has a good picture or codes.
+        """Finds the first record from `index` on, going round, that has a good image or codes.
 
         Only what is missing or damaged is passed over. Any other failure to read would let a
         neighbour take the place of a good record, and a resumed run differ from an unbroken one.
@@ -325,7 +325,7 @@ class _Pictures:
         for found in itertools.chain(range(index, len(self._source)), range(index)):
             try:
                 record, image = self._patiently(found)
-            except (PictureError, DamagedRecordError, FileNotFoundError) as error:
+            except (ImageError, DamagedRecordError, FileNotFoundError) as error:
                 self._leave_out(self._at[threading.get_ident()], error)
                 continue
             if image is not None:
@@ -333,12 +333,12 @@ class _Pictures:
             made = {"codes": record["codes"].astype(np.int32)}
             return found, record, made | {"errors": record["errors"].astype(np.float32)}
         raise SourceError(
-            f"none of the {len(self._source)} pictures can be used; "
+            f"none of the {len(self._source)} images can be used; "
             "`dalle-jax data check FOLDER` says what is wrong with each"
         )
 
     def _patiently(self, index: int) -> tuple[Record, np.ndarray | None]:
-        """Reads a record and its picture, if it has one; again after a failure of the disk."""
+        """Reads a record and its image, if it has one; again after a failure of the disk."""
         for attempt in itertools.count():
             try:
                 return self._read(index)
@@ -370,4 +370,4 @@ class _Pictures:
                 return
             self._left_out.add(name)
             count = len(self._left_out)
-        _log.warning("picture %s is left out (%d so far): %s", name, count, error)
+        _log.warning("image %s is left out (%d so far): %s", name, count, error)

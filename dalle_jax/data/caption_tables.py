@@ -29,8 +29,8 @@ class Row(NamedTuple):
 
     Attributes:
       where: file and line, for messages.
-      name: of the picture, as it is written.
-      captions: of the picture, as they are written.
+      name: of the image, as it is written.
+      captions: of the image, as they are written.
     """
 
     where: str
@@ -136,7 +136,7 @@ def read_csv(path: Path) -> Iterator[Row]:
                 f'write a caption that has commas in quotes ("a, b"); got {line[:80]}'
             )
         if not cells[image].strip():
-            raise SourceError(f"{where}: no picture is named; got {line[:80]}")
+            raise SourceError(f"{where}: no image is named; got {line[:80]}")
         yield Row(where, cells[image].strip(), [cells[caption]])
 
 

@@ -1,4 +1,4 @@
-"""Looks through a folder of captioned pictures for what would spoil training."""
+"""Looks through a folder of captioned images for what would spoil training."""
 
 import collections
 import dataclasses
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from dalle_jax.data.folder_listing import list_folder
 from dalle_jax.data.record import printable
-from dalle_jax.image.pixels import PictureError, decode
+from dalle_jax.image.pixels import ImageError, decode
 
-_BLOCK = 1024  # pictures handed to threads at a time
+_BLOCK = 1024  # images handed to threads at a time
 _LARGE = 4  # megapixels; a photograph of 12 takes 0.2 s of a core to read
 _SHOWN = 20  # lines per kind of finding in the printed form
 
@@ -24,22 +24,22 @@ class Report:
 
     Attributes:
       folder: the folder looked through.
-      pictures: number of picture files.
-      captions: number of captions of pictures that are there.
-      pairs: number of pictures that can be read and have a caption: what training will see.
+      images: number of image files.
+      captions: number of captions of images that are there.
+      pairs: number of images that can be read and have a caption: what training will see.
       px: what counts as tiny.
-      unreadable: picture and reason.
-      tiny: picture and size, for a short side below `px`.
-      elongated: picture and size, where one side is more than twice the other: square crops lose
-        what lies at the ends (the paper drops such pictures).
-      large: picture and size, above 4 megapixels: reading them may hold training back.
-      captionless: pictures without a caption.
-      missing: what has captions but no picture, and why.
-      duplicates: groups of pictures with exactly the same pixels.
+      unreadable: image and reason.
+      tiny: image and size, for a short side below `px`.
+      elongated: image and size, where one side is more than twice the other: square crops lose
+        what lies at the ends (the paper drops such images).
+      large: image and size, above 4 megapixels: reading them may hold training back.
+      captionless: images without a caption.
+      missing: what has captions but no image, and why.
+      duplicates: groups of images with exactly the same pixels.
     """
 
     folder: Path
-    pictures: int
+    images: int
     captions: int
     pairs: int
     px: int
@@ -60,12 +60,12 @@ class Report:
             f"are larger than {_LARGE} megapixels, so that reading may hold training back; smaller "
             "copies train as well": _noted(self.large),
             "have no caption": self.captionless,
-            "have captions but no picture": _noted(self.missing),
+            "have captions but no image": _noted(self.missing),
             "groups have exactly the same pixels": [" = ".join(g) for g in self.duplicates],
         }
         lines = [
-            f"{self.folder}: {self.pictures} pictures, {self.captions} captions, "
-            f"{self.pairs} pictures to train on"
+            f"{self.folder}: {self.images} images, {self.captions} captions, "
+            f"{self.pairs} images to train on"
         ]
         for kind, found in kinds.items():
             if found:
@@ -88,14 +88,14 @@ def check(
     px: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Opens every picture of a folder and reports on all of them.
+    """Opens every image of a folder and reports on all of them.
 
     Args:
       path: the folder, in any of the forms of `list_folder`.
-      px: pictures with a short side below this are reported as tiny.
-      progress: called with pictures done and their number.
+      px: images with a short side below this are reported as tiny.
+      progress: called with images done and their number.
     Raises:
-      SourceError: no folder, no pictures, or a caption table that cannot be read.
+      SourceError: no folder, no images, or a caption table that cannot be read.
     """
     root = Path(path)
     listing = list_folder(root)
@@ -126,7 +126,7 @@ def check(
                 progress(done, len(names))
     return Report(
         folder=root,
-        pictures=len(names),
+        images=len(names),
         captions=sum(map(len, listing.captions.values())),
         pairs=sum(bool(listing.captions[name]) and name not in unreadable for name in names),
         px=px,
@@ -144,7 +144,7 @@ def _look(path: Path) -> tuple[int, int, str] | str:
     """Height, width and a digest of the pixels; or what is wrong with the file."""
     try:
         image = decode(path)
-    except (PictureError, OSError) as error:
+    except (ImageError, OSError) as error:
         return str(error).removeprefix(f"{printable(os.fspath(path))}: ")
     return *image.shape[:2], hashlib.sha256(
         repr(image.shape).encode() + image.tobytes()

@@ -1,4 +1,4 @@
-"""Codes of pictures, made once by a frozen codec (a dVAE or VQ-GAN) and kept in array_record files.
+"""Codes of images, made once by a frozen codec (a dVAE or VQ-GAN) and kept in array_record files.
 
 A record is one line of JSON (id, captions) followed by G * G codes as little-endian uint16, and as
 many errors, how badly each code fits its cell, as little-endian float16. `manifest.json` is written
@@ -25,7 +25,7 @@ FORMAT = 2
 SHARD_RECORDS = 65_536  # about 150 MB at 32 x 32 codes
 OPEN_SHARDS = 128  # most files open at a time, 0.8 MB each; macOS allows 256 descriptors in all
 _MANIFEST = "manifest.json"
-_AGAIN = "copy it again, or encode the pictures again"
+_AGAIN = "copy it again, or encode the images again"
 
 
 def write_codes(folder: str | os.PathLike, records: Iterable[Record], *, meta: dict) -> None:
@@ -133,18 +133,18 @@ class CodeSource:
         except FileNotFoundError:
             raise SourceError(
                 f"{self._root} holds no finished code shards ({_MANIFEST} is missing); encode the "
-                "pictures again"
+                "images again"
             ) from None
         if manifest["format"] != FORMAT:
             raise SourceError(
                 f"{self._root} has code shards of format {manifest['format']}, but this version "
-                f"reads format {FORMAT}; encode the pictures again"
+                f"reads format {FORMAT}; encode the images again"
             )
         self.meta: dict = manifest["meta"]
         if self.meta["codec"] != codec_fingerprint:
             raise SourceError(
                 f"the codes in {self._root} were made by the codec {self.meta['codec'][:12]}, not "
-                f"by {codec_fingerprint[:12]}; delete that folder to encode the pictures again"
+                f"by {codec_fingerprint[:12]}; delete that folder to encode the images again"
             )
         self.grid: int = manifest["grid"]
         self._shards = manifest["shards"]

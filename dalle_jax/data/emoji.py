@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from dalle_jax.cache import cache_folder
 from dalle_jax.data.emoji_splits import SPLITS, assign_splits
-from dalle_jax.data.emoji_svgs import DEFAULT_PX, Picture, distinct_pictures, drawings, render
+from dalle_jax.data.emoji_svgs import DEFAULT_PX, EmojiImage, distinct_images, list_emoji, render
 from dalle_jax.data.record import Record, SourceError
 from dalle_jax.image.pixels import encode_png
 
@@ -88,7 +88,7 @@ class PeopleSource:
     """A small world in which captions say all: Twemoji's people and hands of one skin tone.
 
     Each record has one caption, as "woman firefighter with dark skin tone". Training knows 1,409
-    pictures, "heldout_cell" has 70 of roles, genders and skin tones that training knows only apart.
+    images, "heldout_cell" has 70 of roles, genders and skin tones that training knows only apart.
 
     Args:
       split: of `emoji_source`, as all other options.
@@ -151,23 +151,23 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        pictures = distinct_pictures(drawings())
-        sides = assign_splits(pictures)
+        images = distinct_images(list_emoji())
+        sides = assign_splits(images)
         return {
-            split: self._generate_examples(itertools.compress(pictures, sides == split))
+            split: self._generate_examples(itertools.compress(images, sides == split))
             for split in SPLITS
         }
 
-    def _generate_examples(self, pictures: Iterable[Picture]):
-        for picture in pictures:
-            first = picture.drawings[0]
+    def _generate_examples(self, images: Iterable[EmojiImage]):
+        for image in images:
+            first = image.svgs[0]
             drawn = self._px == DEFAULT_PX
             yield (
                 first.id,
                 {
                     "id": first.id,
-                    "image": picture.png if drawn else encode_png(render(first.path, self._px)),
-                    "captions": picture.captions,
+                    "image": image.png if drawn else encode_png(render(first.path, self._px)),
+                    "captions": image.captions,
                     "style": first.style,
                     "concept": first.cell[0],
                 },

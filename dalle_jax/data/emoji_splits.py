@@ -1,6 +1,6 @@
 """Who trains and who is held out: the splits of the emoji, the same on every machine.
 
-A *family* is the set of concepts that must stay together: those that share a picture or a name, or
+A *family* is the set of concepts that must stay together: those that share an image or a name, or
 that are the person, man and woman of one role. Other words are those of `data/emoji_svgs.py`.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from dalle_jax.data.emoji_svgs import PACKAGES, TONES, Cell, Picture, role
+from dalle_jax.data.emoji_svgs import PACKAGES, TONES, Cell, EmojiImage, role
 from dalle_jax.data.record import SourceError
 
 SPLITS = ("train", "validation", "heldout_style", "heldout_cell")
@@ -21,20 +21,20 @@ _VALIDATION_SHARE = 0.05  # of the families
 _HELDOUT_STYLE_SHARE = 0.10  # of the concepts that both styles draw
 
 
-def assign_splits(pictures: list[Picture]) -> np.ndarray:
-    """Names the split of each picture.
+def assign_splits(images: list[EmojiImage]) -> np.ndarray:
+    """Names the split of each image.
 
     Choices go by a hash of the concept, so they depend on nothing but the set itself. Validation
     takes whole families. Of each remaining role that both styles draw in full (person, man, woman
-    x six tones), one cell is held out in both styles, with any cell that shares its picture. Of
+    x six tones), one cell is held out in both styles, with any cell that shares its image. Of
     the concepts outside such roles, some lose one style.
     """
-    cells = {(d.style, *d.cell): i for i, p in enumerate(pictures) for d in p.drawings}
+    cells = {(d.style, *d.cell): i for i, p in enumerate(images) for d in p.svgs}
     roles = _full_roles(cells)
-    families = _families(pictures, roles)
+    families = _families(images, roles)
     order = sorted(set(families.values()), key=_lot)
     validation = set(order[: round(_VALIDATION_SHARE * len(order))])
-    sides = np.full(len(pictures), "train", dtype=object)
+    sides = np.full(len(images), "train", dtype=object)
 
     in_grid = set()
     for person, grid in sorted(roles.items()):
@@ -42,7 +42,7 @@ def assign_splits(pictures: list[Picture]) -> np.ndarray:
         in_grid.add(family)
         if family not in validation:
             for first in sorted(grid, key=lambda cell: _lot(f"cell {cell}")):
-                held = _same_picture(first, cells, pictures)
+                held = _same_image(first, cells, images)
                 if held <= grid:  # else it would pull in other concepts, as wrestlers do
                     together = [cells[style, *cell] for style in PACKAGES for cell in held]
                     sides[together] = "heldout_cell"
@@ -61,13 +61,13 @@ def assign_splits(pictures: list[Picture]) -> np.ndarray:
             hidden[family] = sorted(PACKAGES)[int(_lot(f"which {family}"), 16) % len(PACKAGES)]
             wanted -= len(members[family])
 
-    for i, picture in enumerate(pictures):
-        family = families[picture.drawings[0].cell[0]]
+    for i, image in enumerate(images):
+        family = families[image.svgs[0].cell[0]]
         if family in validation:
             sides[i] = "validation"
-        elif hidden.get(family) == picture.drawings[0].style:
+        elif hidden.get(family) == image.svgs[0].style:
             sides[i] = "heldout_style"
-    _check_words(pictures, sides)
+    _check_words(images, sides)
     return sides
 
 
@@ -87,7 +87,7 @@ def _full_roles(cells: Iterable[tuple[str, str, tuple[str, ...]]]) -> dict[str, 
     return {person: grids[person] for person, kind in kinds.items() if len(kind) == full}
 
 
-def _families(pictures: list[Picture], roles: dict[str, set[Cell]]) -> dict[str, str]:
+def _families(images: list[EmojiImage], roles: dict[str, set[Cell]]) -> dict[str, str]:
     """Maps each concept to the least concept of its family."""
     parent: dict[str, str] = {}
 
@@ -102,9 +102,9 @@ def _families(pictures: list[Picture], roles: dict[str, set[Cell]]) -> dict[str,
             parent[other] = roots[0]
 
     same_name = collections.defaultdict(set)
-    for picture in pictures:
-        join(drawing.cell[0] for drawing in picture.drawings)
-        for drawing in picture.drawings:
+    for image in images:
+        join(drawing.cell[0] for drawing in image.svgs)
+        for drawing in image.svgs:
             same_name[drawing.name].add(drawing.cell[0])
     for group in same_name.values():
         join(group)
@@ -113,23 +113,23 @@ def _families(pictures: list[Picture], roles: dict[str, set[Cell]]) -> dict[str,
     return {concept: root(concept) for concept in list(parent)}
 
 
-def _same_picture(first: Cell, cells: dict, pictures: list[Picture]) -> set[Cell]:
-    """The cell itself, and each cell that in either style shares a picture with one of them."""
+def _same_image(first: Cell, cells: dict, images: list[EmojiImage]) -> set[Cell]:
+    """The cell itself, and each cell that in either style shares an image with one of them."""
     found, waiting = set(), {first}
     while waiting:
         cell = waiting.pop()
         found.add(cell)
         for style in PACKAGES:
             if (style, *cell) in cells:
-                twins = pictures[cells[style, *cell]].drawings
+                twins = images[cells[style, *cell]].svgs
                 waiting |= {drawing.cell for drawing in twins} - found
     return found
 
 
-def _check_words(pictures: list[Picture], sides: np.ndarray) -> None:
+def _check_words(images: list[EmojiImage], sides: np.ndarray) -> None:
     def words(split: str) -> Iterator[str]:
-        for picture in itertools.compress(pictures, sides == split):
-            yield from re.findall(r"[^\s,]+", " ".join(picture.captions))
+        for image in itertools.compress(images, sides == split):
+            yield from re.findall(r"[^\s,]+", " ".join(image.captions))
 
     unseen = set(words("heldout_cell")) - set(words("train"))
     if unseen:

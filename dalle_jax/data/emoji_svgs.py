@@ -38,7 +38,7 @@ Cell = tuple[str, tuple[str, ...]]  # concept, tones
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class EmojiSvg:
     """One SVG file that has a name in words."""
 
     style: str
@@ -54,18 +54,18 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class EmojiImage:
     """Drawings of one style that look exactly the same."""
 
-    drawings: tuple[Drawing, ...]
+    svgs: tuple[EmojiSvg, ...]
     png: bytes  # at DEFAULT_PX
 
     @property
     def captions(self) -> list[str]:
         """What may be said about it; the bare name first."""
-        style = self.drawings[0].style
+        style = self.svgs[0].style
         article = "an" if style[0] in "aeiou" else "a"
-        names = list(dict.fromkeys(drawing.name for drawing in self.drawings))
+        names = list(dict.fromkeys(drawing.name for drawing in self.svgs))
         forms = (
             "{}",
             f"{{}}, {style} style",
@@ -73,7 +73,7 @@ class Picture:
             f"{article} {style} style picture of {{}}",
         )
         captions = [form.format(name) for form in forms for name in names]
-        keywords = dict.fromkeys(k for drawing in self.drawings for k in drawing.keywords)
+        keywords = dict.fromkeys(k for drawing in self.svgs for k in drawing.keywords)
         keywords = [word for word in keywords if word not in names]
         return captions + ([", ".join(keywords[:2])] if keywords else [])
 
@@ -88,7 +88,7 @@ def role(concept: str) -> tuple[str, str]:
     return concept, "person"
 
 
-def drawings() -> list[Drawing]:
+def list_emoji() -> list[EmojiSvg]:
     """Lists every emoji that has a name; brand logos and other private inventions have none.
 
     Raises:
@@ -110,7 +110,7 @@ def drawings() -> list[Drawing]:
             name = _name(sequence, concept, tones)
             if name:
                 keywords = tuple(k for k in _keywords(sequence, concept) if k != name)
-                found.append(Drawing(style, path, (concept, tones), name, keywords))
+                found.append(EmojiSvg(style, path, (concept, tones), name, keywords))
     return found
 
 
@@ -183,12 +183,12 @@ def render(path: Path, px: int) -> np.ndarray:
     return canvas
 
 
-def distinct_pictures(found: Iterable[Drawing]) -> list[Picture]:
-    """Makes one picture of all drawings of a style that look exactly the same.
+def distinct_images(found: Iterable[EmojiSvg]) -> list[EmojiImage]:
+    """Makes one image of all drawings of a style that look exactly the same.
 
     They are compared at one size whatever size is asked for, so that splits never change.
     """
     same = collections.defaultdict(list)
     for drawing in found:
         same[drawing.style, encode_png(render(drawing.path, DEFAULT_PX))].append(drawing)
-    return [Picture(tuple(group), png) for (_, png), group in same.items()]
+    return [EmojiImage(tuple(group), png) for (_, png), group in same.items()]

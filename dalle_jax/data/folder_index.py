@@ -1,9 +1,9 @@
-"""An index of a folder of captioned pictures: made once, kept, and read through a memory map.
+"""An index of a folder of captioned images: made once, kept, and read through a memory map.
 
 It lies in `folders` below the user's cache folder ($DALLE_JAX_CACHE, else dalle_jax below
 $XDG_CACHE_HOME or ~/.cache; an empty DALLE_JAX_CACHE keeps none), under a name made of the names,
 sizes and times of all files. As long as these stay the same, no caption file is read again and no
-picture opened.
+image opened.
 """
 
 import collections
@@ -37,16 +37,16 @@ _log = logging.getLogger("dalle_jax.data")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderIndex:
-    """The captioned pictures of a folder, in the order of their names.
+    """The captioned images of a folder, in the order of their names.
 
-    Letters: N pictures, G groups of files with the same bytes.
+    Letters: N images, G groups of files with the same bytes.
 
     Attributes:
       root: the folder.
       records: uint8, one line of JSON [name, captions] after the other.
       ends: int64 [N], where each line ends.
-      groups: int64 [N], the number of the first picture with the same bytes.
-      order: int64 [G], those first pictures, by a hash of their names.
+      groups: int64 [N], the number of the first image with the same bytes.
+      order: int64 [G], those first images, by a hash of their names.
       kept: folder that holds these arrays; None if they are in memory alone.
     """
 
@@ -61,7 +61,7 @@ class FolderIndex:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> tuple[str, list[str]]:
-        """Gives the name and the captions of a picture."""
+        """Gives the name and the captions of an image."""
         start = self.ends[index - 1] if index else 0
         name, captions = json.loads(self.records[start : self.ends[index]].tobytes())
         return name, captions
@@ -70,7 +70,7 @@ class FolderIndex:
         """Takes copies of one file together, and at least one group for validation.
 
         Args:
-          share: largest part of the pictures to take, but for the first group.
+          share: largest part of the images to take, but for the first group.
         Returns:
           bool [N].
         """
@@ -80,14 +80,14 @@ class FolderIndex:
         return np.isin(self.groups, self.order[:count])
 
     def sizes(self) -> np.ndarray:
-        """Width and height of every picture from the heads of the files, int32 [N, 2], kept.
+        """Width and height of every image from the heads of the files, int32 [N, 2], kept.
 
         Those that cannot be read have 0 by 0.
         """
         path = self.kept / "sizes.npy" if self.kept else None
         if path and path.exists():
             return np.load(path, mmap_mode="r")
-        _log.info("reading the sizes of %d pictures in %s; this is done once", len(self), self.root)
+        _log.info("reading the sizes of %d images in %s; this is done once", len(self), self.root)
         with ThreadPoolExecutor() as pool:
             sizes = pool.map(lambda i: read_size(self.root / self[i][0]), range(len(self)))
             found = np.array([size or (0, 0) for size in sizes], np.int32)
@@ -105,10 +105,10 @@ _ARRAYS = ("records", "ends", "groups", "order")
 def open_index(folder: str | os.PathLike) -> FolderIndex:
     """Opens the index of a folder, made anew if a file there has changed since.
 
-    Says in the log how many pictures have no caption, and how many captions no picture.
+    Says in the log how many images have no caption, and how many captions no image.
 
     Raises:
-      SourceError: as `list_folder`, or if no picture has a caption.
+      SourceError: as `list_folder`, or if no image has a caption.
     """
     root = Path(folder)
     files = scan(root)
@@ -131,7 +131,7 @@ def open_index(folder: str | os.PathLike) -> FolderIndex:
         _log.warning("%s: %s", root, note)
     if not len(index):
         raise SourceError(
-            f"none of the pictures in {root} has a caption; write x.txt beside x.jpg (one caption "
+            f"none of the images in {root} has a caption; write x.txt beside x.jpg (one caption "
             f"a line), or a captions.jsonl or captions.csv{''.join(f'; {note}' for note in notes)}"
         )
     return index
@@ -155,12 +155,12 @@ def _notes(listing: Listing) -> list[str]:
     notes = []
     if mute:
         notes.append(
-            f"{len(mute)} pictures without a caption are not used, such as {printable(mute[0])}"
+            f"{len(mute)} images without a caption are not used, such as {printable(mute[0])}"
         )
     if listing.missing:
         name, why = next(iter(listing.missing.items()))
         notes.append(
-            f"{len(listing.missing)} names with captions have no picture, such as "
+            f"{len(listing.missing)} names with captions have no image, such as "
             f"{printable(name)}: {why}"
         )
     return notes

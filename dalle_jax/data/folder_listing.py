@@ -1,4 +1,4 @@
-"""What a folder holds: pictures, and the captions that belong to them."""
+"""What a folder holds: images, and the captions that belong to them."""
 
 import collections
 import dataclasses
@@ -13,10 +13,10 @@ from dalle_jax.data.caption_tables import read_csv, read_jsonl, read_lines
 from dalle_jax.data.record import SourceError, printable
 from dalle_jax.text.caption import normalize_caption
 
-PICTURE_SUFFIXES = (*(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),)
+IMAGE_SUFFIXES = (*(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),)
 TABLES = ("captions.jsonl", "captions.csv")
-_KINDS = ", ".join(PICTURE_SUFFIXES)
-_OTHER = f"not a kind of picture that is read ({_KINDS})"
+_KINDS = ", ".join(IMAGE_SUFFIXES)
+_OTHER = f"not a kind of image that is read ({_KINDS})"
 
 
 class FileStamp(NamedTuple):
@@ -28,10 +28,10 @@ class FileStamp(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a folder holds, by name, before any picture is opened.
+    """What a folder holds, by name, before any image is opened.
 
     Attributes:
-      captions: for every picture (path below the folder, in order) its captions, maybe none.
+      captions: for every image (path below the folder, in order) its captions, maybe none.
       missing: what captions are written for but is not there, and why it is not found.
     """
 
@@ -50,7 +50,7 @@ def scan(folder: str | os.PathLike) -> dict[str, FileStamp]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise SourceError(f"{root} is not a folder; give the folder that holds the pictures")
+        raise SourceError(f"{root} is not a folder; give the folder that holds the images")
     found: dict[str, FileStamp] = {}
     top = os.path.realpath(root)
     seen = {top}
@@ -81,38 +81,38 @@ def scan(folder: str | os.PathLike) -> dict[str, FileStamp]:
 
 
 def list_folder(folder: str | os.PathLike, files: Iterable[str] | None = None) -> Listing:
-    """Finds pictures and their captions, in this folder and the folders below it.
+    """Finds images and their captions, in this folder and the folders below it.
 
     Captions stand in `captions.jsonl` ({"image": ..., "caption": ...} or "captions": [...]), or in
-    `captions.csv` (a header `image,caption`; several rows of one picture are several captions), or
-    beside each picture x.jpg in x.txt or x.jpg.txt, one caption a line. Names match whatever their
+    `captions.csv` (a header `image,caption`; several rows of one image are several captions), or
+    beside each image x.jpg in x.txt or x.jpg.txt, one caption a line. Names match whatever their
     Unicode form, and in upper or lower case. Hidden files are passed over.
 
     Args:
       folder: to look through.
       files: what `scan` has found there, if it is known.
     Raises:
-      SourceError: no folder, no pictures, two caption tables, or a line of one that is wrong.
+      SourceError: no folder, no images, two caption tables, or a line of one that is wrong.
     """
     root = Path(folder)
     names = list(scan(root) if files is None else files)
-    pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
-    if not pictures:
-        raise SourceError(f"{root} holds no pictures ({_KINDS})")
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not images:
+        raise SourceError(f"{root} holds no images ({_KINDS})")
     tables = [name for name in names if name.lower() in TABLES]
     if len(tables) > 1:
         raise SourceError(f"{root} holds {' and '.join(tables)}; keep one of them")
-    captions: dict[str, list[str]] = {name: [] for name in pictures}
+    captions: dict[str, list[str]] = {name: [] for name in images}
     missing: dict[str, str] = {}
     if tables:
-        known = _Names(pictures)
+        known = _Names(images)
         read = read_jsonl if tables[0].lower().endswith(".jsonl") else read_csv
         for row in read(root / tables[0]):
-            picture = _of_row(root, row.name, row.where, known)
-            if picture is None:
+            image = _of_row(root, row.name, row.where, known)
+            if image is None:
                 missing[row.name] = _reason(root, row.name, set(names))
             else:
-                captions[picture] += row.captions
+                captions[image] += row.captions
     else:
         _read_text_files(root, names, captions, missing)
     clean = {
@@ -141,7 +141,7 @@ def _key(name: str) -> str:
 
 
 def _of_row(root: Path, name: str, where: str, known: _Names) -> str | None:
-    """The picture that a line of a table means."""
+    """The image that a line of a table means."""
     for written in dict.fromkeys((name, name.replace("\\", "/"))):
         if os.path.isabs(written):
             written = os.path.relpath(
@@ -157,7 +157,7 @@ def _of_row(root: Path, name: str, where: str, known: _Names) -> str | None:
 
 
 def _reason(root: Path, name: str, files: set[str]) -> str:
-    """Why there is no picture of this name."""
+    """Why there is no image of this name."""
     written = posixpath.normpath(name.replace("\\", "/"))
     if os.path.isabs(written) or name[1:3] in (":\\", ":/"):
         return "a path outside of the folder; write paths that begin in it"
@@ -175,8 +175,8 @@ def _read_text_files(
 ) -> None:
     """Adds the lines of x.txt and x.jpg.txt to the captions of x.jpg."""
     stems = collections.defaultdict(list)
-    for picture in captions:
-        stems[picture.rpartition(".")[0]].append(picture)
+    for image in captions:
+        stems[image.rpartition(".")[0]].append(image)
     full, without = _Names(captions), _Names(stems)
     others = {
         name.rpartition(".")[0]: name
@@ -188,11 +188,11 @@ def _read_text_files(
             continue
         stem = name[: -len(".txt")]
         alike = full.like(stem)
-        alike += [picture for found in without.like(stem) for picture in stems[found]]
+        alike += [image for found in without.like(stem) for image in stems[found]]
         if not alike:
-            missing[name] = "no picture of that name is there"
+            missing[name] = "no image of that name is there"
             if other := others.get(stem):
                 missing[name] = f"{printable(other)} is {_OTHER}"
         lines = [line for _, line in read_lines(root / name)] if alike else []
-        for picture in alike:
-            captions[picture] += lines
+        for image in alike:
+            captions[image] += lines

@@ -1,6 +1,6 @@
-"""What a captioned picture looks like to training, and what may be wrong with one.
+"""What a captioned image looks like to training, and what may be wrong with one.
 
-A record is a dict with "id" (str), "image" (bytes or path of a picture file) or "codes"
+A record is a dict with "id" (str), "image" (bytes or path of an image file) or "codes"
 (uint16 [G, G]), and "captions" (list of str, at least one, the first being the primary one).
 """
 

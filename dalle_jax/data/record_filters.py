@@ -1,4 +1,4 @@
-"""Which captioned pictures to leave out before training, as the paper did.
+"""Which captioned images to leave out before training, as the paper did.
 
 Its third text filter, a detector of other languages than English, is not here.
 Source: Ramesh et al. 2021, section 2 and appendix B, after Sharma et al. 2018; the numbers that the
@@ -29,7 +29,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Pictures and captions to leave out."""
+    """Images and captions to leave out."""
 
     max_aspect: float | None = None
     """Most that the long side may be of the short one; 2 in the paper; None for any."""
@@ -60,7 +60,7 @@ class Filters:
         return None
 
     def fits(self, width: int, height: int) -> bool:
-        """Whether a picture is square enough; one of unknown size, 0 by 0, is."""
+        """Whether an image is square enough; one of unknown size, 0 by 0, is."""
         short, long = sorted((width, height))
         return self.max_aspect is None or long <= self.max_aspect * short
 

@@ -18,11 +18,11 @@ _DRAWN_PX = 256  # drawn large and scaled down, for smooth edges
 
 
 class ShapesSource:
-    """Every colour, shape and size once: 96 pictures, of which each tenth is for validation.
+    """Every colour, shape and size once: 96 images, of which each tenth is for validation.
 
     Args:
       split: "train" or "validation".
-      px: side of the pictures.
+      px: side of the images.
     """
 
     def __init__(self, split: str, *, px: int):

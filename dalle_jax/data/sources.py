@@ -1,4 +1,4 @@
-"""Captioned pictures of a folder, and several sources as one."""
+"""Captioned images of a folder, and several sources as one."""
 
 import bisect
 import collections
@@ -9,17 +9,17 @@ import os
 import numpy as np
 
 from dalle_jax.data.folder_index import FolderIndex, open_index
-from dalle_jax.data.folder_listing import PICTURE_SUFFIXES, TABLES, Listing, list_folder
+from dalle_jax.data.folder_listing import IMAGE_SUFFIXES, TABLES, Listing, list_folder
 from dalle_jax.data.record import DamagedRecordError, DataSource, Record, SourceError
 from dalle_jax.data.record_filters import Filters
 
 __all__ = [
-    "PICTURE_SUFFIXES",
+    "IMAGE_SUFFIXES",
     "TABLES",
+    "ConcatSource",
     "DamagedRecordError",
     "DataSource",
     "FolderSource",
-    "Joined",
     "Listing",
     "Record",
     "SourceError",
@@ -30,7 +30,7 @@ __all__ = [
 _log = logging.getLogger("dalle_jax.data")
 
 
-class Joined:
+class ConcatSource:
     """The records of several sources, one source after the other."""
 
     def __init__(self, *sources: DataSource):
@@ -46,20 +46,20 @@ class Joined:
 
 
 class FolderSource:
-    """The captioned pictures of a folder, in the order of their names.
+    """The captioned images of a folder, in the order of their names.
 
-    Pictures without a caption are left out (the log counts them, `dalle-jax data check` lists
+    Images without a caption are left out (the log counts them, `dalle-jax data check` lists
     them). What the folder holds is found once: see `data/folder_index.py`.
 
     Args:
       path: the folder; `list_folder` says how captions are found.
-      split: None for every picture, or "train" or "validation", a fixed division. It goes by the
+      split: None for every image, or "train" or "validation", a fixed division. It goes by the
         names of the files, and files with the same bytes always stand on the same side.
-      validation_share: part of the pictures that is kept for validation, in (0, 1).
-      filters: which pictures and captions to leave out, on both sides.
+      validation_share: part of the images that is kept for validation, in (0, 1).
+      filters: which images and captions to leave out, on both sides.
       index: of the folder, if it is open already.
     Raises:
-      SourceError: wrong split or share, or no picture with a caption remains.
+      SourceError: wrong split or share, or no image with a caption remains.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class FolderSource:
             chosen = held_out if split == "validation" else ~held_out
         if not chosen.any():
             raise SourceError(
-                f"too few different pictures in {self._index.root} to split off validation"
+                f"too few different images in {self._index.root} to split off validation"
             )
         self._chosen = self._filtered(np.flatnonzero(chosen), split)
 
@@ -103,18 +103,18 @@ class FolderSource:
         if filters.max_aspect is not None:
             sizes = self._index.sizes()[chosen]
             chosen = chosen[[filters.fits(width, height) for width, height in sizes.tolist()]]
-            counts["pictures too long or too wide"] = before - len(chosen)
+            counts["images too long or too wide"] = before - len(chosen)
         if filters.of_captions:
             captioned = []
             for number in chosen.tolist():
                 faults = [filters.fault(text) for text in self._index[number][1]]
                 counts.update(f"{fault} captions" for fault in faults if fault)
                 captioned.append(None in faults)
-            counts["pictures without any other caption"] = captioned.count(False)
+            counts["images without any other caption"] = captioned.count(False)
             chosen = chosen[captioned]
         if counts:
             _log.info(
-                "%s%s: %d of %d pictures are left after filters (left out: %s)",
+                "%s%s: %d of %d images are left after filters (left out: %s)",
                 self._index.root,
                 f", {split}" if split else "",
                 len(chosen),
@@ -122,7 +122,7 @@ class FolderSource:
                 ", ".join(f"{count} {what}" for what, count in sorted(counts.items())),
             )
         if not len(chosen):
-            raise SourceError(f"no picture in {self._index.root} is left after {filters}")
+            raise SourceError(f"no image in {self._index.root} is left after {filters}")
         return chosen
 
 

@@ -33,7 +33,7 @@ class PreparedSource:
         names = [name for name in _CAPTIONS if name in features]
         if not names or "image" not in features:
             raise SourceError(
-                f"{path} has the features {', '.join(features)}, but a set of captioned pictures "
+                f"{path} has the features {', '.join(features)}, but a set of captioned images "
                 f"needs image and one of {', '.join(_CAPTIONS)}"
             )
         self._captions = names[0]

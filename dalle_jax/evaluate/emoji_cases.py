@@ -9,7 +9,7 @@ import collections
 import hashlib
 from collections.abc import Callable
 
-from dalle_jax.data.emoji_svgs import drawings, role
+from dalle_jax.data.emoji_svgs import list_emoji, role
 from dalle_jax.data.sources import DataSource, Record
 from dalle_jax.evaluate.composition import Case
 
@@ -62,7 +62,7 @@ class _Table:
         # For each axis (as the parts it changes) and whatever else a cell is: the captions.
         self._captions = collections.defaultdict(dict)
         named, genders = {}, collections.defaultdict(set)
-        for drawing in drawings():
+        for drawing in list_emoji():
             concept, tones = drawing.cell
             cell = (drawing.style, *role(concept), tones)
             self._cell[drawing.id], named[cell] = cell, drawing.name

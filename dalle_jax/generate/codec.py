@@ -106,4 +106,4 @@ class Codec:
 
 
 _encode = jax.jit(codecs.codes_and_errors, static_argnums=0)
-_decode = jax.jit(codecs.pictures, static_argnums=0)
+_decode = jax.jit(codecs.decode, static_argnums=0)

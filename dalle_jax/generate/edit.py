@@ -31,7 +31,7 @@ def masked_cells(
       grid: G.
     Raises:
       UserError: if the mask has another size, marks nothing, or has colours.
-      PictureError: if it cannot be read.
+      ImageError: if it cannot be read.
     """
     name = "the mask"
     if isinstance(mask, str | os.PathLike):

@@ -89,13 +89,13 @@ def check_fingerprints(name: str, has: dict[str, str], wanted: dict[str, str]) -
 
 def codec_shapes(config: CodecConfig) -> Shapes:
     """What the weights of a dVAE or VQ-GAN look like."""
-    return shapes(partial(codecs.draw_params, config))
+    return shapes(partial(codecs.init_params, config))
 
 
 def prior_shapes(config: PriorConfig | ProgressiveConfig) -> Shapes:
     """What the weights of a prior look like."""
     module = progressive_prior if isinstance(config, ProgressiveConfig) else autoregressive_prior
-    return shapes(partial(module.draw_params, config))
+    return shapes(partial(module.init_params, config))
 
 
 def shapes(init: Callable, *inputs: Any) -> Shapes:

@@ -235,7 +235,7 @@ class Model(Codec):
         Raises:
           ModelError: if the model has no prior, or not the one of the decoder.
           UserError: if an argument is out of its range or a caption is empty.
-          PictureError: if the image to start from cannot be read.
+          ImageError: if the image to start from cannot be read.
         Source: Ramesh et al. 2021, section 2.6.
         """
         prompts = _as_list(prompts)
@@ -340,7 +340,7 @@ class Model(Codec):
         Raises:
           ModelError: if the model has no progressive prior.
           UserError: if an argument is out of its range, or mask and image do not fit.
-          PictureError: if an image cannot be read.
+          ImageError: if an image cannot be read.
         Source: ours; Chang et al. 2022, section 4.3.
         """
         if (mask is None) == (strength is None):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from dalle_jax.errors import UserError
 from dalle_jax.generate.drawing import check_inputs, drawn, empty_captions, traced_options
 from dalle_jax.generate.sampling import SamplingConfig, Schedule
-from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, with_room
+from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, pad_cache
 
 STAGES = 16  # unless there are fewer cells, or the caller says otherwise
 DOUBT = np.log(4)  # revision replaces a code if another one is this many nats likelier
@@ -168,7 +168,7 @@ def _sample(
         codes = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(codes, wanted, new)
         return (codes, cache), codes
 
-    cache = jax.tree.map(partial(with_room, more=given), of_all)
+    cache = jax.tree.map(partial(pad_cache, more=given), of_all)
     if given:
         _, cells = jax.lax.top_k((start < K).astype(jnp.float32), given)
         known = jnp.take_along_axis(start, cells, axis=1)
@@ -181,7 +181,7 @@ def _sample(
         codes, cache = carry
         if span[0] != last:  # the last stage is not looked at any more
             more = P + given + int(before[-1]) + n - cache[0].key.shape[1]
-            cache = jax.tree.map(partial(with_room, more=max(more, 0)), cache)
+            cache = jax.tree.map(partial(pad_cache, more=max(more, 0)), cache)
         plan = tuple(jnp.asarray(x, jnp.int32) for x in (span, before, counts[span]))
         carry, passed = jax.lax.scan(partial(stage, n, span[0] == last), (codes, cache), plan)
         found.append(passed)

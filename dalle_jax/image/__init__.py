@@ -1,1 +1,1 @@
-"""Pictures: decoding, the paper's crop recipes, the pixel map and contact sheets."""
+"""Images: decoding, the paper's crop recipes, the pixel map and contact sheets."""

@@ -118,7 +118,7 @@ class Typesetter:
         for path in _files(self._folders):
             try:
                 font = ImageFont.truetype(path, FONT_PX)
-            except OSError:  # damaged, or with pictures of another size alone
+            except OSError:  # damaged, or with images of another size alone
                 continue
             left = self._taken(font, chars)
             if len(left) < len(chars):

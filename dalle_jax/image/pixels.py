@@ -1,7 +1,7 @@
-"""From encoded pictures to square uint8 arrays, by the paper's two crop recipes, and the pixel map.
+"""From encoded images to square uint8 arrays, by the paper's two crop recipes, and the pixel map.
 
-Letters: H, W height and width of a picture as it came, R side of the square one asked for (`px`).
-Pictures are uint8 [H, W, 3], RGB, 0 to 255, throughout.
+Letters: H, W height and width of an image as it came, R side of the square one asked for (`px`).
+Images are uint8 [H, W, 3], RGB, 0 to 255, throughout.
 """
 
 import io
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from dalle_jax.errors import UserError
 
-Picture = UInt8[np.ndarray, "H W 3"]
+RGBImage = UInt8[np.ndarray, "H W 3"]
 Square = UInt8[np.ndarray, "R R 3"]
 Pixels = Float[jax.Array, "..."] | Float[np.ndarray, "..."]
 
@@ -25,7 +25,7 @@ PIXEL_MARGIN = 0.1
 
 # Formats that Pillow may use; others of its readers start programs, as for PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# Pictures with more pixels are refused before anything of them is decoded.
+# Images with more pixels are refused before anything of them is decoded.
 MAX_PIXELS = 2**26
 # Memory that `decode` takes at most for each pixel, beside the file's own bytes: WebP 18, AVIF 14,
 # others 10.
@@ -35,42 +35,42 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _KNOWN = ", ".join(FORMATS)
 
 
-class PictureError(UserError):
-    """A picture that cannot be used; the message is one sentence for the person who owns it."""
+class ImageError(UserError):
+    """An image that cannot be used; the message is one sentence for the person who owns it."""
 
 
 def decode(
     data: bytes | str | os.PathLike, *, min_px: int = 1, background: str = "white"
-) -> Picture:
-    """Reads a picture as 8-bit RGB, upright, without transparency.
+) -> RGBImage:
+    """Reads an image as 8-bit RGB, upright, without transparency.
 
     Alpha is laid on the background; 16-bit grey keeps its upper 8 bits, rounded; palette, grey and
     CMYK become RGB; the camera's EXIF orientation is applied; of an animation the first frame
-    counts. It takes at most 24 bytes of memory a pixel, 1.5 GiB for the largest picture.
+    counts. It takes at most 24 bytes of memory a pixel, 1.5 GiB for the largest image.
 
     Args:
       data: the encoded bytes, or the path of a file that holds them.
       min_px: smallest short side allowed, in pixels.
-      background: colour that shows where the picture is transparent, as Pillow names it.
+      background: colour that shows where the image is transparent, as Pillow names it.
     Raises:
-      PictureError: unreadable, truncated, without a known brightness range, too small, or of more
+      ImageError: unreadable, truncated, without a known brightness range, too small, or of more
         than 2**26 pixels.
       OSError: if the file cannot be read at all.
     Source: ours.
     """
     if isinstance(data, bytes):
-        name = f"picture of {len(data)} bytes"
+        name = f"image of {len(data)} bytes"
     else:
         name = os.fspath(data).encode("utf-8", "backslashreplace").decode("utf-8")
         with open(data, "rb") as file:
             data = file.read()
     image = _loaded(data, name)
     if image.mode in ("I", "F"):
-        raise PictureError(
+        raise ImageError(
             f"{name}: 32-bit grey without a known range; save it with 8 or 16 bits a channel"
         )
     if min(image.size) < min_px:
-        raise PictureError(
+        raise ImageError(
             f"{name}: {image.width}x{image.height} pixels, but the short side must have at "
             f"least {min_px}"
         )
@@ -78,9 +78,9 @@ def decode(
 
 
 def _loaded(data: bytes, name: str) -> Image.Image:
-    """Decodes a picture and turns it upright."""
+    """Decodes an image and turns it upright."""
     # Damaged files make Pillow's parsers raise nearly anything (OSError, SyntaxError, struct.error,
-    # IndexError, ...); each of them means the same to the owner of the picture.
+    # IndexError, ...); each of them means the same to the owner of the image.
     try:
         try:
             return _upright(data)
@@ -92,17 +92,17 @@ def _loaded(data: bytes, name: str) -> Image.Image:
     except MemoryError:
         raise
     except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(
+        raise ImageError(
             f"{name}: too large ({error}); reduce it to at most {MAX_PIXELS:,} pixels"
         ) from None
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{name}: not a picture in a known format ({_KNOWN})") from None
+        raise ImageError(f"{name}: not an image in a known format ({_KNOWN})") from None
     except Exception as error:
-        raise PictureError(f"{name}: damaged or truncated ({error}); replace the file") from None
+        raise ImageError(f"{name}: damaged or truncated ({error}); replace the file") from None
 
 
 class _TooLarge(Exception):
-    """A picture of more than MAX_PIXELS."""
+    """An image of more than MAX_PIXELS."""
 
 
 def _upright(data: bytes) -> Image.Image:
@@ -147,7 +147,7 @@ def _strip_to_rgb(image: Image.Image, background: str) -> np.ndarray:
 
 
 def read_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Width and height from the head of a file; None if it is missing or no picture.
+    """Width and height from the head of a file; None if it is missing or no image.
 
     The camera's orientation is not applied.
 
@@ -164,21 +164,21 @@ def read_size(path: str | os.PathLike) -> tuple[int, int] | None:
             return None
 
 
-def encode_png(image: Picture) -> bytes:
-    """Packs a picture as PNG, without loss."""
+def encode_png(image: RGBImage) -> bytes:
+    """Packs an image as PNG, without loss."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def area_resize(image: Picture, size: tuple[int, int]) -> UInt8[np.ndarray, "H_out W_out 3"]:
+def area_resize(image: RGBImage, size: tuple[int, int]) -> UInt8[np.ndarray, "H_out W_out 3"]:
     """Resizes by averaging areas as TensorFlow 1 did with AREA and align_corners=True.
 
     The scale is (in - 1) / (out - 1), so output i averages the input over [i s, (i + 1) s); what
     reaches beyond the last pixel counts as that pixel. Values are rounded to nearest.
 
     Args:
-      image: the picture as it is.
+      image: the image as it is.
       size: height and width wanted, in pixels, at least 1.
     Source: Ramesh et al. 2021, listings 1 and 2 (`tf.image.resize_images`).
     """
@@ -208,11 +208,11 @@ def _average_rows(x: np.ndarray, n_out: int) -> Float[np.ndarray, "n_out N"]:
     return averages
 
 
-def crop_dvae(image: Picture, px: int, rng: np.random.Generator) -> Square:
-    """Cuts a random square out of a picture for dVAE training, mirrored half of the time.
+def crop_dvae(image: RGBImage, px: int, rng: np.random.Generator) -> Square:
+    """Cuts a random square out of an image for dVAE training, mirrored half of the time.
 
     A square of the short side anywhere, shrunk to a side drawn from 9/8 to 12/8 of `px` as far as
-    the picture allows, then a random `px` window of it. A picture whose short side is below `px`
+    the image allows, then a random `px` window of it. An image whose short side is below `px`
     is enlarged to it (Lanczos; ours, the paper has none so small).
 
     Source: Ramesh et al. 2021, listing 1 (written there for px = 256: 288 to 384).
@@ -225,12 +225,12 @@ def crop_dvae(image: Picture, px: int, rng: np.random.Generator) -> Square:
     return np.ascontiguousarray(window[:, ::-1] if rng.random() < 0.5 else window)
 
 
-def crop_prior(image: Picture, px: int, rng: np.random.Generator) -> Square:
-    """Cuts a nearly centred square out of a picture for transformer training, never mirrored.
+def crop_prior(image: RGBImage, px: int, rng: np.random.Generator) -> Square:
+    """Cuts a nearly centred square out of an image for transformer training, never mirrored.
 
     The square of the short side lies between 3/8 and 5/8 of the free room, is shrunk to a side
-    drawn from `px` to 9/8 of it, and gives a random `px` window. Pictures that are too small are
-    enlarged as in `crop_dvae`. No mirroring, because pictures may hold text.
+    drawn from `px` to 9/8 of it, and gives a random `px` window. Images that are too small are
+    enlarged as in `crop_dvae`. No mirroring, because images may hold text.
 
     Source: Ramesh et al. 2021, listing 2 (written there for px = 256: 256 to 288).
     """
@@ -258,8 +258,8 @@ def _shrink_and_cut(
     return shrunk[top : top + px, left : left + px]
 
 
-def crop_center(image: Picture, px: int) -> Square:
-    """Scales a picture until its short side is `px` (Lanczos) and keeps the middle square.
+def crop_center(image: RGBImage, px: int) -> Square:
+    """Scales an image until its short side is `px` (Lanczos) and keeps the middle square.
 
     Source: OpenAI's dVAE usage notebook; used for every evaluation.
     """
@@ -267,21 +267,21 @@ def crop_center(image: Picture, px: int) -> Square:
     scale = px / min(H, W)
     high, wide = round(scale * H), round(scale * W)
     top, left = round((high - px) / 2), round((wide - px) / 2)
-    # Resizing only the part that is kept is the same, and bounded for a picture of 1 x 10,000.
+    # Resizing only the part that is kept is the same, and bounded for an image of 1 x 10,000.
     box = (left * W / wide, top * H / high, (left + px) * W / wide, (top + px) * H / high)
     resized = Image.fromarray(image).resize((px, px), Image.Resampling.LANCZOS, box=box)
     return np.array(resized)
 
 
 def square(image: np.ndarray, px: int) -> Square:
-    """Gives a picture of side px: as it is, or by `crop_center`.
+    """Gives an image of side px: as it is, or by `crop_center`.
 
     Raises:
       UserError: if it is not uint8 with three channels.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise UserError(
-            f"got a picture of {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3] "
+            f"got an image of {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3] "
             "with values from 0 to 255"
         )
     return image if image.shape[:2] == (px, px) else crop_center(image, px)
@@ -303,10 +303,10 @@ def unmap_pixels(x: Pixels) -> Pixels:
 def decibels(
     images: UInt8[np.ndarray, "B R R 3"], drawn: UInt8[np.ndarray, "B R R 3"]
 ) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
-    """Peak signal-to-noise ratio of each picture, in dB: of all of it, and of what is not white.
+    """Peak signal-to-noise ratio of each image, in dB: of all of it, and of what is not white.
 
     10 log10(255^2 / MSE), at most 68 dB. White is what has 250 or more in every channel of
-    `images`: on drawings it is half of the picture, and easy.
+    `images`: on drawings it is half of the image, and easy.
     """
     error = np.square(drawn.astype(float) - images).mean(axis=-1)  # B R R
     seen = (images < 250).any(axis=-1)

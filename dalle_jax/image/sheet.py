@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in rows under their captions, and a safe way to save them."""
+"""Contact sheets: images in rows under their captions, and a safe way to save them."""
 
 import io
 import itertools
@@ -16,31 +16,31 @@ from dalle_jax.errors import UserError
 from dalle_jax.image.fonts import FONT_PX, typesetter
 from dalle_jax.image.pixels import encode_png
 
-CELL_PX = 128  # smaller pictures are magnified by a whole number to about this side
+CELL_PX = 128  # smaller images are magnified by a whole number to about this side
 GAP_PX = 6
-COLUMNS = 16  # pictures side by side; more of a row go on below
+COLUMNS = 16  # images side by side; more of a row go on below
 LINE_PX = math.ceil(FONT_PX * 1.4)
-PAPER, INK = 240, 20  # grey, so that pictures on white keep their edges
+PAPER, INK = 240, 20  # grey, so that images on white keep their edges
 GIF_PX = 65535  # longest side that the format knows
 
 
 def contact_sheet(
     images: UInt8[np.ndarray, "rows n R R 3"], labels: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Lays pictures out in a grid, each row under its label.
+    """Lays images out in a grid, each row under its label.
 
     Args:
-      images: one row of n pictures per label; beyond `COLUMNS` it goes on in the next line.
+      images: one row of n images per label; beyond `COLUMNS` it goes on in the next line.
       labels: one text per row, wrapped to the width of the sheet; None for no text. Characters that
         no font of the system has are written as escapes.
     Raises:
-      ValueError: if there are no pictures, or not one label per row.
+      ValueError: if there are no images, or not one label per row.
     """
     rows, n, R = images.shape[:3]
     if rows * n == 0:
-        raise ValueError(f"a sheet needs at least one picture, got {rows} rows of {n}")
+        raise ValueError(f"a sheet needs at least one image, got {rows} rows of {n}")
     if labels is not None and len(labels) != rows:
-        raise ValueError(f"{rows} rows of pictures need {rows} labels, got {len(labels)}")
+        raise ValueError(f"{rows} rows of images need {rows} labels, got {len(labels)}")
     plan = _plan(n, R, labels or [""] * rows)
     canvas = Image.new("L", (plan.width, plan.height), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -61,10 +61,10 @@ def contact_sheet(
 
 
 def check_gif(n: int, px: int, labels: Sequence[str]) -> None:
-    """Checks before drawing that a sheet of n pictures a label can be saved as a GIF.
+    """Checks before drawing that a sheet of n images a label can be saved as a GIF.
 
     Args:
-      n: pictures in each row.
+      n: images in each row.
       px: their side R.
       labels: as for `contact_sheet`.
     Raises:
@@ -73,7 +73,7 @@ def check_gif(n: int, px: int, labels: Sequence[str]) -> None:
     plan = _plan(n, px, labels)
     if max(plan.width, plan.height) > GIF_PX:
         raise UserError(
-            f"a sheet of {n} pictures for each of {len(labels)} captions has {plan.width} x "
+            f"a sheet of {n} images for each of {len(labels)} captions has {plan.width} x "
             f"{plan.height} pixels, but a GIF at most {GIF_PX} a side; ask for fewer"
         )
 
@@ -86,7 +86,7 @@ class _Plan(NamedTuple):
     height: int
     texts: list[list[str]]
     tops: list[int]
-    """Of the text of each row; its pictures follow."""
+    """Of the text of each row; its images follow."""
 
 
 def _plan(n: int, R: int, labels: Sequence[str]) -> _Plan:
@@ -117,14 +117,14 @@ def save_gif(
       frames: at least one, none of a side above `GIF_PX`.
       seconds: that the others take in all.
     """
-    pictures = [Image.fromarray(frame) for frame in frames]
+    stills = [Image.fromarray(frame) for frame in frames]
     each = round(1000 * seconds / max(len(frames) - 1, 1))
     buffer = io.BytesIO()
-    pictures[0].save(
+    stills[0].save(
         buffer,
         "GIF",
         save_all=True,
-        append_images=pictures[1:],
+        append_images=stills[1:],
         duration=[each] * (len(frames) - 1) + [round(1000 * seconds)],
         loop=0,
     )

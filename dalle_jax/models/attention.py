@@ -30,7 +30,7 @@ def dense(
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
     *,
-    mask: Bool[Array | np.ndarray, "*pictures T S"],
+    mask: Bool[Array | np.ndarray, "*images T S"],
 ) -> Float[Array, "B T N H"]:
     """Mixes values by one softmax over all the keys that a query may see, text and image alike.
 
@@ -40,7 +40,7 @@ def dense(
       query: one vector a head and position.
       key: as query, for the positions that are looked at.
       value: what is mixed; its dtype is that of the result.
-      mask: True where a query may look at a key, in all pictures [T, S] or in each [B or 1, T, S];
+      mask: True where a query may look at a key, in all images [T, S] or in each [B or 1, T, S];
         at least one True in each row.
 
     Returns:

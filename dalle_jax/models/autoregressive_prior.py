@@ -21,8 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dalle_jax.models.attention import blocked, dense
-from dalle_jax.models.kv_cache import Cache, attend, create, layout
-from dalle_jax.models.layers import cut, layer, layer_norm
+from dalle_jax.models.kv_cache import Cache, attend, init_cache, layout
+from dalle_jax.models.layers import layer, layer_norm, layer_weights
 from dalle_jax.models.prior_config import (
     PriorConfig,
     check_lengths,
@@ -105,7 +105,7 @@ class Prior(nn.Module):
 
         Args:
           text: as for the forward pass, one row for each prompt.
-          samples: pictures W that will be drawn for each prompt.
+          samples: images W that will be drawn for each prompt.
 
         Returns:
           One cache a layer, holding the P text positions of each prompt and room for the image.
@@ -125,7 +125,7 @@ class Prior(nn.Module):
 
             def look(qkv, kind=kind):
                 query, key, value = _parted(qkv)
-                cache = create(key, value, kind=kind, **sizes)
+                cache = init_cache(key, value, kind=kind, **sizes)
                 return dense(query, key, value, mask=mask), cache
 
             x, cache = layer(weights, x, look, dtype=self.dtype)
@@ -133,9 +133,9 @@ class Prior(nn.Module):
         return tuple(caches)
 
     def decoder(self) -> Callable:
-        """Gives the step that draws a picture: logits of the next code, one position at a time.
+        """Gives the step that draws an image: logits of the next code, one position at a time.
 
-        The step keeps a picture in a column, not in a row, since on a CPU the product of kernels
+        The step keeps an image in a column, not in a row, since on a CPU the product of kernels
         and 8 to 32 columns is up to twice as fast as that of rows and kernels. Layers are cut out
         of their stack here, once, with their kernels turned: a loop around the step then holds
         them as constants, where cutting at every position would copy all weights each time.
@@ -143,7 +143,7 @@ class Prior(nn.Module):
         Returns:
           A function of
             caches: what `prefill`, or this function at position - 1, returned;
-            previous: code at position - 1 of each of the B pictures, in [0, K), the samples of a
+            previous: code at position - 1 of each of the B images, in [0, K), the samples of a
               prompt next to each other; ignored at position 0;
             position: raster position p in [0, I) whose code is wanted;
           to float32 logits [B, K], equal to the forward pass, and the caches with this position.
@@ -171,7 +171,7 @@ class Prior(nn.Module):
                 x, cache = layer(weights, x, look, dtype=self.dtype, linear=_column_linear, axis=0)
                 grown.append(cache)
             x = layer_norm(self.head["norm"], x, axis=0)
-            # Without a barrier XLA multiplies rows and kernel: for 8 pictures 10 times as slow.
+            # Without a barrier XLA multiplies rows and kernel: for 8 images 10 times as slow.
             return jax.lax.optimization_barrier(head @ x).T, tuple(grown)
 
         return step
@@ -206,17 +206,17 @@ class Prior(nn.Module):
                 last, stack = item  # the last period ends with a kind of its own
                 for i in range(period):
                     kinds = (config.kinds[i], config.kinds[scanned - period + i])
-                    x = through(x, cut(stack, i), last, kinds)
+                    x = through(x, layer_weights(stack, i), last, kinds)
                 return x, None
 
             last = jnp.arange(period, scanned + 1, period) == scanned
             x, _ = jax.lax.scan(run, x, (last, jax.tree.map(periods, stack)))
         for i in range(scanned, config.depth):
-            x = through(x, cut(stack, i), True, (config.kinds[i],) * 2)
+            x = through(x, layer_weights(stack, i), True, (config.kinds[i],) * 2)
         return x
 
     def _unstacked(self):
-        return [cut(self.layers, i) for i in range(self.config.depth)]
+        return [layer_weights(self.layers, i) for i in range(self.config.depth)]
 
     def _embed_text(self, text):
         V = self.config.text_vocabulary
@@ -242,7 +242,7 @@ class Prior(nn.Module):
         return jnp.einsum("BTD,DV->BTV", x, self.head[of]["kernel"])
 
 
-def draw_params(config: PriorConfig, key: Key[Array, ""]) -> PyTree:
+def init_params(config: PriorConfig, key: Key[Array, ""]) -> PyTree:
     """Draws the first parameters, as `Prior` says, without tracing its passes."""
     return Prior(config).init(key, method=lambda prior: prior.head)["params"]
 

@@ -1,4 +1,4 @@
-"""The contrastive model that says how well a picture fits a caption.
+"""The contrastive model that says how well an image fits a caption.
 
 Letters: B batch, T positions, P text positions, D width, N heads, H head size, L layers, V text
 vocabulary, R pixel side, G grid side of patches, E features.
@@ -27,7 +27,7 @@ from dalle_jax.models.layers import init_layers, init_norm, layer, layer_norm, n
 NORM_EPSILON = 1e-5
 LOG_SCALE_START = math.log(1 / 0.07)
 LOG_SCALE_MAX = math.log(100)  # similarities are multiplied by 100 at most
-# Mean and spread of red, green and blue on [0, 1] in the authors' training pictures.
+# Mean and spread of red, green and blue on [0, 1] in the authors' training images.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 SPREAD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -37,9 +37,9 @@ class CLIPConfig:
     """Sizes of the contrastive model; the defaults are those of ViT-B/32."""
 
     px: int = 224
-    """Side R of its pictures, in pixels."""
+    """Side R of its images, in pixels."""
     patch: int = 32
-    """Side of the square patches that a picture is cut into, in pixels."""
+    """Side of the square patches that an image is cut into, in pixels."""
     image_width: int = 768
     """Width D of the image transformer; a multiple of its heads."""
     image_depth: int = 12
@@ -57,7 +57,7 @@ class CLIPConfig:
     text_length: int = 77
     """Text positions P: the start token, P - 2 caption slots and the end token."""
     features: int = 512
-    """Size E of the features that pictures and captions share."""
+    """Size E of the features that images and captions share."""
     mlp_ratio: int = 4
     """Width of the MLPs, in multiples of the width D."""
 
@@ -89,10 +89,10 @@ class CLIPConfig:
 
 
 class CLIP(nn.Module):
-    """Features of pictures and captions, close to each other where they belong together.
+    """Features of images and captions, close to each other where they belong together.
 
     Weights start as in the authors' text transformer, in both transformers; embeddings there from
-    N(0, 0.02^2) and N(0, 0.01^2), those of the picture from N(0, 1 / D). A caption of P - 2 tokens
+    N(0, 0.02^2) and N(0, 0.01^2), those of the image from N(0, 1 / D). A caption of P - 2 tokens
     is followed by the end token just as a shorter one; what stands behind it is not seen.
     """
 
@@ -112,11 +112,11 @@ class CLIP(nn.Module):
     def __call__(
         self, images: UInt8[Array, "B R R 3"], text: Int[Array, "B slots"]
     ) -> tuple[Float[Array, "B E"], Float[Array, "B E"], Float[Array, ""]]:
-        """Gives the features of pictures and of captions, and the factor on their similarities."""
+        """Gives the features of images and of captions, and the factor on their similarities."""
         return self.encode_images(images), self.encode_text(text), jnp.exp(self.log_scale)
 
     def encode_images(self, images: UInt8[Array, "B R R 3"]) -> Float[Array, "B E"]:
-        """Gives a vector of length 1 for each picture.
+        """Gives a vector of length 1 for each image.
 
         Args:
           images: RGB, 0 to 255, of the config's side.
@@ -130,7 +130,7 @@ class CLIP(nn.Module):
         c, weights = self.config, self.image
         B, R = images.shape[:2]
         if c.px != R:
-            raise ValueError(f"got pictures of side {R}, but this model reads pictures of {c.px}")
+            raise ValueError(f"got images of side {R}, but this model reads images of {c.px}")
         x = (images / 255.0 - MEAN[None, None, None]) / SPREAD[None, None, None]
         x = x.reshape(B, c.grid, c.patch, c.grid, c.patch, 3).swapaxes(2, 3)
         x = x.reshape(B, c.grid**2, -1).astype(self.dtype)

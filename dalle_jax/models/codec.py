@@ -1,4 +1,4 @@
-"""What turns pictures into codes and back: a dVAE or a VQ-GAN, for those who need not know which.
+"""What turns images into codes and back: a dVAE or a VQ-GAN, for those who need not know which.
 
 A config says which of the two it is, has a `factor` f = R / G and a number of `codes` K, and each
 network has the functions named here in its own file.
@@ -27,15 +27,15 @@ def kind(config: CodecConfig) -> str:
     return next(name for name, cls in KINDS.items() if isinstance(config, cls))
 
 
-def draw_params(config: CodecConfig, key: Key[Array, ""]) -> PyTree:
+def init_params(config: CodecConfig, key: Key[Array, ""]) -> PyTree:
     """Draws the first parameters in float32."""
-    return _NETWORKS[kind(config)].draw_params(config, key)
+    return _NETWORKS[kind(config)].init_params(config, key)
 
 
 def codes_and_errors(
     config: CodecConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
 ) -> tuple[Int[Array, "B G G"], Float16[Array, "B G G"]]:
-    """Codes of pictures, without noise, and how badly each cell's code fits it.
+    """Codes of images, without noise, and how badly each cell's code fits it.
 
     Args:
       config: of the network.
@@ -49,11 +49,11 @@ def codes_and_errors(
     return _NETWORKS[kind(config)].codes_and_errors(config, params, images)
 
 
-def pictures(
+def decode(
     config: CodecConfig, params: PyTree, codes: Int[Array | np.ndarray, "B G G"]
 ) -> UInt8[Array, "B R R 3"]:
-    """Pictures of codes, to look at."""
-    return _NETWORKS[kind(config)].pictures(config, params, codes)
+    """Images of codes, to look at."""
+    return _NETWORKS[kind(config)].decode(config, params, codes)
 
 
 def code_use(counts: Int[np.ndarray, " K"]) -> tuple[int, float]:

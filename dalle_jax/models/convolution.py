@@ -1,10 +1,10 @@
-"""Convolution and max-pool of the networks for pictures, with gradients that are quick on a CPU.
+"""Convolution and max-pool of the networks for images, with gradients that are quick on a CPU.
 
 XLA's convolution gives the result and the gradient of the input: on one core of an AMD EPYC (Zen 3,
 float32, sizes of the emoji dVAE) it reaches 50 to 80 of a matrix product's 88 GFLOP/s. Its gradient
 of the kernel, where C and D differ, does not: 26 to 63. There matrix products reach 40 to 72.
 
-Letters: B batch, H and W sides of the picture, C channels in, D channels out, S side of the kernel.
+Letters: B batch, H and W sides of the image, C channels in, D channels out, S side of the kernel.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Key, PyTree
 
 
 class Conv(nn.Module):
-    """A convolution with bias; its weights come from `draw`."""
+    """A convolution with bias; its weights come from `init_kernels`."""
 
     features: int
     size: int
     halve: bool = False
-    """Whether to take steps of two pixels, for a size of 3 and pictures of even sides."""
+    """Whether to take steps of two pixels, for a size of 3 and images of even sides."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
@@ -43,7 +43,7 @@ class Conv(nn.Module):
         return convolve(x, kernel) + bias[None, None, None]
 
 
-def draw(shapes: PyTree, key: Key[Array, ""]) -> PyTree:
+def init_kernels(shapes: PyTree, key: Key[Array, ""]) -> PyTree:
     """Draws kernels from N(0, 1 / (C_in * size**2)); gains are 1 and biases 0.
 
     One draw serves all kernels, since XLA takes about a second to compile each draw of its own.
@@ -64,7 +64,7 @@ def draw(shapes: PyTree, key: Key[Array, ""]) -> PyTree:
     return unflatten_dict(drawn)
 
 
-def kernel_matrices(params: PyTree, *, ends: Collection[str]) -> PyTree:
+def kernel_axes(params: PyTree, *, ends: Collection[str]) -> PyTree:
     """Says which parameters are matrices of inner layers, for optimizers such as Muon.
 
     Args:
@@ -83,7 +83,7 @@ def kernel_matrices(params: PyTree, *, ends: Collection[str]) -> PyTree:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def enlarged(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
+def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """Doubles both sides: every pixel is copied four times."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 

@@ -1,8 +1,8 @@
-"""The patch discriminator: says of each part of a picture whether it is real or drawn.
+"""The patch discriminator: says of each part of an image whether it is real or drawn.
 
 Letters: B batch, R pixel side, S side of the grid of patches, H and W sides, C and D channels.
 Source: Isola et al. 2017, appendix 6.1.2, as Esser et al. 2021 use it; groups of channels are
-normalised in place of batches (ours), so that a picture's score is its own.
+normalised in place of batches (ours), so that an image's score is its own.
 """
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from dalle_jax.models.convolution import draw
+from dalle_jax.models.convolution import init_kernels
 from dalle_jax.models.vqgan import Norm
 
 
@@ -32,14 +32,14 @@ class PatchConv(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Convolutions that halve the picture `layers` times, and two that do not."""
+    """Convolutions that halve the image `layers` times, and two that do not."""
 
     width: int
     layers: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B R R 3"]) -> Float[Array, "B S S"]:
-        """Scores the patches of pictures in [-1, 1]: greater where they look real."""
+        """Scores the patches of images in [-1, 1]: greater where they look real."""
         x = nn.leaky_relu(PatchConv(self.width, 2, name="conv_0")(x), 0.2)
         for i in range(1, self.layers + 1):
             stride = 2 if i < self.layers else 1
@@ -48,7 +48,7 @@ class Discriminator(nn.Module):
         return PatchConv(1, 1, name="output")(x)[..., 0]
 
 
-def draw_params(discriminator: Discriminator, px: int, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters, as `convolution.draw` does (ours), for pictures of side px."""
-    picture = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
-    return draw(jax.eval_shape(discriminator.init, key, picture)["params"], key)
+def init_params(discriminator: Discriminator, px: int, key: Key[Array, ""]) -> PyTree:
+    """Initialises as `convolution.init_kernels` does (ours), for images of side px."""
+    image = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
+    return init_kernels(jax.eval_shape(discriminator.init, key, image)["params"], key)

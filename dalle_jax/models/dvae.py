@@ -1,4 +1,4 @@
-"""The discrete VAE: pictures to a grid of codes and back.
+"""The discrete VAE: images to a grid of codes and back.
 
 Letters: B batch, R pixel side, G grid side, f = R / G, C channels, K codes.
 Source: Ramesh et al. 2021, section 2.1 and appendix A, and the authors' released network: no
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
 from dalle_jax.errors import UserError
 from dalle_jax.image.pixels import map_pixels, unmap_pixels
-from dalle_jax.models.convolution import Conv, draw, enlarged, kernel_matrices, max_pool
+from dalle_jax.models.convolution import Conv, init_kernels, kernel_axes, max_pool, upsample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class DVAEConfig:
     width: int = 256
     """Channels of the first group; each later encoder group has twice those of the one before."""
     groups: int = 4
-    """Groups of residual blocks; the picture shrinks by f = 2**(groups - 1)."""
+    """Groups of residual blocks; the image shrinks by f = 2**(groups - 1)."""
     blocks_per_group: int = 2
     """Residual blocks in each group."""
     codes: int = 8192
@@ -87,7 +87,7 @@ class Block(nn.Module):
     sizes: tuple[int, int, int, int]
     gain: float
     enlarge: bool = False
-    """Whether the picture doubles its side (nearest) before the block, whose first size is 1."""
+    """Whether the image doubles its side (nearest) before the block, whose first size is 1."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
@@ -99,10 +99,10 @@ class Block(nn.Module):
         ):
             y = Conv(features, size, name=f"conv_{i}")(nn.relu(y))
             # Whatever works on one pixel gives the same before as after it is copied four times.
-            y = enlarged(y) if self.enlarge and i == 1 else y
+            y = upsample(y) if self.enlarge and i == 1 else y
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, name="id_path")(x)
-        x = enlarged(x) if self.enlarge else x
+        x = upsample(x) if self.enlarge else x
         return x + self.gain * y
 
 
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Encoder and decoder of one tokenizer for pictures."""
+    """Encoder and decoder of one tokenizer for images."""
 
     config: DVAEConfig
 
@@ -166,14 +166,14 @@ class DVAE(nn.Module):
         Returns:
           Unnormalised log-probabilities of the K codes; the argmax is the cell's token.
         Raises:
-          ValueError: if the picture is not square or its side no multiple of f.
+          ValueError: if the image is not square or its side no multiple of f.
         Source: Ramesh et al. 2021, appendix A.1.
         """
         _, H, W, _ = images.shape
         f = self.config.factor
         if H != W or H % f:
             raise ValueError(
-                f"the dVAE got pictures of {H}x{W} pixels; they must be square with a side that "
+                f"the dVAE got images of {H}x{W} pixels; they must be square with a side that "
                 f"is a multiple of {f}"
             )
         return self.encoder(images)
@@ -190,8 +190,8 @@ class DVAE(nn.Module):
         return self.decoder(z)
 
 
-def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters, as `convolution.draw` does; there is no factor for ReLU.
+def init_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
+    """Draws the first parameters, as `convolution.init_kernels` does; there is no factor for ReLU.
 
     Args:
       config: sizes; `code_std` replaces the deviation of the decoder's first kernel.
@@ -203,7 +203,7 @@ def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
     side = config.factor
     init = DVAE(config).init
     shapes = jax.eval_shape(init, key, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    params = draw(shapes["params"], key)
+    params = init_kernels(shapes["params"], key)
     if config.code_std is not None:
         table = params["decoder"]["input"]
         table["kernel"] *= config.code_std * math.sqrt(config.codes)
@@ -211,12 +211,12 @@ def draw_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
 
 
 def matrices(params: PyTree) -> PyTree:
-    """Kernels of the blocks as matrices; see `convolution.kernel_matrices`."""
-    return kernel_matrices(params, ends=("input", "output"))
+    """Kernels of the blocks as matrices; see `convolution.kernel_axes`."""
+    return kernel_axes(params, ends=("input", "output"))
 
 
-def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:
-    """Pictures as the encoder and the likelihood want them: f32 in [0.1, 0.9].
+def preprocess(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:
+    """Images as the encoder and the likelihood want them: f32 in [0.1, 0.9].
 
     Source: Ramesh et al. 2021, appendix A.3.
     """
@@ -226,24 +226,24 @@ def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, 
 def codes_and_errors(
     config: DVAEConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
 ) -> tuple[Int[Array, "B G G"], Float16[Array, "B G G"]]:
-    """Codes of pictures, the likeliest one of each cell, without noise, and minus its logit.
+    """Codes of images, the likeliest one of each cell, without noise, and minus its logit.
 
     Source: Ramesh et al. 2021, section 2.2; the logit says how sure a code is in Fei et al. 2022,
     the first author's prototype.
     """
-    logits = DVAE(config).apply({"params": params}, network_input(images), method="encode")
+    logits = DVAE(config).apply({"params": params}, preprocess(images), method="encode")
     return logits.argmax(axis=-1), (-logits.max(axis=-1)).astype(jnp.float16)
 
 
-def pictures(
+def decode(
     config: DVAEConfig, params: PyTree, codes: Int[Array | np.ndarray, "B G G"]
 ) -> UInt8[Array, "B R R 3"]:
-    """Pictures of codes, to look at; see `reconstruction`."""
-    return reconstruction(DVAE(config).apply({"params": params}, codes, method="decode"))
+    """Images of codes, to look at; see `to_uint8`."""
+    return to_uint8(DVAE(config).apply({"params": params}, codes, method="decode"))
 
 
-def reconstruction(stats: Float[Array, "B R R 6"]) -> UInt8[Array, "B R R 3"]:
-    """The picture to look at: sigmoid(mu), mapped back to [0, 255]; ln b is ignored.
+def to_uint8(stats: Float[Array, "B R R 6"]) -> UInt8[Array, "B R R 3"]:
+    """The image to look at: sigmoid(mu), mapped back to [0, 255]; ln b is ignored.
 
     Source: Ramesh et al. 2021, appendix A.3.
     """

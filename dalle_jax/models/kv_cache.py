@@ -71,7 +71,7 @@ def layout(kind: Kind, *, grid: int, kernel: int) -> Layout:
     return Layout(lane, slot, seen)
 
 
-def create(
+def init_cache(
     text_key: Float[Array, "U P N H"],
     text_value: Float[Array, "U P N H"],
     *,
@@ -88,7 +88,7 @@ def create(
       kind: layer kind; with grid and kernel as in `layout`.
       grid: side G.
       kernel: side of the convolution window.
-      samples: pictures W drawn for each prompt.
+      samples: images W drawn for each prompt.
     """
     U, _, N, H = text_key.shape
     lane, _, seen = layout(kind, grid=grid, kernel=kernel)
@@ -110,7 +110,7 @@ def attend(
     Args:
       cache: of this layer, holding the positions before.
       plan: `layout` of this layer's kind.
-      query: of this position, one picture a column, the samples of a prompt next to each other.
+      query: of this position, one image a column, the samples of a prompt next to each other.
       key: of this position.
       value: of this position.
       position: raster position p in [0, I).

@@ -154,7 +154,7 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Float[Arr
     return std * jax.random.normal(key, shape, jnp.float32)
 
 
-def cut(layers: Weights, i: int) -> Weights:
+def layer_weights(layers: Weights, i: int) -> Weights:
     """Takes layer i out of the stack."""
     return jax.tree.map(lambda weights: weights[i], layers)
 

@@ -81,7 +81,7 @@ def check_lengths(config: Any, text: Array, codes: Array | None = None) -> None:
     Args:
       config: of a prior of either kind.
       text: captions [B, slots].
-      codes: of pictures [B, I].
+      codes: of images [B, I].
     """
     if text.shape[1] != config.text_length - 1:
         raise UserError(
@@ -90,7 +90,7 @@ def check_lengths(config: Any, text: Array, codes: Array | None = None) -> None:
         )
     if codes is not None and codes.shape[1] != config.image_length:
         raise UserError(
-            f"got {codes.shape[1]} codes a picture, but grid {config.grid} needs "
+            f"got {codes.shape[1]} codes an image, but grid {config.grid} needs "
             f"{config.image_length}; were these codes made by another dVAE?"
         )
 

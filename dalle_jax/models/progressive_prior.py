@@ -10,7 +10,7 @@ n cells at a time, D width, N heads, H head size, V text vocabulary, K codebook,
 before; text sees text. So the keys and values of a cell never change once it is filled, and are
 cached. A *query* is a learned vector with the place of a cell. It looks at the content of the text
 and of earlier stages, and predicts the code of its cell. No query sees another, so only those that
-are wanted are computed. Drawing a picture costs about one pass over all cells and layers, however
+are wanted are computed. Drawing an image costs about one pass over all cells and layers, however
 many stages it takes; in training one pass predicts every cell.
 
 Source: ours, after Li et al. 2025 (ARPG, arXiv 2503.10568), with stages as in Fei et al. 2022.
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dalle_jax.errors import UserError
 from dalle_jax.models.attention import dense
-from dalle_jax.models.layers import cut, init_norm, layer, layer_norm, project
+from dalle_jax.models.layers import init_norm, layer, layer_norm, layer_weights, project
 from dalle_jax.models.prior_config import check_lengths, init_stack, init_tables
 
 
@@ -217,7 +217,7 @@ class ProgressivePrior(nn.Module):
 
         Args:
           cache: what `read` and `write` gave.
-          cells: raster positions of the wanted cells, for each picture or for all.
+          cells: raster positions of the wanted cells, for each image or for all.
           count: how many positions of the cache count: text and filled cells.
         Returns:
           Unnormalised log-probabilities in float32.
@@ -240,7 +240,7 @@ class ProgressivePrior(nn.Module):
         other three, which count as one stage. Cost: about two passes over all cells and layers.
 
         Args:
-          captions: what `read` gave, one for each picture.
+          captions: what `read` gave, one for each image.
           codes: in [0, K).
         Returns:
           Unnormalised log-probabilities in float32.
@@ -252,7 +252,7 @@ class ProgressivePrior(nn.Module):
         for q in np.unique(quarter):
             wanted, others = np.flatnonzero(quarter == q), np.flatnonzero(quarter != q)
             n = len(others)
-            cache = jax.tree.map(lambda x, n=n: with_room(x, n), captions)
+            cache = jax.tree.map(lambda x, n=n: pad_cache(x, n), captions)
             if n:
                 cells = jnp.broadcast_to(jnp.asarray(others)[None], (len(codes), n))
                 cache = self.write(cache, codes[:, others], cells, at=P, count=n)
@@ -304,11 +304,11 @@ class ProgressivePrior(nn.Module):
         if self.scan:
             return jax.lax.scan(lambda x, item: (through(x, *item), None), x, stack)[0]
         for i in range(len(range(*layers.indices(self.config.depth)))):
-            x = through(x, *cut(stack, i))
+            x = through(x, *layer_weights(stack, i))
         return x
 
     def _unstacked(self, start, stop):
-        return [cut(self.layers, i) for i in range(self.config.depth)[start:stop]]
+        return [layer_weights(self.layers, i) for i in range(self.config.depth)[start:stop]]
 
     def _embed_text(self, text):
         V = self.config.text_vocabulary
@@ -354,12 +354,12 @@ def init_head(key: Key[Array, ""], config: ProgressiveConfig) -> PyTree:
     return norms | {"image": {"kernel": jnp.zeros((D, config.codes))}}
 
 
-def draw_params(config: ProgressiveConfig, key: Key[Array, ""]) -> PyTree:
+def init_params(config: ProgressiveConfig, key: Key[Array, ""]) -> PyTree:
     """Draws the first parameters, without tracing a pass."""
     return ProgressivePrior(config).init(key, method=lambda prior: prior.head)["params"]
 
 
-def with_room(cached: Float[Array, "B S N H"], more: int) -> Float[Array, "B S2 N H"]:
+def pad_cache(cached: Float[Array, "B S N H"], more: int) -> Float[Array, "B S2 N H"]:
     """Makes room for more positions behind those of a cache."""
     return jnp.pad(cached, ((0, 0), (0, more), (0, 0), (0, 0)))
 

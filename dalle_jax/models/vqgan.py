@@ -1,6 +1,6 @@
-"""The VQ-GAN: pictures to a grid of codes and back, each code a point that features snap to.
+"""The VQ-GAN: images to a grid of codes and back, each code a point that features snap to.
 
-Letters: B batch, R pixel side, G grid side, f = R / G, H and W sides of the picture on its way,
+Letters: B batch, R pixel side, G grid side, f = R / G, H and W sides of the image on its way,
 C channels, D channels of a code, K codes.
 Source: Esser et al. 2021, "Taming Transformers", section 3.1, and the authors' released network,
 whose parameters have the names used here once "." and numbers are joined as in `down_0/block_1`.
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
 from dalle_jax.errors import UserError
-from dalle_jax.models.convolution import Conv, draw, enlarged, kernel_matrices
+from dalle_jax.models.convolution import Conv, init_kernels, kernel_axes, upsample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class VQGANConfig:
     width: int = 128
     """Channels of the first group (`ch` in the release)."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each group, in widths (`ch_mult`); the picture halves between two groups."""
+    """Channels of each group, in widths (`ch_mult`); the image halves between two groups."""
     blocks_per_group: int = 2
     """Residual blocks in each group of the encoder (`num_res_blocks`); the decoder has one more."""
     attention: tuple[int, ...] = (16,)
     """Factors of reduction at which attention follows each block; it always stands in the middle.
-    The release says `attn_resolutions`, the side of the picture divided by these."""
+    The release says `attn_resolutions`, the side of the image divided by these."""
     z_width: int = 256
     """Channels that the encoder ends and the decoder begins with (`z_channels`)."""
     codes: int = 1024
@@ -58,7 +58,7 @@ class VQGANConfig:
         factors = {self.patch * 2**i for i in range(len(self.multipliers))}
         if odd := set(self.attention) - factors:
             raise UserError(
-                f"VQ-GAN attention is at the factors {sorted(odd)}, but the groups reduce pictures "
+                f"VQ-GAN attention is at the factors {sorted(odd)}, but the groups reduce images "
                 f"by {sorted(factors)}"
             )
 
@@ -88,7 +88,7 @@ def unfold(x: Float[Array, "B H W D"], patch: int) -> Float[Array, "B H2 W2 C"]:
 
 
 class Norm(nn.Module):
-    """Normalises groups of channels over the whole picture, with a gain and a bias."""
+    """Normalises groups of channels over the whole image, with a gain and a bias."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -145,8 +145,8 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-        """Convolves the enlarged picture."""
-        return Conv(x.shape[-1], 3, name="conv")(enlarged(x))
+        """Convolves the enlarged image."""
+        return Conv(x.shape[-1], 3, name="conv")(upsample(x))
 
 
 class Group(nn.Module):
@@ -240,7 +240,7 @@ class Codebook(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder of one tokenizer for pictures."""
+    """Encoder, codebook and decoder of one tokenizer for images."""
 
     config: VQGANConfig
 
@@ -262,15 +262,15 @@ class VQGAN(nn.Module):
         """Features of each grid cell, before they snap to codes.
 
         Args:
-          images: f32 in [-1, 1], as `network_input` gives them.
+          images: f32 in [-1, 1], as `preprocess` gives them.
         Raises:
-          ValueError: if the picture is not square or its side no multiple of f.
+          ValueError: if the image is not square or its side no multiple of f.
         """
         _, H, W, _ = images.shape
         f = self.config.factor
         if H != W or H % f:
             raise ValueError(
-                f"the VQ-GAN got pictures of {H}x{W} pixels; they must be square with a side that "
+                f"the VQ-GAN got images of {H}x{W} pixels; they must be square with a side that "
                 f"is a multiple of {f}"
             )
         return self.quant_conv(self.encoder(images))
@@ -304,42 +304,42 @@ def straight_through(z: Array, entries: Array) -> Array:
     return z + jax.lax.stop_gradient(entries - z)
 
 
-def draw_params(config: VQGANConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters, as `convolution.draw` does (ours); codes from N(0, 1)."""
+def init_params(config: VQGANConfig, key: Key[Array, ""]) -> PyTree:
+    """Draws the first parameters, as `convolution.init_kernels` does (ours); codes from N(0, 1)."""
     key_network, key_codes = jax.random.split(key)
-    picture = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
-    params = draw(jax.eval_shape(VQGAN(config).init, key, picture)["params"], key_network)
+    image = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
+    params = init_kernels(jax.eval_shape(VQGAN(config).init, key, image)["params"], key_network)
     table = jax.random.normal(key_codes, (config.codes, config.code_width))
     return params | {"quantize": {"embedding": table}}
 
 
 def matrices(params: PyTree) -> PyTree:
-    """Kernels of blocks, attention and sizes as matrices; see `convolution.kernel_matrices`."""
+    """Kernels of blocks, attention and sizes as matrices; see `convolution.kernel_axes`."""
     ends = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
-    return kernel_matrices(params, ends=ends)
+    return kernel_axes(params, ends=ends)
 
 
-def network_input(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:
-    """Pictures as the encoder wants them: f32 in [-1, 1]."""
+def preprocess(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B R R 3"]:
+    """Images as the encoder wants them: f32 in [-1, 1]."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
 def codes_and_errors(
     config: VQGANConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
 ) -> tuple[Int[Array, "B G G"], Float16[Array, "B G G"]]:
-    """Codes of pictures, and the squared distance of each cell's features to its code."""
-    z = VQGAN(config).apply({"params": params}, network_input(images), method="encode")
+    """Codes of images, and the squared distance of each cell's features to its code."""
+    z = VQGAN(config).apply({"params": params}, preprocess(images), method="encode")
     codes, distances = nearest(z, params["quantize"]["embedding"])
     return codes, jnp.minimum(distances, 65504).astype(jnp.float16)
 
 
-def pictures(
+def decode(
     config: VQGANConfig, params: PyTree, codes: Int[Array | np.ndarray, "B G G"]
 ) -> UInt8[Array, "B R R 3"]:
-    """Pictures of codes."""
-    return reconstruction(VQGAN(config).apply({"params": params}, codes, method="decode"))
+    """Images of codes."""
+    return to_uint8(VQGAN(config).apply({"params": params}, codes, method="decode"))
 
 
-def reconstruction(pixels: Float[Array, "B R R 3"]) -> UInt8[Array, "B R R 3"]:
+def to_uint8(pixels: Float[Array, "B R R 3"]) -> UInt8[Array, "B R R 3"]:
     """Rounds pixels in [-1, 1] to [0, 255]."""
     return jnp.round((pixels.clip(-1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -1,7 +1,7 @@
 """The devices of all processes as one mesh, and how batches and whole arrays pass through it.
 
 "data" counts groups of devices that each hold the whole state, "fsdp" the devices that share the
-state of a group, each working on pictures of its own, "tensor" those that share the work on one.
+state of a group, each working on images of its own, "tensor" those that share the work on one.
 """
 
 import dataclasses
@@ -84,24 +84,24 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     return jax.tree.map(place, batch)
 
 
-def along_batch(x: Array) -> Array:
+def constrain_batch(x: Array) -> Array:
     """Keeps an array [B, ...] spread by examples over the mesh of `jax.set_mesh`, if there is one.
 
     Left free, the compiler may spread activations as the weights are and send them around instead.
     """
-    return _kept(x, *BATCH)
+    return _constrain(x, *BATCH)
 
 
-def look_up(table: Array, ids: Array) -> Array:
+def gather_rows(table: Array, ids: Array) -> Array:
     """Rows [B, T, D] of a table [V, D] that is cut across D, cut as it is.
 
-    Every device looks up its part of the rows for all pictures of its group, so that no table
-    travels. Left free, the compiler gathers the rows' gradients of all pictures everywhere.
+    Every device looks up its part of the rows for all images of its group, so that no table
+    travels. Left free, the compiler gathers the rows' gradients of all images everywhere.
     """
-    return _kept(table[_kept(ids, DATA)], DATA, None, FSDP)
+    return _constrain(table[_constrain(ids, DATA)], DATA, None, FSDP)
 
 
-def _kept(x, *axes):
+def _constrain(x, *axes):
     """Keeps x spread over axes of the mesh, if there is one, but for those already divided."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -114,7 +114,7 @@ def _kept(x, *axes):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(free, axes)))
 
 
-def whole(tree: PyTree) -> PyTree:
+def gather_to_host(tree: PyTree) -> PyTree:
     """Arrays that every process can read: as they are, or gathered on the host from all processes.
 
     With more than one process, all of them have to call it.
@@ -129,7 +129,7 @@ def on_one_device(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
-def greatest(mesh: Mesh, value: int) -> Int[Array, ""]:
+def max_over_processes(mesh: Mesh, value: int) -> Int[Array, ""]:
     """The greatest of what all processes give; comes when the devices get to it, without waiting.
 
     All processes have to call it, between the same updates.

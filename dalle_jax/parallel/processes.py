@@ -58,11 +58,11 @@ def join(config: ProcessConfig) -> None:
         jax.distributed.initialize(
             config.coordinator_address, config.num_processes, config.process_id
         )
-    elif found():
+    elif is_distributed():
         jax.distributed.initialize()
 
 
-def found() -> bool:
+def is_distributed() -> bool:
     """Tells whether something started several processes that JAX knows how to bring together."""
     several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(int(os.environ.get(name, "1")) > 1 for name in several):
@@ -80,7 +80,7 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def agreed(choose: Callable[[], int | None]) -> int | None:
+def choose_on_leader(choose: Callable[[], int | None]) -> int | None:
     """What process 0 chooses, a number from 0 on or None, in all processes.
 
     Raises:
@@ -101,7 +101,7 @@ def agreed(choose: Callable[[], int | None]) -> int | None:
     return None if answer == nothing else answer
 
 
-def where(true: bool) -> list[int]:
+def processes_where(true: bool) -> list[int]:
     """The processes that give True; all of them have to call it."""
     if jax.process_count() == 1:
         return [0] if true else []

@@ -67,7 +67,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def moved(tree: PyTree, *, before: Rules, after: Rules) -> PyTree:
+def reshard(tree: PyTree, *, before: Rules, after: Rules) -> PyTree:
     """Sends arrays from where some rules put them to where others do, in a jitted function.
 
     Both are said, since what stands before and after would else be spread otherwise to save a part

@@ -4,7 +4,7 @@ The real update is compiled for as many virtual devices as there will be, from s
 what they send is read and not guessed. Memory is counted array by array; step times follow from
 published peaks of the hardware by a formula.
 
-Letters: B pictures of a backward pass on one device, T positions, D width, F mlp, L layers.
+Letters: B images of a backward pass on one device, T positions, D width, F mlp, L layers.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
 from dalle_jax.errors import UserError
-from dalle_jax.models.autoregressive_prior import Prior, draw_params
+from dalle_jax.models.autoregressive_prior import Prior, init_params
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.mesh import BATCH, DATA, FSDP, TENSOR, make_mesh
@@ -76,7 +76,7 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
       mesh: sizes of data, fsdp and tensor.
     Returns:
       Bytes by kind: "weights", "gradients", "moments" and "ema", in float32 and cut as
-      `parallel.rules` says; "kept", what each picture leaves for the backward pass; "recomputed",
+      `parallel.rules` says; "kept", what each image leaves for the backward pass; "recomputed",
       what one layer adds to that when it is computed again, or nothing without `remat`; "gathered",
       the kernels of two layers in the precision of the products, one in use and one on its way,
       one layer's gradient before it is cut, and both heads with their gradients; "total".
@@ -93,9 +93,9 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
         return sum(jax.tree.leaves(sizes))
 
     weights = held(state.params, places.params)
-    pictures = pictures_per_device(run, mesh)
+    images = images_per_device(run, mesh)
     shallow = dataclasses.replace(run.model, depth=1)
-    inside = picture_bytes(shallow, run) - picture_bytes(shallow, run, remat=True)
+    inside = image_bytes(shallow, run) - image_bytes(shallow, run, remat=True)
     layer = _kernel_sizes(state.params["layers"]) // run.model.depth // mesh[TENSOR]
     heads = _kernel_sizes(state.params["head"]) // mesh[TENSOR]
     number, gradient = (jnp.dtype(x).itemsize for x in (run.precision, run.grad_dtype))
@@ -108,8 +108,8 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
         "gradients": weights * (2 if run.loop.accumulation_steps > 1 else 1),
         "moments": held(state.opt_state, places.opt_state),
         "ema": held(state.ema_params, places.ema_params),
-        "kept": pictures * picture_bytes(run.model, run, remat=run.remat),
-        "recomputed": pictures * inside if run.remat else 0,
+        "kept": images * image_bytes(run.model, run, remat=run.remat),
+        "recomputed": images * inside if run.remat else 0,
         "gathered": whole,
     }
     return sizes | {"total": sum(sizes.values())}
@@ -145,8 +145,8 @@ def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int
     return sizes | {"total": sum(sizes.values())}
 
 
-def pictures_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
-    """Pictures of one backward pass on one device.
+def images_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
+    """Images of one backward pass on one device.
 
     Raises:
       UserError: if the batch cannot be spread evenly.
@@ -154,7 +154,7 @@ def pictures_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
     parts = mesh[DATA] * mesh[FSDP] * run.loop.accumulation_steps
     if run.batch_size % parts:
         raise UserError(
-            f"a batch of {run.batch_size} pictures cannot be spread over data={mesh[DATA]} x "
+            f"a batch of {run.batch_size} images cannot be spread over data={mesh[DATA]} x "
             f"fsdp={mesh[FSDP]} devices in {run.loop.accumulation_steps} micro-batches; choose a "
             f"multiple of {parts}, or more of tensor"
         )
@@ -162,18 +162,18 @@ def pictures_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
 
 
 @cache
-def picture_bytes(config: PriorConfig, run: PriorRun, *, remat: bool = False) -> int:
-    """Bytes that one picture leaves between the forward and the backward pass, by JAX's own count.
+def image_bytes(config: PriorConfig, run: PriorRun, *, remat: bool = False) -> int:
+    """Bytes that one image leaves between the forward and the backward pass, by JAX's own count.
 
-    It is the difference between two pictures and one, so that weights do not count.
+    It is the difference between two images and one, so that weights do not count.
     """
     options = {"dtype": jnp.dtype(run.precision), "scan": remat and run.scan_layers}
     prior = Prior(config, remat=remat, **options)
 
-    def kept(pictures):
-        text = jax.ShapeDtypeStruct((pictures, config.text_length - 1), jnp.int32)
-        codes = jax.ShapeDtypeStruct((pictures, config.image_length), jnp.int32)
-        params = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
+    def kept(images):
+        text = jax.ShapeDtypeStruct((images, config.text_length - 1), jnp.int32)
+        codes = jax.ShapeDtypeStruct((images, config.image_length), jnp.int32)
+        params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
 
         def forward(params, text, codes):
             return jax.vjp(lambda p: prior.apply({"params": p}, text, codes), params)
@@ -231,7 +231,7 @@ def compiled_update(run: PriorRun) -> tuple[list[Collective], dict[str, int]]:
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
-    update = state_lib.update_step(
+    update = state_lib.make_train_step(
         stage,
         accumulation_steps=run.loop.accumulation_steps,
         ema_every=run.loop.ema_every,
@@ -262,7 +262,7 @@ def step_flops(run: PriorRun) -> float:
     return 2.0 * run.batch_size * (layers * (4 if run.remat else 3) + heads * 3)
 
 
-def step_seconds(
+def estimate_step_seconds(
     run: PriorRun,
     mesh: dict[str, int],
     sent: list[Collective],
@@ -309,7 +309,7 @@ def _stage(run):
 
 @cache
 def _shapes(run):
-    return jax.eval_shape(partial(state_lib.create, _stage(run)), jax.random.key(0))
+    return jax.eval_shape(partial(state_lib.init_state, _stage(run)), jax.random.key(0))
 
 
 def _part_bytes(leaf, place):

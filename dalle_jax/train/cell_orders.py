@@ -1,4 +1,4 @@
-"""In which order the cells of a picture are filled while the progressive prior learns.
+"""In which order the cells of an image are filled while the progressive prior learns.
 
 Letters: B batch, I = G * G cells, G grid side. A low score comes first. Source: Fei et al. 2022 for
 the quantisation error and dynamic importance, in our reading; the others are controls.
@@ -23,14 +23,14 @@ def order_scores(
     difficulty: Float[Array, "B I"] | None = None,
     errors: Float[Array, "B I"] | None = None,
 ) -> Float[Array, "B I"]:
-    """Scores the cells of each picture; those with a low one are filled first.
+    """Scores the cells of each image; those with a low one are filled first.
 
     Args:
       order: "dynamic": what the model in training finds easiest, given the caption alone;
         "certain": the cells that their codes fit best; "uncertain": those that they fit worst;
         "random"; "raster"; "centre": from the middle of the grid outwards.
       key: for "random".
-      shape: pictures B and cells I.
+      shape: images B and cells I.
       difficulty: nats of each code, given the caption alone, for "dynamic".
       errors: how badly each code fits its cell, for "certain" and "uncertain".
     Raises:
@@ -53,6 +53,6 @@ def order_scores(
     return jax.random.uniform(key, shape)
 
 
-def ranks(scores: Float[Array, "B I"]) -> Int[Array, "B I"]:
+def order_ranks(scores: Float[Array, "B I"]) -> Int[Array, "B I"]:
     """The place of each cell in the order of the scores, from 0; equal ones in raster order."""
     return jnp.argsort(jnp.argsort(scores, axis=-1, stable=True), axis=-1)

@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from dalle_jax.errors import UserError
-from dalle_jax.parallel.processes import agreed, is_leader, where
+from dalle_jax.parallel.processes import choose_on_leader, is_leader, processes_where
 from dalle_jax.train import checkpoint_diff, manifest
 from dalle_jax.train.state import TrainState
 
@@ -154,7 +154,7 @@ class Checkpoints:
             saving.result()
         step, self._open = self._open, None
         if step is not None:
-            others = where(self._failed_here)
+            others = processes_where(self._failed_here)
             if others and not self._failed_here:
                 self._failed(step, CheckpointError(f"process {others[0]} could not save its part"))
             if not others:
@@ -210,7 +210,7 @@ class Checkpoints:
             self._try_to_write()
         except OSError as error:
             reason = _reason(error)
-        others = where(reason is not None)
+        others = processes_where(reason is not None)
         if reason is None and others:
             reason = f"process {others[0]} cannot write there"
         return reason
@@ -222,7 +222,7 @@ class Checkpoints:
             writing.result()  # in process 0 after all have written theirs
             if is_leader():
                 read = ocp.checkpointables_metadata(unfinished).metadata
-                if reason := checkpoint_diff.of_arrays(read, shapes):
+                if reason := checkpoint_diff.array_difference(read, shapes):
                     raise CheckpointError(f"it cannot be read back: {reason}")
                 for name, text in texts.items():  # the settings last
                     (unfinished / name).write_text(text)
@@ -311,13 +311,15 @@ class Checkpoints:
         if step is not None:
             path = self.folder / f"{step:06d}"
             saved = json.loads((path / "settings.json").read_text())
-            if changes := checkpoint_diff.of_settings(saved, settings or {}, defaults or {}):
+            if changes := checkpoint_diff.setting_differences(
+                saved, settings or {}, defaults or {}
+            ):
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self.folder} was made with other settings: "
                     f"{'; '.join(changes)}; set them back, or choose another folder for a new run"
                 )
             wanted = _items(template)
-            if reason := checkpoint_diff.of_arrays(
+            if reason := checkpoint_diff.array_difference(
                 ocp.checkpointables_metadata(path).metadata, wanted
             ):
                 raise CheckpointError(
@@ -364,12 +366,12 @@ def _newest_undamaged(folder: Path) -> int | None:
     damaged: list[int] = []
     while True:
         left = [s for s in _steps(folder) if s not in damaged]
-        newest = agreed(lambda left=left: max(left, default=None))
+        newest = choose_on_leader(lambda left=left: max(left, default=None))
         if newest is None:
             break
         share = (jax.process_index(), jax.process_count())
         reason = manifest.damage(folder / f"{newest:06d}", newest, *share)
-        others = where(reason is not None)
+        others = processes_where(reason is not None)
         if not others:
             return newest
         reason = reason or f"process {others[0]} has found damage, which its log names"

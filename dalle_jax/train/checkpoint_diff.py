@@ -13,7 +13,7 @@ import jax
 from jaxtyping import PyTree
 
 
-def of_arrays(saved: PyTree, wanted: PyTree) -> str | None:
+def array_difference(saved: PyTree, wanted: PyTree) -> str | None:
     """Names the first array that only one of two trees holds, or in two shapes or dtypes."""
 
     def arrays(tree):
@@ -63,7 +63,7 @@ def defaults(config: Any) -> dict:
     return found
 
 
-def of_settings(saved: dict, now: dict, defaults: dict) -> list[str]:
+def setting_differences(saved: dict, now: dict, defaults: dict) -> list[str]:
     """Lists where settings differ from saved ones, by dotted name.
 
     Args:

@@ -1,4 +1,4 @@
-"""The contrastive stage: a CLIP learns which caption belongs to which picture.
+"""The contrastive stage: a CLIP learns which caption belongs to which image.
 
 Source: Radford et al. 2021, sections 2.3 to 2.5; the short recipe is ours.
 """
@@ -21,7 +21,7 @@ from dalle_jax.models.layers import matrices
 from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
-from dalle_jax.parallel.mesh import along_batch
+from dalle_jax.parallel.mesh import constrain_batch
 from dalle_jax.parallel.sharding_rules import CLIP as CLIP_RULES
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.state import Stage
@@ -36,9 +36,9 @@ class ClipRun(MuonOptions):
         default_factory=lambda: LoopConfig(steps=390_000)
     )
     batch_size: int = 32_768
-    """Pictures in an update, over all devices; each is compared with every caption of them."""
+    """Images in an update, over all devices; each is compared with every caption of them."""
     micro_batch: int | None = None
-    """Pictures whose activations are in memory at a time, over all devices; None for all. The
+    """Images whose activations are in memory at a time, over all devices; None for all. The
     loss is still that of the whole batch; every activation is computed twice."""
     learning_rate: float = 5e-4
     """Greatest learning rate."""
@@ -49,10 +49,10 @@ class ClipRun(MuonOptions):
     weight_decay: float = 0.2
     """AdamW's weight decay, multiplied by the learning rate."""
     shift: int = 0
-    """Pixels that a training picture is moved by at most, its border repeated (ours)."""
+    """Pixels that a training image is moved by at most, its border repeated (ours)."""
     reconstructions: bool = False
-    """Show every picture a second time, as the dVAE draws it (ours), so that scores hold for drawn
-    pictures too."""
+    """Show every image a second time, as the dVAE draws it (ours), so that scores hold for drawn
+    images too."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of matrix products and attention; weights, residual stream and features are float32."""
     folder: str = "clip"
@@ -115,7 +115,7 @@ class ClipStage(Stage):
         validation: Mapping[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
     ):
         self.run = run
-        self.model = CLIP(run.model, dtype=jnp.dtype(run.precision), settle=along_batch)
+        self.model = CLIP(run.model, dtype=jnp.dtype(run.precision), settle=constrain_batch)
         self._validation = validation
         length = max(run.loop.steps - run.warmup_steps, 1)
         after = cosine(run.learning_rate, run.learning_rate_end, length)
@@ -181,7 +181,7 @@ def _below_limit(updates, params):
 
 
 def _shifted(key, images, most):
-    """Moves each picture by up to `most` pixels each way; its outermost pixels fill the gap."""
+    """Moves each image by up to `most` pixels each way; its outermost pixels fill the gap."""
     B, R = images.shape[:2]
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
     at = jax.random.randint(key, (B, 2), 0, 2 * most + 1)

@@ -1,7 +1,7 @@
 """A start for the codebook in which every code already means something.
 
 Source: ours. Drawn at random, most codes never win a cell and die within a few hundred updates.
-Clusters of the untrained encoder's features give each of them a part of the pictures at once.
+Clusters of the untrained encoder's features give each of them a part of the images at once.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ def kmeans_init(
       key: for the choice of first centres and the rotation.
       params: a dVAE's, freshly drawn; the given tree is left as it was.
       config: of that dVAE.
-      images: some hundreds of training pictures.
+      images: some hundreds of training images.
     Returns:
       Parameters of the same structure.
     Raises:
-      UserError: if the pictures have fewer different cells than there are codes.
+      UserError: if the images have fewer different cells than there are codes.
     Source: ours.
     """
     key_centres, key_rotation = jax.random.split(key)
@@ -48,7 +48,7 @@ def kmeans_init(
     encoder = {"params": {"encoder": {**params["encoder"], "output": output}}}
 
     def features(x):
-        return shown.apply(encoder, dvae.network_input(x), method="encode")
+        return shown.apply(encoder, dvae.preprocess(x), method="encode")
 
     centres, distance = _clusters(key_centres, features, config.codes, images)
     s = SHARPNESS / distance
@@ -60,7 +60,7 @@ def kmeans_init(
     }
 
 
-def kmeans_table(
+def kmeans_codebook(
     key: Key[Array, ""], params: PyTree, config: VQGANConfig, images: UInt8[np.ndarray, "B R R 3"]
 ) -> PyTree:
     """Sets the codebook of a VQ-GAN to clusters of the untrained encoder's features.
@@ -69,7 +69,7 @@ def kmeans_table(
     """
 
     def features(x):
-        return VQGAN(config).apply({"params": params}, vqgan.network_input(x), method="encode")
+        return VQGAN(config).apply({"params": params}, vqgan.preprocess(x), method="encode")
 
     centres, _ = _clusters(key, features, config.codes, images)
     return {**params, "quantize": {"embedding": centres}}
@@ -80,8 +80,8 @@ def _clusters(key, features: Callable, codes: int, images):
     cells = _different_cells(features, images)
     if len(cells) < codes:
         raise UserError(
-            f"the {len(images)} pictures for the k-means start have {len(cells)} different cells, "
-            f"fewer than the {codes} codes; give more pictures or fewer codes"
+            f"the {len(images)} images for the k-means start have {len(cells)} different cells, "
+            f"fewer than the {codes} codes; give more images or fewer codes"
         )
     cells = jnp.asarray(cells)[jax.random.permutation(key, len(cells))]
     centres = cells[:codes]

@@ -25,12 +25,12 @@ COLLAPSED = 1 / 8  # a codebook with less than this share of its codes in use ge
 
 
 class CodecStage(Stage):
-    """A network that turns pictures into codes and back, as a stage of the training loop.
+    """A network that turns images into codes and back, as a stage of the training loop.
 
     Args:
       run: the settings, with the config of the network as `model`.
-      start_images: a function giving uint8 [B, R, R, 3] training pictures for the k-means start.
-      validation: a function giving one pass over the validation pictures, in batches with
+      start_images: a function giving uint8 [B, R, R, 3] training images for the k-means start.
+      validation: a function giving one pass over the validation images, in batches with
         uint8 "image" [B, R, R, 3].
     """
 
@@ -43,27 +43,27 @@ class CodecStage(Stage):
         self.run = run
         self._start_images = start_images
         self._validation = validation
-        self._reconstruct = jax.jit(self._codes_and_pictures)
+        self._reconstruct = jax.jit(self._codes_and_images)
 
     def init(self, key):
         """Draws the parameters; see the network's own file."""
-        return codecs.draw_params(self.run.model, key)
+        return codecs.init_params(self.run.model, key)
 
     def network(self, params: PyTree) -> PyTree:
         """The part of the parameters in training that the model folder keeps."""
         return params
 
     def evaluate(self, params) -> dict[str, float]:
-        """Measures reconstruction from codes over the validation pictures.
+        """Measures reconstruction from codes over the validation images.
 
         Returns:
-          psnr: mean over pictures of 10 log10(255^2 / MSE), in dB;
+          psnr: mean over images of 10 log10(255^2 / MSE), in dB;
           psnr_foreground: the same over the pixels that are not white;
           codes: distinct codes seen; perplexity: exp of the entropy of their frequencies.
         """
         counts = np.zeros(self.run.model.codes, int)
         psnr, foreground = [], []
-        for images in self._pictures():
+        for images in self._images():
             codes, drawn = map(np.asarray, self._reconstruct(params, images))
             counts += np.bincount(codes.ravel(), minlength=len(counts))
             for total, part in zip((psnr, foreground), decibels(images, drawn), strict=True):
@@ -84,38 +84,38 @@ class CodecStage(Stage):
         }
 
     def sheet(self, params):
-        """Draws validation pictures, each row above its reconstruction."""
-        images = next(iter(self._pictures()))
+        """Draws validation images, each row above its reconstruction."""
+        images = next(iter(self._images()))
         images = images[: min(len(images) // 8, 2) * 8 or len(images)]  # whole rows of eight
         _, drawn = self._reconstruct(params, images)
         pairs = zip(*(np.split(x, max(len(x) // 8, 1)) for x in (images, drawn)), strict=True)
         rows = [row for pair in pairs for row in pair]
-        return contact_sheet(np.stack(rows), ["pictures", "reconstructions"] * (len(rows) // 2))
+        return contact_sheet(np.stack(rows), ["images", "reconstructions"] * (len(rows) // 2))
 
-    def _pictures(self) -> Iterable[np.ndarray]:
+    def _images(self) -> Iterable[np.ndarray]:
         for batch in self._validation():
             yield batch["image"]
 
-    def _codes_and_pictures(self, params, images):
+    def _codes_and_images(self, params, images):
         config, params = self.run.model, self.network(params)
         codes, _ = codecs.codes_and_errors(config, params, images)
-        return codes, codecs.pictures(config, params, codes)
+        return codes, codecs.decode(config, params, codes)
 
 
 def check_sides(model: CodecConfig, *, px: int, crop_px: int | None) -> None:
-    """Raises a UserError unless pictures and the squares cut from them fit the grid."""
+    """Raises a UserError unless images and the squares cut from them fit the grid."""
     f = model.factor
     for name, side in (("px", px), ("crop_px", crop_px)):
         if side is not None and (side < f or side % f):
             raise UserError(f"{name} is {side}, but has to be a multiple of the model's f={f}")
     if crop_px is not None and crop_px > px:
-        raise UserError(f"crop_px is {crop_px}, more than the pictures' px={px}")
+        raise UserError(f"crop_px is {crop_px}, more than the images' px={px}")
 
 
-def windows(
+def random_crops(
     key: Key[Array, ""], images: UInt8[Array, "B R R 3"], side: int, factor: int
 ) -> UInt8[Array, "B side side 3"]:
-    """Cuts one square from each picture, along the lines of the grid of codes."""
+    """Cuts one square from each image, along the lines of the grid of codes."""
     B, R = images.shape[:2]
     at = factor * jax.random.randint(key, (B, 2), 0, (R - side) // factor + 1)
 

@@ -1,4 +1,4 @@
-"""What tells one state of the data from another: names, captions and pictures of its records.
+"""What tells one state of the data from another: names, captions and images of its records.
 
 Source: ours.
 """
@@ -13,20 +13,20 @@ from typing import Any
 from dalle_jax.data.sources import DataSource
 
 
-def quick(source: DataSource, records: Iterable[int]) -> str:
-    """Digest of names, captions, and of the size and time of each picture's file.
+def stat_digest(source: DataSource, records: Iterable[int]) -> str:
+    """Digest of names, captions, and of the size and time of each image's file.
 
     It changes with the data, but also when files are copied without their times.
     """
     return _digest(source, records, _stamp)
 
 
-def full(source: DataSource, records: Iterable[int]) -> str:
-    """Digest of names, captions, and of the bytes of each picture's file."""
+def content_digest(source: DataSource, records: Iterable[int]) -> str:
+    """Digest of names, captions, and of the bytes of each image's file."""
     return _digest(source, records, _bytes)
 
 
-def of_captions(source: DataSource) -> str:
+def captions_digest(source: DataSource) -> str:
     """Digest of all captions, in their order."""
     digest = hashlib.sha256()
     for i in range(len(source)):
@@ -34,12 +34,12 @@ def of_captions(source: DataSource) -> str:
     return digest.hexdigest()
 
 
-def _digest(source, records, of_picture):
+def _digest(source, records, of_image):
     digest = hashlib.sha256()
     for i in records:
         record = source[i]
         digest.update(json.dumps([record["id"], list(record["captions"])]).encode())
-        digest.update(of_picture(record["image"]))
+        digest.update(of_image(record["image"]))
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Stage 1: the dVAE learns to turn pictures into codes and back.
+"""Stage 1: the dVAE learns to turn images into codes and back.
 
 Source: Ramesh et al. 2021, section 2.1 and appendix A; the short recipe is ours.
 """
@@ -13,13 +13,13 @@ import numpy as np
 import tyro
 
 from dalle_jax import losses
-from dalle_jax.models.dvae import DVAE, DVAEConfig, matrices, network_input
+from dalle_jax.models.dvae import DVAE, DVAEConfig, matrices, preprocess
 from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import on_one_device
 from dalle_jax.train.codebook_init import kmeans_init
-from dalle_jax.train.codec_stage import CodecStage, check_sides, windows
+from dalle_jax.train.codec_stage import CodecStage, check_sides, random_crops
 from dalle_jax.train.loop import LoopConfig
 
 
@@ -35,11 +35,11 @@ class DVAERun(MuonOptions):
         default_factory=lambda: LoopConfig(steps=3_000_000)
     )
     px: int = 256
-    """Side of the pictures the model is for, in pixels."""
+    """Side of the images the model is for, in pixels."""
     crop_px: int | None = None
-    """Side of the squares cut from them for training, in pixels; None for whole pictures."""
+    """Side of the squares cut from them for training, in pixels; None for whole images."""
     batch_size: int = 512
-    """Pictures (or squares) in an update, over all devices."""
+    """Images (or squares) in an update, over all devices."""
     learning_rate: float = 1e-4
     """Greatest learning rate."""
     learning_rate_end: float = 1.25e-6
@@ -126,7 +126,7 @@ class DVAEStage(CodecStage):
         )
 
     def init_from_data(self, params):
-        """Starts the codebook from clusters of pictures, if the run says so."""
+        """Starts the codebook from clusters of images, if the run says so."""
         if not self.run.kmeans_init:
             return params
         key = jax.random.key(self.run.loop.seed)
@@ -142,8 +142,8 @@ class DVAEStage(CodecStage):
         key_windows, key_codes = jax.random.split(key)
         images = batch["image"]
         if run.crop_px is not None:
-            images = windows(key_windows, images, run.crop_px, run.model.factor)
-        x = network_input(images)
+            images = random_crops(key_windows, images, run.crop_px, run.model.factor)
+        x = preprocess(images)
         logits = self._apply(params, x, "encode")
         z = losses.gumbel_softmax(key_codes, logits, self.temperature(step))
         stats = self._apply(params, z, "decode")

@@ -1,4 +1,4 @@
-"""From pictures to codes by a frozen codec, and back: while a model trains, or once, before it.
+"""From images to codes by a frozen codec, and back: while a model trains, or once, before it.
 
 Source: Ramesh et al. 2021, section 2.2.
 """
@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Float16, Int32, UInt8
 
 from dalle_jax.data import code_shards
-from dalle_jax.data.batches import once
+from dalle_jax.data.batches import one_epoch
 from dalle_jax.data.sources import TABLES, DataSource, FolderSource, Record, SourceError
 from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.models import codec as codecs
-from dalle_jax.parallel.processes import is_leader, where
+from dalle_jax.parallel.processes import is_leader, processes_where
 from dalle_jax.terminal import bar
 from dalle_jax.train import data_digest
 from dalle_jax.train.lock import locked
@@ -34,12 +34,12 @@ from dalle_jax.train.loop import DataIterator
 log = logging.getLogger(__name__)
 
 _MEMORY = 2**30  # bytes for a batch on a device that does not say how much it has
-_LARGEST = {"cpu": 32}  # pictures on a device; more are no faster there
+_LARGEST = {"cpu": 32}  # images on a device; more are no faster there
 _SHARE = 1 / 4  # of the memory that a device has left
 
 
 class Encoder:
-    """Turns pictures into codes on all devices of this process.
+    """Turns images into codes on all devices of this process.
 
     Args:
       model: its codec encodes.
@@ -47,13 +47,13 @@ class Encoder:
 
     def __init__(self, model: Model):
         devices = jax.local_devices()
-        mesh = jax.sharding.Mesh(np.asarray(devices), ("pictures",))
-        self._spread = NamedSharding(mesh, Spec("pictures"))
+        mesh = jax.sharding.Mesh(np.asarray(devices), ("images",))
+        self._spread = NamedSharding(mesh, Spec("images"))
         params = jax.device_get(model.codec_params)
         self._params = jax.device_put(params, NamedSharding(mesh, Spec()))
         self._config = model.codec
-        self.batch_size = len(devices) * _pictures_a_device(model, devices[0])
-        """Most pictures at a time, over all devices."""
+        self.batch_size = len(devices) * _images_a_device(model, devices[0])
+        """Most images at a time, over all devices."""
         self._devices = len(devices)
 
     def __call__(
@@ -76,7 +76,7 @@ class Encoder:
 _encode = jax.jit(codecs.codes_and_errors, static_argnums=0)
 
 
-def _pictures_a_device(model: Model, device: Any) -> int:
+def _images_a_device(model: Model, device: Any) -> int:
     stats = device.memory_stats() or {}
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     memory = free * _SHARE if free > 0 else _MEMORY
@@ -85,7 +85,7 @@ def _pictures_a_device(model: Model, device: Any) -> int:
 
 
 class EncodedBatches:
-    """An iterator whose pictures have become codes; its position is that of the one below.
+    """An iterator whose images have become codes; its position is that of the one below.
 
     The next batch is read and encoded while the last one is used.
 
@@ -127,14 +127,14 @@ class EncodedBatches:
         self._state = state
 
 
-def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
-    """Gives a source with codes for pictures, written to code shards the first time it is asked.
+def cached_codes(source: DataSource, model: Model, folder: Path) -> DataSource:
+    """Gives a source with codes for images, written to code shards the first time it is asked.
 
-    Every picture is centre-cropped, so the prior sees one crop of each. A shard whose names,
-    captions or pictures have changed is encoded anew. Several processes share the shards.
+    Every image is centre-cropped, so the prior sees one crop of each. A shard whose names,
+    captions or images have changed is encoded anew. Several processes share the shards.
 
     Args:
-      source: pictures with captions.
+      source: images with captions.
       model: its codec encodes them.
       folder: where the shards are kept.
     Raises:
@@ -147,7 +147,7 @@ def encoded(source: DataSource, model: Model, folder: Path) -> DataSource:
         with _together():  # begins when all have read the manifest
             mine = range(jax.process_index(), len(ranges), jax.process_count())
             written = [n for n in mine if shard_files.write_if_changed(n, ranges[n])]
-        if where(bool(written)) or ranges != old:
+        if processes_where(bool(written)) or ranges != old:
             with _together():
                 if is_leader():
                     shard_files.write_manifest(ranges)
@@ -169,13 +169,13 @@ def _ranges(source, folder, fingerprint):
 @contextmanager
 def _together() -> Iterator[None]:
     """Runs its body in all processes at the same time; if it fails in one, it fails in all."""
-    where(False)
+    processes_where(False)
     failed = True
     try:
         yield
         failed = False
     finally:
-        others = where(failed)
+        others = processes_where(failed)
         if others and not failed:
             raise SourceError(f"process {others[0]} could not do its part; its log says why")
 
@@ -193,16 +193,16 @@ class _Shards:
         made_of = {
             "codec": self._model.codec_fingerprint,
             "range": ends,
-            "quick": data_digest.quick(self._source, records),
+            "quick": data_digest.stat_digest(self._source, records),
         }
         note = self._note(number)
         if note is not None and made_of.items() <= note.items():
             return False
-        made_of["full"] = data_digest.full(self._source, records)
+        made_of["full"] = data_digest.content_digest(self._source, records)
         same = ("codec", "range", "full")
         if note is None or any(note[key] != made_of[key] for key in same):
             if self._encoder is None:
-                log.info("encoding pictures into %s; this is done once", self._folder)
+                log.info("encoding images into %s; this is done once", self._folder)
                 self._encoder = Encoder(self._model)
             (self._folder / "manifest.json").unlink(missing_ok=True)  # it is whole no longer
             part = _Part(self._source, ends)
@@ -251,7 +251,7 @@ class _Part:
 
 def _records(source: DataSource, encoder: Encoder, px: int) -> Iterator[dict]:
     with bar("Encoding") as progress:
-        for batch in _ahead(once(source, batch_size=encoder.batch_size, px=px)):
+        for batch in _ahead(one_epoch(source, batch_size=encoder.batch_size, px=px)):
             grids = encoder(batch["image"])
             for index, codes, errors in zip(batch["index"], *grids, strict=True):
                 record = source[int(index)]
@@ -269,25 +269,25 @@ def _ahead(batches: Iterator[dict]) -> Iterator[dict]:
             yield batch
 
 
-def reconstructed(source: DataSource, model: Model, folder: Path) -> FolderSource:
-    """Gives pictures as the codec draws them from their codes, kept as a folder of PNG files.
+def cached_reconstructions(source: DataSource, model: Model, folder: Path) -> FolderSource:
+    """Gives images as the codec draws them from their codes, kept as a folder of PNG files.
 
-    They are made the first time they are asked for, each from the middle square of its picture.
+    They are made the first time they are asked for, each from the middle square of its image.
     Several processes share the work.
 
     Args:
-      source: pictures with captions.
+      source: images with captions.
       model: its codec draws them.
       folder: where they are kept, in a folder for each codec and state of the data.
     Raises:
       CheckpointError: if another run works there.
     """
     with locked(folder):
-        state = data_digest.quick(source, range(len(source)))
+        state = data_digest.stat_digest(source, range(len(source)))
         folder = folder / f"{model.codec_fingerprint[:12]}-{state[:12]}"
         table = folder / TABLES[0]
-        if not where(is_leader() and table.exists()):
-            log.info("reconstructing %d pictures into %s; this is done once", len(source), folder)
+        if not processes_where(is_leader() and table.exists()):
+            log.info("reconstructing %d images into %s; this is done once", len(source), folder)
             most = math.ceil(len(source) / jax.process_count())
             start = min(jax.process_index() * most, len(source))
             ends = [start, min(start + most, len(source))]
@@ -303,17 +303,17 @@ def reconstructed(source: DataSource, model: Model, folder: Path) -> FolderSourc
     return FolderSource(folder)
 
 
-_LINES = ".{:08d}.lines"  # what the table says of pictures from one on
+_LINES = ".{:08d}.lines"  # what the table says of images from one on
 
 
 def _reconstruct(part, start, model, folder):
-    """Writes pictures of a part, and what the table says of them into a file of its own."""
+    """Writes images of a part, and what the table says of them into a file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not len(part):  # fewer pictures than processes
+    if not len(part):  # fewer images than processes
         return
     encoder, lines = Encoder(model), []
     with bar("Reconstructing") as progress:
-        for batch in _ahead(once(part, batch_size=encoder.batch_size, px=model.px)):
+        for batch in _ahead(one_epoch(part, batch_size=encoder.batch_size, px=model.px)):
             images = model.decode(encoder(batch["image"])[0])
             for index, image in zip(batch["index"], images, strict=True):
                 name = f"{start + index:08d}.png"

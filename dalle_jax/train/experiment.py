@@ -18,8 +18,8 @@ import jax
 import tyro
 
 from dalle_jax.compiled import keep_programs
-from dalle_jax.data.batches import batches, once
-from dalle_jax.data.sources import DataSource, Joined
+from dalle_jax.data.batches import batches, one_epoch
+from dalle_jax.data.sources import ConcatSource, DataSource
 from dalle_jax.errors import UserError
 from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.folder import CLIP_FOLDER, CONFIG, replacing, take_over
@@ -27,19 +27,19 @@ from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.memory import keep_memory
 from dalle_jax.models.codec import TITLES, CodecConfig
-from dalle_jax.parallel.mesh import whole
+from dalle_jax.parallel.mesh import gather_to_host
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import be_quiet, complaints, show_log_lines
 from dalle_jax.text.bpe import SMALLEST_VOCABULARY, TextError, Tokenizer
 from dalle_jax.train import checkpoint_diff, loop
 from dalle_jax.train.clip_stage import ClipRun, ClipStage
 from dalle_jax.train.dvae_stage import DVAERun, DVAEStage
-from dalle_jax.train.encode import EncodedBatches, encoded, reconstructed
+from dalle_jax.train.encode import EncodedBatches, cached_codes, cached_reconstructions
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import train
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 from dalle_jax.train.progressive_stage import ProgressiveRun, ProgressiveStage, progressive_run
-from dalle_jax.train.run_tokenizer import tokenizer_of
+from dalle_jax.train.run_tokenizer import run_tokenizer
 from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 log = logging.getLogger(__name__)
@@ -52,24 +52,24 @@ MAY_CHANGE = (
 )
 """Settings that may differ between a checkpoint and the run that goes on with it."""
 
-START_PICTURES = 1024  # pictures that the k-means start of a codebook looks at
+START_IMAGES = 1024  # images that the k-means start of a codebook looks at
 
 Codec = Annotated[
     Literal["dvae", "vqgan"],
-    tyro.conf.arg(help="What makes codes of pictures: the stage of the workdir to use."),
+    tyro.conf.arg(help="What makes codes of images: the stage of the workdir to use."),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Opened pictures and captions, and what a model card has to say of them."""
+    """Opened images and captions, and what a model card has to say of them."""
 
     train: DataSource
     validation: DataSource
     captions: Sequence[str]
     """Drawn on the sample sheets."""
     attribution: str
-    """Markdown for the model card: where the pictures are from and on which terms."""
+    """Markdown for the model card: where the images are from and on which terms."""
     license: str = ""
     """Terms for weights trained on them; empty if their owner has not said."""
 
@@ -79,7 +79,7 @@ class DataOptions(Protocol):
     """A frozen dataclass of command-line options that say which data to open."""
 
     def open(self, px: int) -> Data:
-        """Opens the data, for a model of pictures of side px."""
+        """Opens the data, for a model of images of side px."""
         ...
 
 
@@ -109,14 +109,14 @@ def main(
     commands = (
         _command("dvae", "Train the dVAE.", data, {"dvae": dvae}),
         _command("vqgan", "Train the VQ-GAN, in place of the dVAE.", data, {"vqgan": vqgan}),
-        _command("prior", "Train the prior on codes of pictures.", data, {"prior": prior}),
+        _command("prior", "Train the prior on codes of images.", data, {"prior": prior}),
         _command(
             "progressive",
-            "Train the progressive prior on codes of pictures.",
+            "Train the progressive prior on codes of images.",
             data,
             {"progressive": progressive_run(prior)},
         ),
-        _command("clip", "Train the CLIP that ranks pictures.", data, {"clip": clip}),
+        _command("clip", "Train the CLIP that ranks images.", data, {"clip": clip}),
         _command(
             "all",
             "Train dVAE or VQ-GAN, prior and CLIP in turn.",
@@ -139,8 +139,8 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
     """Trains a dVAE or VQ-GAN, or goes on with it, and writes the folder `model` below workdir."""
     stage = (VQGANStage if isinstance(run, VQGANRun) else DVAEStage)(
         run,
-        start_images=lambda: _first_pictures(data.train, run.px),
-        validation=lambda: once(data.validation, batch_size=64, px=run.px),
+        start_images=lambda: _first_images(data.train, run.px),
+        validation=lambda: one_epoch(data.validation, batch_size=64, px=run.px),
     )
     iterator = batches(
         data.train,
@@ -163,7 +163,7 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
         name=name,
         px=run.px,
         codec=run.model,
-        codec_params=jax.device_get(whole(stage.network(state.ema_params))),
+        codec_params=jax.device_get(gather_to_host(stage.network(state.ema_params))),
         card=_card(name, data, [_summary(stage.name, run, state.step, workdir)]),
         license=data.license,
     )
@@ -182,17 +182,17 @@ def train_prior(run: PriorRun, data: Data, tokens: Model, *, workdir: Path) -> M
     text = {"px": tokens.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
     validation = data.validation
     if run.loop.evaluate_every is not None:  # needed again and again, so always made once
-        validation = encoded(validation, tokens, workdir / "codes" / "validation")
+        validation = cached_codes(validation, tokens, workdir / "codes" / "validation")
     stage = (ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage)(
         run,
         tokens=tokens,
         tokenizer=tokenizer,
-        validation=lambda: once(validation, batch_size=64, **text),
+        validation=lambda: one_epoch(validation, batch_size=64, **text),
         captions=data.captions,
     )
     source = data.train
     if run.encode_once:
-        source = encoded(source, tokens, workdir / "codes" / "train")
+        source = cached_codes(source, tokens, workdir / "codes" / "train")
     iterator = batches(
         source,
         batch_size=run.batch_size,
@@ -226,7 +226,7 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
     Args:
       run: the settings.
       data: what it is trained and measured on.
-      tokens: its codec redraws the pictures; None for none.
+      tokens: its codec redraws the images; None for none.
       name: of the experiment.
       workdir: folder of this run alone.
     """
@@ -235,15 +235,16 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
     text = {"tokenizer": tokenizer, "text_length": run.model.slots + 1}  # no end token in batches
     source, measured = data.train, {"": data.validation}
     if tokens is not None:
-        source = Joined(source, reconstructed(source, tokens, workdir / "reconstructed" / "train"))
+        folder = workdir / "reconstructed" / "train"
+        source = ConcatSource(source, cached_reconstructions(source, tokens, folder))
         if run.loop.evaluate_every is not None:
             folder = workdir / "reconstructed" / "validation"
-            measured["reconstructed_"] = reconstructed(data.validation, tokens, folder)
+            measured["reconstructed_"] = cached_reconstructions(data.validation, tokens, folder)
     stage = ClipStage(
         run,
         validation={
-            beginning: partial(once, pictures, batch_size=64, px=px, **text)
-            for beginning, pictures in measured.items()
+            beginning: partial(one_epoch, images, batch_size=64, px=px, **text)
+            for beginning, images in measured.items()
         },
     )
     iterator = batches(
@@ -270,7 +271,7 @@ def train_clip(run: ClipRun, data: Data, tokens: Model | None, *, name: str, wor
     clip = Clip(
         name=name,
         config=run.model,
-        params=jax.device_get(whole(state.ema_params)),
+        params=jax.device_get(gather_to_host(state.ema_params)),
         tokenizer=tokenizer,
         card=_card(
             name,
@@ -332,7 +333,7 @@ def _run(name: str, options: Any) -> None:
             model = Model.load(workdir / "model")  # on one device
             sheet = workdir / "sheet.png"
             save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
-            log.info("pictures it drew are in %s", sheet)
+            log.info("images it drew are in %s", sheet)
     if clip is not None:
         tokens = Model.load(workdir / options.codec / "model") if clip.reconstructions else None
         data = _opened(options.data, clip.model.px)
@@ -389,8 +390,8 @@ def _opened(options: DataOptions, px: int) -> Data:
         return options.open(px)
 
 
-def _first_pictures(source: DataSource, px: int):
-    return next(once(source, batch_size=START_PICTURES, px=px))["image"]
+def _first_images(source: DataSource, px: int):
+    return next(one_epoch(source, batch_size=START_IMAGES, px=px))["image"]
 
 
 def _reading() -> dict[str, int]:
@@ -403,7 +404,7 @@ def _reading() -> dict[str, int]:
 def _with_tokenizer(run: Any, data: Data, workdir: Path) -> tuple[Any, Tokenizer]:
     """Gives the run's tokenizer, and the run with the vocabulary that it got."""
     wanted = run.model.text_vocabulary
-    tokenizer = tokenizer_of(data.train, vocabulary=wanted, folder=workdir)
+    tokenizer = run_tokenizer(data.train, vocabulary=wanted, folder=workdir)
     if tokenizer.vocabulary != run.model.text_vocabulary:
         log.info(
             "the captions give a vocabulary of %d, not %d",
@@ -451,5 +452,5 @@ def _summary(stage: str, run: Any, step: Any, workdir: Path) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(run.model).items())
     return (
         f"- {stage}: {int(step):,} updates of {run.batch_size} examples ({sizes}); "
-        f"on validation pictures: {', '.join(measured) or 'not measured'}"
+        f"on validation images: {', '.join(measured) or 'not measured'}"
     )

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dalle_jax.parallel.processes import agreed
+from dalle_jax.parallel.processes import choose_on_leader
 from dalle_jax.train.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
       RuntimeError: in the other processes then.
     """
     with contextlib.ExitStack() as stack:
-        agreed(lambda: _take(folder, stack))
+        choose_on_leader(lambda: _take(folder, stack))
         yield
 
 

@@ -17,7 +17,13 @@ import jax
 
 from dalle_jax.errors import UserError
 from dalle_jax.image.sheet import save_png
-from dalle_jax.parallel.mesh import MeshConfig, greatest, make_mesh, place_batch, whole
+from dalle_jax.parallel.mesh import (
+    MeshConfig,
+    gather_to_host,
+    make_mesh,
+    max_over_processes,
+    place_batch,
+)
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.powersgd_groups import Groups
 from dalle_jax.parallel.processes import is_leader
@@ -26,7 +32,7 @@ from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.lock import locked
 from dalle_jax.train.log import MetricsLog, ProgressLog
-from dalle_jax.train.metrics_buffer import Window
+from dalle_jax.train.metrics_buffer import MetricsBuffer
 from dalle_jax.train.state import Stage, TrainState
 
 log = logging.getLogger(__name__)
@@ -75,7 +81,7 @@ class LoopConfig:
     evaluate_every: int | None = 500
     """Updates between two measurements on held-out data; None for none."""
     sheet_every: int | None = 500
-    """Updates between two sheets of sample pictures; None for none."""
+    """Updates between two sheets of sample images; None for none."""
     max_to_keep: int = 3
     """Newest checkpoints to keep."""
     accumulation_steps: int = 1
@@ -146,7 +152,7 @@ def train(
     fixed = checkpoint_diff.without(settings, may_change)
     mesh = make_mesh(config.mesh)
     groups = None if config.powersgd.rank is None else Groups(config.powersgd, mesh)
-    create, key = partial(state_lib.create, stage, groups=groups), jax.random.key(config.seed)
+    create, key = partial(state_lib.init_state, stage, groups=groups), jax.random.key(config.seed)
     shapes = jax.eval_shape(create, key)
     places = state_lib.shardings(shapes, mesh, stage.rules, groups)
     alone = jax.process_count() == 1
@@ -157,17 +163,17 @@ def train(
     ):
         checkpoints.prepare(shapes)
         step = stop = 0
-        wanted = state_lib.saved_shapes(shapes, places, groups)
+        wanted = state_lib.checkpoint_shapes(shapes, places, groups)
         if found := checkpoints.restore(wanted, settings=fixed, defaults=defaults):
             step, kept, position, _ = found
-            state = state_lib.resumed(kept, places, groups)
+            state = state_lib.from_checkpoint(kept, places, groups)
             iterator.set_state(position)
             log.info("%s goes on from step %d of %s", stage.name, step, checkpoints.folder)
         else:
             state = jax.jit(create, out_shardings=places)(key)
             if (params := stage.init_from_data(state.params)) is not state.params:
-                state = state_lib.started(state, places, params)
-        update = state_lib.update_step(
+                state = state_lib.with_params(state, places, params)
+        update = state_lib.make_train_step(
             stage,
             places=places,
             groups=groups,
@@ -176,13 +182,13 @@ def train(
             ema_decay=config.ema_decay,
         )
         metrics_log = MetricsLog(workdir / "metrics.jsonl", stage=stage.name, step=step)
-        window = Window(checkpoints)
+        window = MetricsBuffer(checkpoints)
         with ProgressLog(stage.name, step=step, steps=config.steps) as progress:
             while step < config.steps:
                 batch = place_batch(mesh, _next_batch(iterator, step, config.steps))
                 state, metrics = update(state, batch)
                 step += 1
-                votes = None if alone else greatest(mesh, signals.caught)
+                votes = None if alone else max_over_processes(mesh, signals.caught)
                 window.add(step, metrics, examples=len(jax.tree.leaves(batch)[0]), votes=votes)
                 progress.advance(step)
                 checkpoints.check()
@@ -198,7 +204,7 @@ def train(
                 stop = signals.caught if alone else window.vote
                 if last or stop or step % config.save_every == 0:
                     window.read_all()  # a state whose metrics are not finite is never saved
-                    kept = state_lib.saved(state, groups)
+                    kept = state_lib.to_checkpoint(state, groups)
                     checkpoints.save(step, kept, iterator.get_state(), settings)
                     del kept  # the error buffers' sum is as large as the kernels
                 if stop:
@@ -208,7 +214,7 @@ def train(
                 draws = _due(step, config.sheet_every, last)
                 with window.paused():
                     if measures or draws:
-                        ema_params = whole(state.ema_params)
+                        ema_params = gather_to_host(state.ema_params)
                     if measures:
                         measured = stage.evaluate(ema_params)
                         measured = {k: float(v) for k, v in measured.items()}
@@ -232,7 +238,7 @@ def _due(step: int, every: int | None, last: bool) -> bool:
 def _save_sheet(path: Path, sheet: Any) -> None:
     try:
         save_png(path, sheet)
-    except OSError as error:  # a picture is not worth a run
+    except OSError as error:  # an image is not worth a run
         log.warning("%s could not be written (%s); training goes on", path, error.strerror)
 
 

@@ -25,7 +25,7 @@ class NonFiniteError(UserError):
     """A metric became nan or infinite; no checkpoint was written from that step on."""
 
 
-class Window:
+class MetricsBuffer:
     """The metrics since the last log line.
 
     Args:

@@ -1,4 +1,4 @@
-"""Stage 2: the prior learns captions and the codes of their pictures.
+"""Stage 2: the prior learns captions and the codes of their images.
 
 Source: Ramesh et al. 2021, section 2.2 and appendix B; the short recipe is ours.
 """
@@ -18,14 +18,14 @@ from dalle_jax.errors import UserError
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.losses import prior_loss, prior_mean
-from dalle_jax.models.autoregressive_prior import Prior, draw_params
+from dalle_jax.models.autoregressive_prior import Prior, init_params
 from dalle_jax.models.layers import matrices
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
-from dalle_jax.parallel.mesh import along_batch, look_up
-from dalle_jax.parallel.sharding_rules import MUON, PRIOR, moved
+from dalle_jax.parallel.mesh import constrain_batch, gather_rows
+from dalle_jax.parallel.sharding_rules import MUON, PRIOR, reshard
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.resblock_scaling import ResblockScaling
@@ -41,7 +41,7 @@ class PriorRun(MuonOptions):
         default_factory=lambda: LoopConfig(steps=430_000, ema_every=25, ema_decay=0.99)
     )
     batch_size: int = 1024
-    """Pictures in an update, over all devices."""
+    """Images in an update, over all devices."""
     learning_rate: float = 4.5e-4
     """Greatest learning rate."""
     warmup_steps: int = 5_000
@@ -60,7 +60,7 @@ class PriorRun(MuonOptions):
     bpe_dropout: float = 0.1
     """Chance that a merge of the tokenizer is skipped while training."""
     caption_dropout: float = 0.0
-    """Chance that a picture is shown without its caption while training, for guidance."""
+    """Chance that an image is shown without its caption while training, for guidance."""
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of matrix products and attention; weights, residual stream and logits are float32.
     float16 has a gradient scale for each resblock, as in the paper."""
@@ -72,7 +72,7 @@ class PriorRun(MuonOptions):
     remat: bool = True
     """Compute what is inside each layer again for the backward pass, to save memory."""
     encode_once: bool = False
-    """Encode every picture once, centre-cropped, ahead of training; else a new crop at each use."""
+    """Encode every image once, centre-cropped, ahead of training; else a new crop at each use."""
 
     def __post_init__(self):
         if self.optimizer == "muon" and self.loop.mesh.tensor > 1:
@@ -116,7 +116,7 @@ class PriorStage(Stage):
 
     name = "prior"
     rules = PRIOR
-    prior, draw = Prior, staticmethod(draw_params)
+    prior, draw = Prior, staticmethod(init_params)
     """The network, and what draws its parameters."""
 
     def __init__(
@@ -141,8 +141,8 @@ class PriorStage(Stage):
             scan=run.scan_layers,
             remat=run.remat,
             sums=jnp.dtype(run.grad_dtype),
-            constrain=along_batch,
-            gather=look_up,
+            constrain=constrain_batch,
+            gather=gather_rows,
         )
         if run.precision == "float16":
             examples = run.batch_size // run.loop.accumulation_steps
@@ -163,8 +163,8 @@ class PriorStage(Stage):
             muon=run.muon(
                 run.learning_rate,
                 matrices,
-                spread=partial(moved, before=self.rules, after=MUON),
-                restore=partial(moved, before=MUON, after=self.rules),
+                spread=partial(reshard, before=self.rules, after=MUON),
+                restore=partial(reshard, before=MUON, after=self.rules),
             ),
         )
         self._measure = jax.jit(self._loss)
@@ -174,14 +174,14 @@ class PriorStage(Stage):
         return self.draw(self.config, key)
 
     def loss(self, params, batch, key, step, *, scales=None):
-        """1/8 of the text's and 7/8 of the picture's mean cross-entropy, in nats per token."""
+        """1/8 of the text's and 7/8 of the image's mean cross-entropy, in nats per token."""
         del key, step
         return self._loss(params, batch, scales)
 
     def evaluate(self, params) -> dict[str, float]:
-        """Measures nats per token on the validation set, each picture with its first caption.
+        """Measures nats per token on the validation set, each image with its first caption.
 
-        The mean of text is over tokens, that of all else over pictures.
+        The mean of text is over tokens, that of all else over images.
         """
         totals, weights = Counter(), Counter()
         for batch in self._validation():
@@ -198,9 +198,9 @@ class PriorStage(Stage):
         return means
 
     def sheet(self, params):
-        """Draws four pictures for each of the run's captions."""
-        pictures = self.to_model(params).generate(self._captions, n=4)
-        return contact_sheet(pictures, self._captions)
+        """Draws four images for each of the run's captions."""
+        images = self.to_model(params).generate(self._captions, n=4)
+        return contact_sheet(images, self._captions)
 
     def to_model(self, params, **changes) -> Model:
         """Puts the prior together with its tokenizer and codec; `changes` as in `Model`."""

@@ -13,12 +13,12 @@ from jaxtyping import Array, Int, Key
 
 from dalle_jax.generate.progressive import DOUBT, doubts, filled
 from dalle_jax.losses import cross_entropy
-from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
-from dalle_jax.train.cell_orders import Order, order_scores, ranks
+from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, init_params
+from dalle_jax.train.cell_orders import Order, order_ranks, order_scores
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 
 STAGES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of stages that training draws from
-WRONG = 0.1  # share of a held-out picture's codes that are replaced to see what is repaired
+WRONG = 0.1  # share of a held-out image's codes that are replaced to see what is repaired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ def progressive_run(run: PriorRun, **changes) -> ProgressiveRun:
 class ProgressiveStage(PriorStage):
     """The progressive prior as a stage of the training loop; arguments as for `PriorStage`.
 
-    Each picture is cut into stages anew at every update, and one pass predicts all of its codes,
+    Each image is cut into stages anew at every update, and one pass predicts all of its codes,
     each from the caption and the stages before its own.
     """
 
     name = "progressive"
-    prior, draw = ProgressivePrior, staticmethod(draw_params)
+    prior, draw = ProgressivePrior, staticmethod(init_params)
     run: ProgressiveRun
 
     def loss(self, params, batch, key, step, *, scales=None):
@@ -65,7 +65,7 @@ class ProgressiveStage(PriorStage):
         """Measures the loss on the validation set, and what a pass of revision does there.
 
         Returns:
-          As the loss, and "repaired", the share of wrong codes in full pictures that revision puts
+          As the loss, and "repaired", the share of wrong codes in full images that revision puts
           right, and "damaged", the share of right ones that it changes.
         """
         measured = super().evaluate(params)
@@ -93,7 +93,7 @@ class ProgressiveStage(PriorStage):
         return count
 
     def _loss(self, params, batch, scales=None, key=None):
-        # held-out pictures are always shown the same way
+        # held-out images are always shown the same way
         key_order, key_stages = jax.random.split(jax.random.key(0) if key is None else key)
         text, codes = batch["text"], batch["codes"].reshape(len(batch["codes"]), -1)
         difficulty = self._difficulty(params, text, codes) if self.run.order == "dynamic" else None
@@ -101,7 +101,7 @@ class ProgressiveStage(PriorStage):
         scores = order_scores(
             self.run.order, key_order, codes.shape, difficulty=difficulty, errors=errors
         )
-        stage = draw_stages(key_stages, ranks(scores))
+        stage = sample_stages(key_stages, order_ranks(scores))
         logits = self.model.apply({"params": params}, text, codes, stage, scales=scales)
         nats = cross_entropy(logits, codes).mean()
         return nats, {"image_nats": nats}
@@ -114,18 +114,18 @@ class ProgressiveStage(PriorStage):
         return cross_entropy(logits, codes)
 
 
-def draw_stages(key: Key[Array, ""], rank: Int[Array, "B I"]) -> Int[Array, "B I"]:
-    """Draws a number of stages for each picture, and says which stage fills each cell.
+def sample_stages(key: Key[Array, ""], rank: Int[Array, "B I"]) -> Int[Array, "B I"]:
+    """Draws a number of stages for each image, and says which stage fills each cell.
 
     Args:
       key: for the numbers.
       rank: place of each cell in the order, from 0.
     """
-    pictures, cells = rank.shape
+    images, cells = rank.shape
     numbers = [n for n in STAGES if n <= cells]
     places = np.arange(cells)
     table = np.stack(
         [np.searchsorted(filled(cells, n, "cosine"), places, side="right") for n in numbers]
     )
-    number = jax.random.randint(key, (pictures,), 0, len(numbers))
+    number = jax.random.randint(key, (images,), 0, len(numbers))
     return jnp.take_along_axis(jnp.asarray(table)[number], rank, axis=1)

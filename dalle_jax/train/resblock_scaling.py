@@ -16,7 +16,7 @@ class ResblockScaling:
 
     Args:
       depth: layers L.
-      examples: pictures of one backward pass, over all devices. The loss is their mean, so that
+      examples: images of one backward pass, over all devices. The loss is their mean, so that
         gradients shrink as they grow; the paper has one a device and counts devices.
     """
 

@@ -19,7 +19,7 @@ from dalle_jax.train import data_digest
 log = logging.getLogger(__name__)
 
 
-def tokenizer_of(source: DataSource, *, vocabulary: int, folder: Path) -> Tokenizer:
+def run_tokenizer(source: DataSource, *, vocabulary: int, folder: Path) -> Tokenizer:
     """Gives the tokenizer of a workdir; it is learned first if captions or vocabulary are new.
 
     A run that has begun with another one is refused by its fingerprint.
@@ -34,7 +34,7 @@ def tokenizer_of(source: DataSource, *, vocabulary: int, folder: Path) -> Tokeni
     path, note = folder / TOKENIZER, folder / "tokenizer.json"
     with leader_first("tokenizer"):
         if is_leader():
-            made_of = {"captions": data_digest.of_captions(source), "vocabulary": vocabulary}
+            made_of = {"captions": data_digest.captions_digest(source), "vocabulary": vocabulary}
             if not path.is_file() or _read(note) != made_of:
                 if path.is_file():
                     log.info("captions or vocabulary have changed; the tokenizer is learned anew")

@@ -35,7 +35,7 @@ class Stage(ABC):
     """Its update receives the loss as `value=`."""
 
     rules: Rules = ()
-    """Where its parameters lie on a mesh; needed by `train`, not by `update_step` alone."""
+    """Where its parameters lie on a mesh; needed by `train`, not by `make_train_step` alone."""
 
     scaling: ResblockScaling | None = None
     """Gradient scales, for float16; None for none."""
@@ -78,7 +78,7 @@ class Stage(ABC):
         return {}
 
     def sheet(self, params: PyTree) -> UInt8[np.ndarray, "H W 3"] | None:
-        """Draws a picture of what averaged parameters can do, or nothing."""
+        """Draws an image of what averaged parameters can do, or nothing."""
         del params
         return None
 
@@ -104,7 +104,7 @@ class TrainState:
     """Of all groups, a PowerSGDState; in a checkpoint the sum of their errors; empty for none."""
 
 
-def create(stage: Stage, key: Key[Array, ""], groups: Groups | None = None) -> TrainState:
+def init_state(stage: Stage, key: Key[Array, ""], groups: Groups | None = None) -> TrainState:
     """Makes the state before the first update; the EMA starts as a copy of the parameters."""
     key_init, key_steps = jax.random.split(key)
     params = stage.init(key_init)
@@ -127,14 +127,14 @@ def shardings(
     return places.replace(powersgd=groups.places(places.params) if groups else ())
 
 
-def saved(state: TrainState, groups: Groups | None) -> TrainState:
+def to_checkpoint(state: TrainState, groups: Groups | None) -> TrainState:
     """What a checkpoint keeps of a state."""
     return state.replace(powersgd=groups.total(state.powersgd)) if groups else state
 
 
-def saved_shapes(shapes: TrainState, places: TrainState, groups: Groups | None) -> TrainState:
+def checkpoint_shapes(shapes: TrainState, places: TrainState, groups: Groups | None) -> TrainState:
     """Shapes and shardings of what a checkpoint keeps, from those of a state."""
-    shapes = jax.eval_shape(partial(saved, groups=groups), shapes)
+    shapes = jax.eval_shape(partial(to_checkpoint, groups=groups), shapes)
     if groups:
         places = places.replace(powersgd=groups.total_places(places.params))
     return jax.tree.map(
@@ -142,7 +142,7 @@ def saved_shapes(shapes: TrainState, places: TrainState, groups: Groups | None) 
     )
 
 
-def resumed(saved: TrainState, places: TrainState, groups: Groups | None) -> TrainState:
+def from_checkpoint(saved: TrainState, places: TrainState, groups: Groups | None) -> TrainState:
     """Turns what a checkpoint kept into a state on the mesh of today."""
     if not groups:
         return saved
@@ -150,7 +150,7 @@ def resumed(saved: TrainState, places: TrainState, groups: Groups | None) -> Tra
     return saved.replace(powersgd=powersgd)
 
 
-def started(state: TrainState, places: TrainState, params: PyTree) -> TrainState:
+def with_params(state: TrainState, places: TrainState, params: PyTree) -> TrainState:
     """Gives a fresh state other parameters to start from; each device takes its part of them."""
 
     def put(x, place):
@@ -160,11 +160,11 @@ def started(state: TrainState, places: TrainState, params: PyTree) -> TrainState
         return jax.make_array_from_callback(x.shape, place, lambda part: x[part])
 
     params = jax.tree.map(put, params, places.params)
-    ema_params = jax.tree.map(jnp.copy, params)  # own buffers, as in `create`
+    ema_params = jax.tree.map(jnp.copy, params)  # own buffers, as in `init_state`
     return state.replace(params=params, ema_params=ema_params)
 
 
-def update_step(
+def make_train_step(
     stage: Stage,
     *,
     places: TrainState | None = None,

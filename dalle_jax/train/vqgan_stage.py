@@ -1,4 +1,4 @@
-"""Stage 1, the other way: a VQ-GAN learns to turn pictures into codes and back.
+"""Stage 1, the other way: a VQ-GAN learns to turn images into codes and back.
 
 Source: Esser et al. 2021, section 3.1, without its perceptual loss; the recipe is ours.
 """
@@ -22,15 +22,15 @@ from dalle_jax.models.vqgan import (
     VQGANConfig,
     matrices,
     nearest,
-    network_input,
+    preprocess,
     straight_through,
 )
 from dalle_jax.optim.muon import MuonOptions
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import on_one_device
-from dalle_jax.train.codebook_init import kmeans_table
-from dalle_jax.train.codec_stage import CodecStage, check_sides, windows
+from dalle_jax.train.codebook_init import kmeans_codebook
+from dalle_jax.train.codec_stage import CodecStage, check_sides, random_crops
 from dalle_jax.train.loop import LoopConfig
 
 
@@ -43,11 +43,11 @@ class VQGANRun(MuonOptions):
         default_factory=lambda: LoopConfig(steps=100_000)
     )
     px: int = 256
-    """Side of the pictures the model is for, in pixels."""
+    """Side of the images the model is for, in pixels."""
     crop_px: int | None = None
-    """Side of the squares cut from them for training, in pixels; None for whole pictures."""
+    """Side of the squares cut from them for training, in pixels; None for whole images."""
     batch_size: int = 12
-    """Pictures (or squares) in an update, over all devices."""
+    """Images (or squares) in an update, over all devices."""
     learning_rate: float = 2e-3
     """Greatest learning rate."""
     learning_rate_end: float = 1e-4
@@ -65,7 +65,7 @@ class VQGANRun(MuonOptions):
     discriminator_width: int = 64
     """Channels of the discriminator's first convolution."""
     discriminator_layers: int = 3
-    """How often it halves pictures."""
+    """How often it halves images."""
     weight_decay: float = 1e-4
     """AdamW's weight decay, multiplied by the learning rate."""
     grad_clip_norm: float | None = 1.0
@@ -107,7 +107,7 @@ class VQGANStage(CodecStage):
             return super().init(key)
         key_network, key_judge = jax.random.split(key)
         side = self.run.crop_px or self.run.px
-        judge = discriminator.draw_params(self.judge, side, key_judge)
+        judge = discriminator.init_params(self.judge, side, key_judge)
         return {"network": super().init(key_network), "judge": judge}
 
     def network(self, params):
@@ -115,10 +115,10 @@ class VQGANStage(CodecStage):
         return params if self.judge is None else params["network"]
 
     def init_from_data(self, params):
-        """Starts the codebook from clusters of pictures."""
+        """Starts the codebook from clusters of images."""
         key = jax.random.key(self.run.loop.seed)
         network = on_one_device(self.network(params))
-        network = kmeans_table(key, network, self.run.model, self._start_images())
+        network = kmeans_codebook(key, network, self.run.model, self._start_images())
         return network if self.judge is None else {**params, "network": network}
 
     def loss(self, params, batch, key, step):
@@ -132,8 +132,8 @@ class VQGANStage(CodecStage):
         params = self.network(params)
         images = batch["image"]
         if run.crop_px is not None:
-            images = windows(key, images, run.crop_px, run.model.factor)
-        x = network_input(images)
+            images = random_crops(key, images, run.crop_px, run.model.factor)
+        x = preprocess(images)
         z = self._apply(params, x, "encode")
         table = params["quantize"]["embedding"]
         codes, _ = nearest(z, table)

@@ -31,7 +31,7 @@ class Multiplications(NamedTuple):
 
 
 def prior_forward(config: PriorConfig) -> Multiplications:
-    """A forward pass over one caption and picture.
+    """A forward pass over one caption and image.
 
     Each position meets the head of its own vocabulary alone. Attention is counted in the program
     that `blocked` traces to.
@@ -57,12 +57,12 @@ def decode_step(config: PriorConfig, batch: int, *, captions: int) -> tuple[int,
     """Bytes that one step of decoding has to read in float32, and its FLOP.
 
     Each weight of the layers and of the image head is read once, and so are the keys and values
-    that a layer looks at: the text's once for each caption, and for each picture the slots that
+    that a layer looks at: the text's once for each caption, and for each image the slots that
     the cache of its kind offers to a query, full or not.
 
     Args:
       config: sizes.
-      batch: pictures drawn side by side.
+      batch: images drawn side by side.
       captions: different captions among them.
     """
     c = config
@@ -75,7 +75,7 @@ def decode_step(config: PriorConfig, batch: int, *, captions: int) -> tuple[int,
 
 
 def encoder_forward(config: DVAEConfig, px: int) -> int:
-    """The convolutions of the dVAE's encoder on one picture, as they are written."""
+    """The convolutions of the dVAE's encoder on one image, as they are written."""
     c = config
     total = px**2 * 7 * 7 * 3 * c.width
     previous = c.width
@@ -88,7 +88,7 @@ def encoder_forward(config: DVAEConfig, px: int) -> int:
 
 
 def decoder_forward(config: DVAEConfig, px: int) -> int:
-    """The convolutions of the dVAE's decoder on one picture, with relaxed codes."""
+    """The convolutions of the dVAE's decoder on one image, with relaxed codes."""
     c = config
     total = (px // c.factor) ** 2 * c.codes * c.code_width
     previous = c.code_width

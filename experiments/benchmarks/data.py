@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/data.py [--quick] [--json]
 
-Synthetic records: codes with captions in shards, and pictures of coloured shapes as PNG. The share
+Synthetic records: codes with captions in shards, and images of coloured shapes as PNG. The share
 is the time of a batch, made while nothing else runs, over that of an update: as if nothing
 overlapped. The cases "of 10^N records" draw from a source that is made up as it is read: what an
 example costs must not depend on how many there are, nor may memory.
@@ -46,7 +46,7 @@ def main(options: Options) -> None:
             _add(report, case, made, update)
     for case, (config, px, batch, *_) in DVAES.items():
         if options.wanted(case, QUICK):
-            made = picture_time(px, batch, count=count)
+            made = image_time(px, batch, count=count)
             update = step_time(dvae_stage(config, px, batch), dvae_batch(px, batch), seconds=3)
             _add(report, case, made, update)
 
@@ -113,8 +113,8 @@ def code_time(folder, config, batch, *, count):
     )
 
 
-def picture_time(px, batch, *, count):
-    """Seconds of a batch of pictures, decoded and cropped for the dVAE."""
+def image_time(px, batch, *, count):
+    """Seconds of a batch of images, decoded and cropped for the dVAE."""
     return _batch_time(_shapes(px), count, batch_size=batch, px=px, crop="dvae")
 
 

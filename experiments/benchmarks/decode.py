@@ -28,7 +28,7 @@ class Case(NamedTuple):
     sizes: dict
     batches: tuple[int, ...]
     layers: tuple[str, ...] = ("sparse", "dense")
-    """"shared" are sparse ones whose pictures all have the same caption."""
+    """"shared" are sparse ones whose images all have the same caption."""
     targets: tuple[float | None, ...] = (None, None)
     """Share of the bound that sparse layers should reach, for each batch."""
     peer: str | None = None
@@ -84,8 +84,8 @@ def decode(report, case, config, batch, *, captions, own, target=None):
       report: where to print.
       case: its name there.
       config: sizes of the prior.
-      batch: pictures side by side.
-      captions: different captions among them, as many pictures for each.
+      batch: images side by side.
+      captions: different captions among them, as many images for each.
       own: GB/s that the machine reads without jax.
       target: share of the bound wanted.
     """

@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/products.py [--quick] [--json]
 
-A step of drawing multiplies each kernel once with one column a picture. 24 kernels of 2,048 x 512
+A step of drawing multiplies each kernel once with one column an image. 24 kernels of 2,048 x 512
 (100 MB of float32) are more than the caches hold, so that reading them is the bound for few
 columns. The rate counts their float32 bytes whatever is stored, so that rows can be compared.
 """

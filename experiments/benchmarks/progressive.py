@@ -1,9 +1,9 @@
-"""Drawing in few passes against drawing code after code: seconds a picture, and how many times.
+"""Drawing in few passes against drawing code after code: seconds an image, and how many times.
 
     python experiments/benchmarks/progressive.py [--quick] [--json]
 
 Both priors have the same sizes and random weights, float32; the same captions are read, grids of
-codes come out, and no picture is decoded. The autoregressive one has its caches.
+codes come out, and no image is decoded. The autoregressive one has its caches.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     batches: tuple[int, ...] = (1, 32)
     stages: tuple[int, ...] = (4, 8, 16)
     target: float | None = None
-    """How many times as fast it should be for one picture, with 16 stages in random order."""
+    """How many times as fast it should be for one image, with 16 stages in random order."""
 
 
 PEOPLE = {"width": 128, "depth": 6, "heads": 4, "text_vocabulary": 512, "text_length": 24}
@@ -59,17 +59,17 @@ def compare(report, label, case, batch):
     config = PriorConfig(**case.sizes)
     text = jnp.asarray(prior_batch(config, batch)["text"])
     keys = jax.random.split(jax.random.key(0), batch)
-    params = drawn(partial(autoregressive_prior.draw_params, config))
+    params = drawn(partial(autoregressive_prior.init_params, config))
     each = seconds(partial(autoregressive.sample, config), params, text, keys) / batch
-    report.add(label, "autoregressive", each, "s/picture")
+    report.add(label, "autoregressive", each, "s/image")
     config = ProgressiveConfig(**case.sizes, query_depth=config.depth // 2)
-    params = drawn(partial(progressive_prior.draw_params, config))
+    params = drawn(partial(progressive_prior.init_params, config))
     for order in ("random", "dynamic", "confidence"):
         for stages in case.stages:
             sampling = SamplingConfig(stages=stages, order=order)
             sample = partial(progressive.sample, config, sampling=sampling)
             took = seconds(sample, params, text, keys) / batch
-            report.add(label, f"{stages} stages, {order}", took, "s/picture")
+            report.add(label, f"{stages} stages, {order}", took, "s/image")
             target = case.target if (batch, stages, order) == (1, 16, "random") else None
             report.add(label, f"{stages} stages, {order}, faster", each / took, "x", target)
     report.look()

@@ -1,4 +1,4 @@
-"""From the start of a process: imports, help, and pictures of the shipped model.
+"""From the start of a process: imports, help, and images of the shipped model.
 
     python experiments/benchmarks/startup.py [--quick] [--json]
 
@@ -19,10 +19,10 @@ from measure import Options, Report
 PROGRAM = Path(sys.executable).with_name("dalle-jax")
 IMPORTS = {"import dalle_jax": 1.5, "from dalle_jax import Model": 1.5}
 DRAWINGS = {
-    "generate 1 picture": (["a red heart", "-n", "1"], 6.0),
-    "generate 24 pictures": ([], None),
+    "generate 1 image": (["a red heart", "-n", "1"], 6.0),
+    "generate 24 images": ([], None),
 }
-QUICK = (*IMPORTS, "dalle-jax --help", "generate 1 picture")
+QUICK = (*IMPORTS, "dalle-jax --help", "generate 1 image")
 
 
 def main(options: Options) -> None:
@@ -46,7 +46,7 @@ def starting(report, case, command, target, *, repeats):
 
 
 def drawing(report, case, arguments, target):
-    """The same pictures twice: the second time everything has been compiled."""
+    """The same images twice: the second time everything has been compiled."""
     with tempfile.TemporaryDirectory() as folder:
         cache = {"DALLE_JAX_CACHE": str(Path(folder) / "cache")}
         command = [PROGRAM, "generate", *arguments, "--out", Path(folder) / "sheet.png"]

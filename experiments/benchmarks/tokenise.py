@@ -1,4 +1,4 @@
-"""Pictures to codes: images a second and share of the matrix-product peak.
+"""Images to codes: images a second and share of the matrix-product peak.
 
     python experiments/benchmarks/tokenise.py [--quick] [--json] [--peer PYTHON HARNESS]
 

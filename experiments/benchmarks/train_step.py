@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/train_step.py [--quick] [--json] [--peer PYTHON HARNESS]
 
-float32, random ids and pictures. FLOP: 6 for each multiplication of a forward pass; see
+float32, random ids and images. FLOP: 6 for each multiplication of a forward pass; see
 docs/performance.md.
 """
 
@@ -99,8 +99,8 @@ def dvae(report, case, config, px, batch, *, target=None, seconds=6.0):
 def step_time(stage, batch, *, seconds=6.0):
     """Median seconds of an update, EMA and metrics included."""
     loop = stage.run.loop
-    update = state_lib.update_step(stage, ema_every=loop.ema_every, ema_decay=loop.ema_decay)
-    state = state_lib.create(stage, jax.random.key(0))
+    update = state_lib.make_train_step(stage, ema_every=loop.ema_every, ema_decay=loop.ema_decay)
+    state = state_lib.init_state(stage, jax.random.key(0))
 
     def step():  # an update consumes the state that it is given
         nonlocal state

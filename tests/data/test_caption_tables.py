@@ -56,7 +56,7 @@ def test_spreadsheets_write_marks_capitals_other_columns_and_empty_rows(table):
         (r'a.png,"a \"red\" one"', "not a row of CSV"),
         ("a.png,red\rb.png,blue", "holds a carriage return; end lines with line feeds"),
         ('a.png,"' + "x" * 200_000, "not a row of CSV"),
-        (",red", "no picture is named; got ,red"),
+        (",red", "no image is named; got ,red"),
         ("a.png\tred", "1 cells"),
     ],
 )

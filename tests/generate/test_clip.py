@@ -60,7 +60,7 @@ def test_pictures_of_any_size_are_cut_to_the_middle_square(clip, pictures):
     wide = np.concatenate(pictures[0], axis=1).repeat(3, axis=0).repeat(3, axis=1)
     features = clip.images([crop_center(wide, 8), wide])
     np.testing.assert_allclose(features[0], features[1], atol=1e-6)
-    with pytest.raises(ValueError, match=r"got a picture of float64 \[8, 8, 3\]; .* uint8"):
+    with pytest.raises(ValueError, match=r"got an image of float64 \[8, 8, 3\]; .* uint8"):
         clip.images([np.zeros((8, 8, 3))])
 
 

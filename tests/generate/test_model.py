@@ -20,7 +20,7 @@ from dalle_jax.generate.batching import micro_batches
 from dalle_jax.generate.folder import ModelError
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.image.pixels import PictureError, decode
+from dalle_jax.image.pixels import ImageError, decode
 from dalle_jax.models import dvae
 from dalle_jax.models.dvae import DVAE
 from dalle_jax.text.bpe import TextError, Tokenizer
@@ -219,7 +219,7 @@ def test_a_vqgan_takes_the_place_of_the_dvae(tmp_path, pictures):
 
 def test_errors_of_a_dvae_are_its_greatest_logits_negated(model, pictures):
     codes, errors = model.codes_and_errors(pictures)
-    x = dvae.network_input(jnp.asarray(pictures))
+    x = dvae.preprocess(jnp.asarray(pictures))
     logits = DVAE(model.codec).apply({"params": model.codec_params}, x, method="encode")
     np.testing.assert_array_equal(codes, logits.argmax(-1))
     np.testing.assert_allclose(errors, -logits.max(-1), rtol=1e-3, atol=1e-3)
@@ -519,14 +519,14 @@ def test_unusable_image_prompt_is_refused(model, tmp_path):
     cut = write_png(tmp_path / "cut.png", np.zeros((99, 99, 3), np.uint8))
     cut.write_bytes(cut.read_bytes()[:80])
     for path, message in ((dot, "1x1 pixels, .* at least 4"), (cut, "damaged or truncated")):
-        with pytest.raises(PictureError, match=f"{re.escape(path.name)}: {message}"):
+        with pytest.raises(ImageError, match=f"{re.escape(path.name)}: {message}"):
             model.generate("red apple", image_prompt=path, keep_rows=1)
     with pytest.raises(FileNotFoundError):
         model.generate("red apple", image_prompt=tmp_path / "none.png", keep_rows=1)
 
 
 def test_pictures_and_codes_of_the_wrong_kind_are_refused(model):
-    with pytest.raises(ValueError, match=r"got a picture of float64 \[16, 16, 3\]; .* uint8"):
+    with pytest.raises(ValueError, match=r"got an image of float64 \[16, 16, 3\]; .* uint8"):
         model.encode([np.zeros((16, 16, 3))])
     with pytest.raises(ValueError, match="codes go from 0 to 12, but the codebook holds 0 to 11"):
         model.decode(np.arange(16).reshape(1, 4, 4) % 13)

@@ -9,7 +9,7 @@ import pytest
 
 from dalle_jax.generate.progressive import filled, sample
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
+from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, init_params
 
 CONFIG = ProgressiveConfig(
     width=16, depth=2, query_depth=1, heads=2, text_vocabulary=11, text_length=4, grid=4, codes=6
@@ -20,7 +20,7 @@ TEXT = np.asarray([[1, 2, 13], [7, 12, 13]])
 
 @cache
 def params():
-    init = jax.eval_shape(partial(draw_params, CONFIG), jax.random.key(0))
+    init = jax.eval_shape(partial(init_params, CONFIG), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), init)
 

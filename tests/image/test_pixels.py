@@ -13,7 +13,7 @@ from PIL import Image
 from dalle_jax.image.pixels import (
     BYTES_PER_PIXEL,
     MAX_PIXELS,
-    PictureError,
+    ImageError,
     area_resize,
     crop_center,
     crop_dvae,
@@ -76,7 +76,7 @@ def test_area_resize_to_the_same_size_changes_nothing():
     np.testing.assert_array_equal(area_resize(image, (7, 9)), image)
 
 
-def test_area_resize_keeps_a_flat_picture_flat():
+def test_area_resize_keeps_a_flat_image_flat():
     flat = np.full((37, 23, 3), 201, np.uint8)
     assert (area_resize(flat, (11, 17)) == 201).all()
     assert (area_resize(flat[:1, :1], (4, 4)) == 201).all()
@@ -112,7 +112,7 @@ def test_area_resize_equals_a_product_with_dense_matrices(shape, size):
     assert np.abs(resized - exact).max() < 0.501
 
 
-def test_area_resize_takes_little_more_memory_than_the_picture():
+def test_area_resize_takes_little_more_memory_than_the_image():
     image = noise(1500, 1500)[:, :1400]
     tracemalloc.start()
     try:
@@ -122,7 +122,7 @@ def test_area_resize_takes_little_more_memory_than_the_picture():
         left, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 2.5 * image.nbytes  # dense float32 takes 4 for the picture alone
+    assert peak < 2.5 * image.nbytes  # dense float32 takes 4 for the image alone
     assert left < 100_000  # no matrix stays behind, of 1.7 MB each
 
 
@@ -149,13 +149,13 @@ def test_prior_crop_draws_from_the_ranges_of_listing_2():
     assert rng.ranges[1:3] == [(0, 0), (256, 260)]
 
 
-def test_dvae_crop_of_an_exact_square_is_the_picture_or_its_mirror():
+def test_dvae_crop_of_an_exact_square_is_the_image_or_its_mirror():
     image = noise(32, 32)
     np.testing.assert_array_equal(crop_dvae(image, 32, Scripted(highest=True)), image)
     np.testing.assert_array_equal(crop_dvae(image, 32, Scripted(highest=False)), image[:, ::-1])
 
 
-def test_prior_crop_of_an_exact_square_is_always_the_picture():
+def test_prior_crop_of_an_exact_square_is_always_the_image():
     image = noise(32, 32)
     for seed in range(8):
         np.testing.assert_array_equal(crop_prior(image, 32, np.random.default_rng(seed)), image)
@@ -170,7 +170,7 @@ def test_crops_repeat_for_the_same_generator_seed():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (20, 16)])
-def test_pictures_smaller_than_asked_are_enlarged(shape):
+def test_images_smaller_than_asked_are_enlarged(shape):
     image = np.full((*shape, 3), 77, np.uint8)
     for square in (
         crop_dvae(image, 32, np.random.default_rng(0)),
@@ -181,7 +181,7 @@ def test_pictures_smaller_than_asked_are_enlarged(shape):
         assert (square == 77).all()
 
 
-def test_center_crop_equals_resizing_the_whole_picture_and_cutting_the_middle():
+def test_center_crop_equals_resizing_the_whole_image_and_cutting_the_middle():
     image = noise(90, 61)
     whole = Image.fromarray(image).resize((32, round(32 / 61 * 90)), Image.Resampling.LANCZOS)
     top = round((whole.height - 32) / 2)
@@ -189,7 +189,7 @@ def test_center_crop_equals_resizing_the_whole_picture_and_cutting_the_middle():
     assert np.abs(crop_center(image, 32) - expected).max() <= 1  # Pillow keeps boxes in f32
 
 
-def test_center_crop_of_an_exact_square_is_the_picture():
+def test_center_crop_of_an_exact_square_is_the_image():
     np.testing.assert_array_equal(crop_center(noise(24, 24), 24), noise(24, 24))
 
 
@@ -207,13 +207,13 @@ def test_transparency_is_laid_on_white():
     assert (decode(packed(clear)) == 255).all()
 
 
-def test_palette_pictures_keep_their_colours_and_lose_transparency():
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.putpixel((1, 0), 1)
-    np.testing.assert_array_equal(decode(packed(picture))[0], [[10, 20, 30], [200, 100, 50]])
+def test_palette_images_keep_their_colours_and_lose_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(decode(packed(image))[0], [[10, 20, 30], [200, 100, 50]])
     np.testing.assert_array_equal(
-        decode(packed(picture, transparency=0))[0], [[255, 255, 255], [200, 100, 50]]
+        decode(packed(image, transparency=0))[0], [[255, 255, 255], [200, 100, 50]]
     )
 
 
@@ -223,28 +223,28 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
 
 
 def test_camera_orientation_is_applied():
-    picture = Image.fromarray(noise(4, 6))
+    image = Image.fromarray(noise(4, 6))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    turned = decode(packed(picture, exif=exif))
+    turned = decode(packed(image, exif=exif))
     np.testing.assert_array_equal(turned, np.rot90(noise(4, 6), -1))
 
 
-def test_a_one_pixel_picture_is_read_but_refused_where_size_is_asked():
+def test_a_one_pixel_image_is_read_but_refused_where_size_is_asked():
     dot = encode_png(noise(1, 1))
     assert decode(dot).shape == (1, 1, 3)
-    with pytest.raises(PictureError, match="1x1 pixels, but the short side must have at least 8"):
+    with pytest.raises(ImageError, match="1x1 pixels, but the short side must have at least 8"):
         decode(dot, min_px=8)
 
 
 def test_a_truncated_file_is_named_with_the_reason(tmp_path):
     (tmp_path / "half.jpg").write_bytes(packed(Image.fromarray(noise(64, 64)), "JPEG")[:700])
-    with pytest.raises(PictureError, match=r"half\.jpg: damaged or truncated .*replace the file"):
+    with pytest.raises(ImageError, match=r"half\.jpg: damaged or truncated .*replace the file"):
         decode(tmp_path / "half.jpg")
 
 
-def test_bytes_that_are_no_picture_are_refused():
-    with pytest.raises(PictureError, match="picture of 5 bytes: not a picture in a known format"):
+def test_bytes_that_are_no_image_are_refused():
+    with pytest.raises(ImageError, match="image of 5 bytes: not an image in a known format"):
         decode(b"hello")
 
 
@@ -259,7 +259,7 @@ def test_other_formats_are_read(kind, tmp_path):
 
 def test_a_format_that_starts_programs_is_not_opened(tmp_path):
     (tmp_path / "x.jpg").write_bytes(packed(Image.new("RGB", (4, 4)), "EPS"))
-    with pytest.raises(PictureError, match="not a picture in a known format .PNG, JPEG, WEBP, GIF"):
+    with pytest.raises(ImageError, match="not an image in a known format .PNG, JPEG, WEBP, GIF"):
         decode(tmp_path / "x.jpg")
     assert read_size(tmp_path / "x.jpg") is None
 
@@ -299,9 +299,9 @@ def announced(wide, high):
 
 
 @pytest.mark.parametrize("size", [(8193, 8192), (14_000, 14_000), (60_000, 60_000)])
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(size):
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(size):
     data = announced(*size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-    with pytest.raises(PictureError, match=r"too large \(.*pixels.*\); reduce it to at most 67,1"):
+    with pytest.raises(ImageError, match=r"too large \(.*pixels.*\); reduce it to at most 67,1"):
         decode(data)
     assert MAX_PIXELS == 8192**2
 
@@ -343,8 +343,8 @@ def test_decoding_takes_no_more_memory_than_stated(tmp_path):
     assert grown[1] > side**2  # something was measured
 
 
-def test_float_pictures_are_refused_because_their_range_is_unknown():
-    with pytest.raises(PictureError, match="32-bit grey without a known range"):
+def test_float_images_are_refused_because_their_range_is_unknown():
+    with pytest.raises(ImageError, match="32-bit grey without a known range"):
         decode(packed(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"))
 
 

@@ -17,19 +17,19 @@ from dalle_jax.image.sheet import (
 )
 
 
-def pictures(rows, n, px):
+def noise(rows, n, px):
     return np.random.default_rng(0).integers(0, 256, (rows, n, px, px, 3), dtype=np.uint8)
 
 
-def test_small_pictures_are_magnified_by_a_whole_number():
-    images = pictures(1, 2, 32)
+def test_small_images_are_magnified_by_a_whole_number():
+    images = noise(1, 2, 32)
     sheet = contact_sheet(images)
     cell = sheet[GAP_PX : GAP_PX + 128, GAP_PX : GAP_PX + 128]
     np.testing.assert_array_equal(cell[::4, ::4], images[0, 0])
     np.testing.assert_array_equal(cell[3::4, 3::4], images[0, 0])
 
 
-def test_every_row_has_ink_above_it_and_the_picture_below():
+def test_every_row_has_ink_above_it_and_the_image_below():
     images = np.zeros((2, 3, 128, 128, 3), np.uint8)
     images[1] = 255
     sheet = contact_sheet(images, ["a red apple", "crying cat"])
@@ -43,7 +43,7 @@ def test_every_row_has_ink_above_it_and_the_picture_below():
 
 
 def test_a_long_label_is_wrapped_and_stays_inside_the_sheet():
-    images = pictures(1, 1, 128)
+    images = noise(1, 1, 128)
     sheet = contact_sheet(images, ["a red apple to the left of a very long crying cat in the rain"])
     short = contact_sheet(images, ["apple"])
     assert sheet.shape[1] == short.shape[1]
@@ -52,13 +52,13 @@ def test_a_long_label_is_wrapped_and_stays_inside_the_sheet():
 
 
 def test_a_word_longer_than_the_sheet_is_broken():
-    sheet = contact_sheet(pictures(1, 1, 128), ["w" * 400])
+    sheet = contact_sheet(noise(1, 1, 128), ["w" * 400])
     assert (sheet[:, -GAP_PX:] == PAPER).all()
     assert len(typesetter().wrap("w" * 400, 128)) > 20
 
 
-def test_more_pictures_than_fit_side_by_side_go_on_below():
-    images = pictures(2, COLUMNS + 1, 128)
+def test_more_images_than_fit_side_by_side_go_on_below():
+    images = noise(2, COLUMNS + 1, 128)
     sheet = contact_sheet(images, ["red apple", "crying cat"])
     assert sheet.shape[1] == contact_sheet(images[:, :COLUMNS]).shape[1]
     np.testing.assert_array_equal(
@@ -139,17 +139,17 @@ def test_accents_and_joiners_are_drawn_with_their_letter(plain):
 
 
 def test_a_label_missing_is_an_error():
-    with pytest.raises(ValueError, match="2 rows of pictures need 2 labels, got 1"):
-        contact_sheet(pictures(2, 1, 8), ["only one"])
+    with pytest.raises(ValueError, match="2 rows of images need 2 labels, got 1"):
+        contact_sheet(noise(2, 1, 8), ["only one"])
 
 
-def test_a_sheet_without_pictures_is_an_error():
-    with pytest.raises(ValueError, match="at least one picture, got 1 rows of 0"):
-        contact_sheet(pictures(1, 0, 8))
+def test_a_sheet_without_images_is_an_error():
+    with pytest.raises(ValueError, match="at least one image, got 1 rows of 0"):
+        contact_sheet(noise(1, 0, 8))
 
 
 def test_saving_makes_the_folder_and_leaves_one_whole_file(tmp_path):
-    image = pictures(1, 1, 8)[0, 0]
+    image = noise(1, 1, 8)[0, 0]
     target = tmp_path / "sheets" / "000500.png"
     save_png(target, image)
     np.testing.assert_array_equal(decode(target), image)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.autoregressive_prior import Prior, draw_params
+from dalle_jax.models.autoregressive_prior import Prior, init_params
 from dalle_jax.models.masks import attention_mask, layer_kinds
 from dalle_jax.models.prior_config import PUBLISHED, PriorConfig
 
@@ -20,7 +20,7 @@ TINY = PriorConfig(
 @cache
 def _parameters(config):
     """Weights large enough for every path to show in float32."""
-    shapes = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     generator = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(0.3 * generator.normal(size=x.shape), x.dtype), shapes
@@ -73,7 +73,7 @@ def _decode(config, text, codes):
 )
 def test_published_sizes_count_the_parameters_of_their_layers(size, layers, everything):
     config = PUBLISHED[size]
-    params = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     count = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
     assert count["layers"] == layers
     assert sum(count.values()) == everything
@@ -85,7 +85,7 @@ def test_published_sizes_count_the_parameters_of_their_layers(size, layers, ever
 
 def test_initial_parameters_are_stacked_and_spread_as_documented():
     config = dataclasses.replace(TINY, width=64, heads=4)
-    params = jax.jit(partial(draw_params, config))(jax.random.key(3))
+    params = jax.jit(partial(init_params, config))(jax.random.key(3))
     L, D = config.depth, config.width
     assert all(x.shape[0] == L for x in jax.tree.leaves(params["layers"]))
     residual = (2 * L) ** -0.5
@@ -284,5 +284,5 @@ def test_wrong_lengths_say_what_the_config_needs():
     text, codes = _batch(TINY, 1)
     with pytest.raises(ValueError, match="got 2 caption slots, but text_length 4 needs 3"):
         _forward(TINY, text[:, :2], codes)
-    with pytest.raises(ValueError, match="got 8 codes a picture, but grid 3 needs 9"):
+    with pytest.raises(ValueError, match="got 8 codes an image, but grid 3 needs 9"):
         _forward(TINY, text, codes[:, :8])

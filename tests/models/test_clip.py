@@ -129,7 +129,7 @@ def test_a_fresh_model_gives_vectors_of_length_one_and_the_papers_temperature(ke
 
 def test_sizes_that_do_not_fit_are_refused(params):
     model = CLIP(CONFIG).bind({"params": params})
-    with pytest.raises(ValueError, match="pictures of side 4, but this model reads pictures of 8"):
+    with pytest.raises(ValueError, match="images of side 4, but this model reads images of 8"):
         model.encode_images(jnp.zeros((1, 4, 4, 3), jnp.uint8))
     with pytest.raises(ValueError, match="got 5 caption slots, but text_length 6 needs 4"):
         model.encode_text(jnp.zeros((1, 5), jnp.int32))

@@ -39,7 +39,7 @@ def test_kernel_gradient_as_products_equals_xlas_on_every_backend(key, channels,
     chex.assert_trees_all_close(kernel_gradient(x, dy, side=3), expected, rtol=1e-5, atol=2e-5)
 
 
-def test_a_picture_smaller_than_the_kernel_has_the_same_gradient(key):
+def test_an_image_smaller_than_the_kernel_has_the_same_gradient(key):
     x, kernel, dy = drawn(key, 7, 3, 4, shape=(2, 2, 1))
     expected = jax.vjp(plain, x, kernel)[1](dy)
     chex.assert_trees_all_close(jax.vjp(convolve, x, kernel)[1](dy), expected, rtol=1e-5, atol=2e-5)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.dvae import DVAE, Block, DVAEConfig, draw_params, reconstruction
+from dalle_jax.models.dvae import DVAE, Block, DVAEConfig, init_params, to_uint8
 
 SMALL = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
 
@@ -37,15 +37,15 @@ def test_residual_gain_is_one_over_layers_squared_unless_given():
 
 
 def test_weights_start_with_the_releases_deviation(key):
-    params = draw_params(DVAEConfig(width=64, groups=2), key)
+    params = init_params(DVAEConfig(width=64, groups=2), key)
     conv = params["encoder"]["group_2_block_1"]["conv_1"]["kernel"]  # 3 3 64 32
     assert float(conv.std()) == pytest.approx((64 * 9) ** -0.5, rel=0.05)
     chex.assert_trees_all_equal(params["decoder"]["output"]["bias"], jnp.zeros(6))
-    table = draw_params(DVAEConfig(width=8, groups=2, code_std=1.0), key)["decoder"]["input"]
+    table = init_params(DVAEConfig(width=8, groups=2, code_std=1.0), key)["decoder"]["input"]
     assert float(table["kernel"].std()) == pytest.approx(1.0, rel=0.02)
 
 
-def test_a_block_that_enlarges_equals_the_block_on_an_enlarged_picture(key):
+def test_a_block_that_enlarges_equals_the_block_on_an_enlarged_image(key):
     x = jax.random.normal(key, (2, 3, 3, 16))
     enlarging = Block(8, (1, 3, 3, 3), 0.5, enlarge=True)
     shapes = jax.eval_shape(enlarging.init, key, x)
@@ -57,7 +57,7 @@ def test_a_block_that_enlarges_equals_the_block_on_an_enlarged_picture(key):
 
 def test_integer_codes_decode_as_their_one_hot_rows(key):
     model = DVAE(SMALL)
-    params = {"params": draw_params(SMALL, key)}
+    params = {"params": init_params(SMALL, key)}
     codes = jax.random.randint(key, (2, 3, 3), 0, SMALL.codes)
     hard = model.apply(params, codes, method="decode")
     soft = model.apply(params, jax.nn.one_hot(codes, SMALL.codes), method="decode")
@@ -68,7 +68,7 @@ def test_integer_codes_decode_as_their_one_hot_rows(key):
 def test_a_cells_logits_do_not_depend_on_far_pixels(key):
     model = DVAE(SMALL)
     x = jax.random.uniform(key, (1, 128, 128, 3), minval=0.1, maxval=0.9)
-    params = {"params": draw_params(SMALL, key)}
+    params = {"params": init_params(SMALL, key)}
     far = x.at[:, 64:].set(0.5)
     near, changed = (model.apply(params, y, method="encode")[:, 0, 0] for y in (x, far))
     chex.assert_trees_all_close(near, changed, atol=1e-6)
@@ -77,17 +77,17 @@ def test_a_cells_logits_do_not_depend_on_far_pixels(key):
 def test_batch_of_one_equals_its_row_in_a_larger_batch(key):
     model = DVAE(SMALL)
     x = jax.random.uniform(key, (3, 8, 8, 3), minval=0.1, maxval=0.9)
-    params = {"params": draw_params(SMALL, key)}
+    params = {"params": init_params(SMALL, key)}
     whole = model.apply(params, x, method="encode")
     chex.assert_trees_all_close(whole[1:2], model.apply(params, x[1:2], method="encode"), atol=1e-5)
 
 
-def test_reconstruction_undoes_the_pixel_map():
+def test_to_uint8_undoes_the_pixel_map():
     pixels = np.arange(256, dtype=np.uint8)
     mapped = 0.8 * pixels / 255 + 0.1
     mu = np.log(mapped / (1 - mapped))
     stats = jnp.asarray(np.stack([mu] * 3 + [np.zeros(256)] * 3, -1), jnp.float32)[None, :, None]
-    drawn = reconstruction(stats.reshape(1, 16, 16, 6))
+    drawn = to_uint8(stats.reshape(1, 16, 16, 6))
     np.testing.assert_array_equal(np.asarray(drawn)[..., 0].ravel(), pixels)
 
 
@@ -96,5 +96,5 @@ def test_bad_sizes_are_refused(key):
         DVAEConfig(width=6)
     with pytest.raises(ValueError, match="codes is 0; it must be at least 1"):
         DVAEConfig(codes=0)
-    with pytest.raises(ValueError, match="pictures of 6x6 pixels; .* multiple of 4"):
+    with pytest.raises(ValueError, match="images of 6x6 pixels; .* multiple of 4"):
         DVAE(SMALL).init(key, jnp.zeros((1, 6, 6, 3)))

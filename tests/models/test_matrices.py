@@ -43,7 +43,7 @@ def stack(start, depth, width, heads):
 def test_those_of_a_prior_are_the_kernels_of_its_layers(parts):
     c = parts().get("prior") or parts()["progressive"]
     module = progressive_prior if isinstance(c, ProgressiveConfig) else autoregressive_prior
-    assert found(lambda key: module.draw_params(c, key), layers.matrices) == stack(
+    assert found(lambda key: module.init_params(c, key), layers.matrices) == stack(
         "", c.depth, c.width, c.heads
     )
 

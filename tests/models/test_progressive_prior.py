@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, draw_params
+from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, init_params
 
 TINY = ProgressiveConfig(
     width=16, depth=4, query_depth=2, heads=2, text_vocabulary=11, text_length=4, grid=2, codes=5
@@ -21,7 +21,7 @@ STAGES = jnp.asarray([[2, 0, 1, 1], [0, 0, 0, 1]])
 
 @cache
 def params(config=TINY):
-    shapes = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(x.dtype), shapes)
 
@@ -76,10 +76,10 @@ def test_cached_stages_equal_the_forward_pass():
         return found
 
     first, second, third = in_stages(params(), text, codes)
-    picture = 0  # of stages 2, 0, 1, 1
-    chex.assert_trees_all_close(first[picture, 0], wanted[picture, 1], atol=1e-5)
-    chex.assert_trees_all_close(second[picture], wanted[picture, 2:], atol=1e-5)
-    chex.assert_trees_all_close(third[picture, 0], wanted[picture, 0], atol=1e-5)
+    image = 0  # of stages 2, 0, 1, 1
+    chex.assert_trees_all_close(first[image, 0], wanted[image, 1], atol=1e-5)
+    chex.assert_trees_all_close(second[image], wanted[image, 2:], atol=1e-5)
+    chex.assert_trees_all_close(third[image, 0], wanted[image, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3])
@@ -160,7 +160,7 @@ def test_sizes_that_do_not_fit_say_what_is_allowed(changes, message):
 
 def test_lengths_that_do_not_fit_are_refused():
     text, codes = batch()
-    with pytest.raises(ValueError, match="got 3 codes a picture, but grid 2 needs 4"):
+    with pytest.raises(ValueError, match="got 3 codes an image, but grid 2 needs 4"):
         forward(params(), text, codes[:, :3], STAGES[:, :3])
     with pytest.raises(ValueError, match="got 2 caption slots, but text_length 4"):
         forward(params(), text[:, :2], codes, STAGES)

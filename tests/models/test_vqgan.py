@@ -16,12 +16,12 @@ from dalle_jax.models.vqgan import (
     Upsample,
     VQGANConfig,
     codes_and_errors,
-    draw_params,
+    decode,
     fold,
+    init_params,
     nearest,
-    pictures,
-    reconstruction,
     straight_through,
+    to_uint8,
     unfold,
 )
 
@@ -31,9 +31,9 @@ SMALL = VQGANConfig(
 
 
 def shapes(config, px):
-    picture = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
-    return jax.eval_shape(VQGAN(config).init, key, picture)["params"]
+    return jax.eval_shape(VQGAN(config).init, key, image)["params"]
 
 
 def names(tree):
@@ -58,11 +58,11 @@ def test_fold_puts_each_square_of_pixels_into_one_position():
 def test_patches_multiply_the_factor(key):
     config = dataclasses.replace(SMALL, patch=2)
     assert config.factor == 4
-    params = draw_params(config, key)
+    params = init_params(config, key)
     images = jax.random.randint(key, (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
     codes, _ = codes_and_errors(config, params, images)
     chex.assert_shape(codes, (2, 2, 2))
-    chex.assert_shape(pictures(config, params, codes), (2, 8, 8, 3))
+    chex.assert_shape(decode(config, params, codes), (2, 8, 8, 3))
 
 
 def test_parameters_have_the_releases_names():
@@ -142,7 +142,7 @@ def test_gradients_pass_straight_through_to_the_features():
 
 
 def test_codes_come_with_their_squared_distance_in_float16(key):
-    params = jax.jit(lambda key: draw_params(SMALL, key))(key)
+    params = jax.jit(lambda key: init_params(SMALL, key))(key)
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     codes, errors = jax.jit(codes_and_errors, static_argnums=0)(SMALL, params, images)
     z = VQGAN(SMALL).apply({"params": params}, jnp.asarray(images) / 127.5 - 1, method="encode")
@@ -155,7 +155,7 @@ def test_codes_come_with_their_squared_distance_in_float16(key):
 
 
 def test_decoding_codes_equals_decoding_their_entries(key):
-    params = jax.jit(lambda key: draw_params(SMALL, key))(key)
+    params = jax.jit(lambda key: init_params(SMALL, key))(key)
     codes = jnp.arange(4).reshape(1, 2, 2)
     entries = params["quantize"]["embedding"][codes]
     of_codes, of_entries = (
@@ -167,7 +167,7 @@ def test_decoding_codes_equals_decoding_their_entries(key):
 
 def test_pixels_are_rounded_and_kept_in_range():
     pixels = jnp.array([-2.0, -1.0, 0.0, 1.0, 3.0]).reshape(5, 1, 1, 1).repeat(3, -1)
-    np.testing.assert_array_equal(reconstruction(pixels)[:, 0, 0, 0], [0, 0, 128, 255, 255])
+    np.testing.assert_array_equal(to_uint8(pixels)[:, 0, 0, 0], [0, 0, 128, 255, 255])
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,6 @@ def test_bad_sizes_are_refused(changes, message):
         VQGANConfig(**changes)
 
 
-def test_pictures_that_do_not_fit_the_grid_are_refused():
-    with pytest.raises(ValueError, match="pictures of 5x5 pixels; .* multiple of 2"):
+def test_images_that_do_not_fit_the_grid_are_refused():
+    with pytest.raises(ValueError, match="images of 5x5 pixels; .* multiple of 2"):
         shapes(SMALL, 5)

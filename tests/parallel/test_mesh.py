@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as Spec
 
-from dalle_jax.models.autoregressive_prior import draw_params
+from dalle_jax.models.autoregressive_prior import init_params
 from dalle_jax.models.prior_config import PUBLISHED
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh
 from dalle_jax.parallel.sharding_rules import PRIOR, shardings
@@ -80,7 +80,7 @@ def abstract(data, fsdp, tensor):
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_eight_devices_share_a_published_prior_evenly(size):
     config = PUBLISHED[size]
-    params = jax.eval_shape(partial(draw_params, config), jax.random.key(0))
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     places = shardings(params, abstract(128, 8, 1), PRIOR)
     held = jax.tree.map(lambda x, place: np.prod(place.shard_shape(x.shape)), params, places)
     whole = sum(x.size for x in jax.tree.leaves(params))

@@ -112,7 +112,7 @@ def begun(sizes, rank):
     groups = Groups(PowerSGDConfig(rank=rank), mesh) if rank else None
 
     def create(key):
-        return state_lib.create(stage, key, groups)
+        return state_lib.init_state(stage, key, groups)
 
     key = jax.random.key(0)
     places = state_lib.shardings(jax.eval_shape(create, key), mesh, stage.rules, groups)
@@ -122,7 +122,7 @@ def begun(sizes, rank):
 def three_updates(sizes, rank=None, accumulation_steps=1):
     mesh, places, groups, state = begun(sizes, rank)
     options = {"places": places, "groups": groups, "accumulation_steps": accumulation_steps}
-    update = state_lib.update_step(Layered(), **options)
+    update = state_lib.make_train_step(Layered(), **options)
     for seed in range(3):
         state, metrics = update(state, place_batch(mesh, batch(seed)))
     return {"params": state.params, "metrics": metrics, "scale": state.scales.scale}
@@ -131,7 +131,7 @@ def three_updates(sizes, rank=None, accumulation_steps=1):
 def broken():
     """Before and after an update in which one of four groups has no finite gradient."""
     mesh, places, groups, state = begun(MeshConfig(data=4, fsdp=2), 1)
-    update = state_lib.update_step(Layered(), places=places, groups=groups)
+    update = state_lib.make_train_step(Layered(), places=places, groups=groups)
     state, _ = update(state, place_batch(mesh, batch(0)))
     before = jax.tree.map(np.asarray, dataclasses.replace(state, key=()))
     bad = batch(1)
@@ -145,7 +145,7 @@ def program():
     """All of an update that is compiled for 8 groups."""
     mesh, _, groups, state = begun(MeshConfig(), 1)
     with jax.set_mesh(mesh):
-        update = state_lib.update_step(Layered(), groups=groups)
+        update = state_lib.make_train_step(Layered(), groups=groups)
         return update.lower(state, place_batch(mesh, batch(0))).compile().as_text()
 
 
@@ -173,10 +173,10 @@ def continued(folder):
         )
         results[name] = trained(folder / name, sizes).params
     _, places, groups, state = begun(two, 1)
-    wanted = state_lib.saved_shapes(jax.eval_shape(lambda: state), places, groups)
+    wanted = state_lib.checkpoint_shapes(jax.eval_shape(lambda: state), places, groups)
     with Checkpoints(folder / "four" / "checkpoints") as checkpoints:
         _, kept, *_ = checkpoints.restore(wanted)
-    resumed = state_lib.resumed(kept, places, groups)
+    resumed = state_lib.from_checkpoint(kept, places, groups)
     chex.assert_trees_all_equal(resumed.powersgd.q, state.powersgd.q)
     jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), resumed, places)
     of_two, of_four = (jax.tree.map(np.asarray, s.powersgd.error) for s in (resumed, unbroken))

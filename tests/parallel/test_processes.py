@@ -142,4 +142,4 @@ def test_several_processes_are_found_by_what_their_launcher_says(monkeypatch, en
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes.found() == several
+    assert processes.is_distributed() == several

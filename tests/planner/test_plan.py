@@ -68,7 +68,7 @@ def test_the_plan_prints_what_the_functions_count(printed):
     assert printed["bytes_per_device"] == plan.bytes_per_device(run(), MESH)
     assert printed["all_reduce_bytes"] == plan.all_reduce_bytes(run(), MESH, rank=16)
     assert printed["mesh"] == MESH
-    assert printed["pictures_per_device"] == 1
+    assert printed["images_per_device"] == 1
     assert printed["fits"] is True
     assert printed["smallest_fsdp_that_fits"] == 1
     assert printed["step_seconds"]["plain"]["least"] > 0
@@ -116,5 +116,5 @@ def test_flops_of_an_update_are_six_a_weight_and_two_more_to_compute_layers_agai
 
 
 def test_a_batch_that_does_not_go_around_is_refused():
-    with pytest.raises(ValueError, match="a batch of 8 pictures cannot be spread over data=4 x"):
-        plan.pictures_per_device(run(), {"data": 4, "fsdp": 4, "tensor": 1})
+    with pytest.raises(ValueError, match="a batch of 8 images cannot be spread over data=4 x"):
+        plan.images_per_device(run(), {"data": 4, "fsdp": 4, "tensor": 1})

@@ -65,10 +65,10 @@ def test_similarities_are_multiplied_by_100_at_most():
         assert float(scale) == pytest.approx(expected, rel=1e-4)
 
 
-def test_shifted_pictures_repeat_their_border(key):
-    picture = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1).repeat(3, axis=3)
-    moved = np.asarray(_shifted(key, jnp.asarray(picture.repeat(16, axis=0)), 1))
-    padded = np.pad(picture[0], ((1, 1), (1, 1), (0, 0)), mode="edge")
+def test_shifted_images_repeat_their_border(key):
+    image = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1).repeat(3, axis=3)
+    moved = np.asarray(_shifted(key, jnp.asarray(image.repeat(16, axis=0)), 1))
+    padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)), mode="edge")
     allowed = {padded[y : y + 4, x : x + 4].tobytes() for y in range(3) for x in range(3)}
     found = {image.tobytes() for image in moved}
     assert found <= allowed

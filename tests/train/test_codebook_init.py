@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.image.pixels import map_pixels
-from dalle_jax.models.dvae import DVAE, DVAEConfig, draw_params
+from dalle_jax.models.dvae import DVAE, DVAEConfig, init_params
 from dalle_jax.train.codebook_init import kmeans_init
 
 CONFIG = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=32, code_width=8)
@@ -25,14 +25,14 @@ def codes(params, images):
 
 
 def test_every_code_is_in_use_at_the_start(key, images):
-    drawn = draw_params(CONFIG, key)
+    drawn = init_params(CONFIG, key)
     started = kmeans_init(key, drawn, CONFIG, images)
     assert len(np.unique(codes(drawn, images))) < 16
     assert len(np.unique(codes(started, images))) == 32
 
 
 def test_the_tree_keeps_its_structure_and_is_deterministic(key, images):
-    drawn = draw_params(CONFIG, key)
+    drawn = init_params(CONFIG, key)
     started = kmeans_init(key, drawn, CONFIG, images)
     chex.assert_trees_all_equal_shapes_and_dtypes(drawn, started)
     chex.assert_trees_all_equal(started, kmeans_init(key, drawn, CONFIG, images))
@@ -40,8 +40,8 @@ def test_the_tree_keeps_its_structure_and_is_deterministic(key, images):
     assert float(jnp.square(table).mean()) == pytest.approx(1, rel=1e-5)
 
 
-def test_too_few_pictures_are_refused(key):
-    drawn = draw_params(CONFIG, key)
+def test_too_few_images_are_refused(key):
+    drawn = init_params(CONFIG, key)
     flat = np.full((4, 16, 16, 3), 255, np.uint8)
     with pytest.raises(ValueError, match="different cells, fewer than the 32 codes"):
         kmeans_init(jax.random.key(0), drawn, CONFIG, flat)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.train.codec_stage import windows
+from dalle_jax.train.codec_stage import random_crops
 from dalle_jax.train.dvae_stage import DVAERun, DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 
@@ -89,10 +89,10 @@ def test_training_lowers_the_loss_and_repeats(key):
     assert first == run()
 
 
-def test_windows_lie_on_the_grid_and_inside_the_picture(key):
+def test_windows_lie_on_the_grid_and_inside_the_image(key):
     rows, columns = np.mgrid[:16, :16].astype(np.uint8)
     marked = jnp.asarray(np.stack([rows, columns, rows], -1))[None].repeat(64, 0)
-    cut = np.asarray(windows(key, marked, 8, 4))
+    cut = np.asarray(random_crops(key, marked, 8, 4))
     corners = {tuple(map(int, window[0, 0, :2])) for window in cut}
     assert corners == {(r, c) for r in (0, 4, 8) for c in (0, 4, 8)}
     steps = cut[..., 0] - cut[:, :1, :1, 0]
@@ -120,5 +120,5 @@ def test_a_collapsed_codebook_is_named_in_the_log(key, caplog):
 def test_sides_that_do_not_fit_the_grid_are_refused():
     with pytest.raises(ValueError, match="px is 18, but has to be a multiple of the model's f=4"):
         DVAERun(model=SIZES, px=18)
-    with pytest.raises(ValueError, match="crop_px is 32, more than the pictures' px=16"):
+    with pytest.raises(ValueError, match="crop_px is 32, more than the images' px=16"):
         DVAERun(model=SIZES, px=16, crop_px=32)

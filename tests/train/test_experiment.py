@@ -10,7 +10,7 @@ from dalle_jax.train.dvae_stage import DVAERun
 from dalle_jax.train.experiment import MAY_CHANGE, _settings, _summary
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorRun
-from dalle_jax.train.run_tokenizer import tokenizer_of
+from dalle_jax.train.run_tokenizer import run_tokenizer
 from dalle_jax.train.vqgan_stage import VQGANRun
 
 
@@ -34,8 +34,8 @@ def test_a_run_goes_on_with_these_settings_changed_and_no_others():
         saved = json.loads(json.dumps(_settings(run)))
         for name in names(saved):
             now = checkpoint_diff.without(changed(saved, name), MAY_CHANGE)
-            if checkpoint_diff.of_settings(saved, now):
-                (said,) = checkpoint_diff.of_settings(saved, now)
+            if checkpoint_diff.setting_differences(saved, now):
+                (said,) = checkpoint_diff.setting_differences(saved, now)
                 assert said.startswith(f"{name} was ")
             else:
                 allowed.add(name)
@@ -58,7 +58,7 @@ def test_settings_left_out_stay_in_the_original():
 
 
 class Captions:
-    """Pictures that are never looked at."""
+    """Images that are never looked at."""
 
     def __init__(self, *captions):
         self.captions = captions
@@ -72,7 +72,7 @@ class Captions:
 
 def test_a_tokenizer_is_learned_once_and_again_for_other_captions(tmp_path, monkeypatch):
     def learned(*captions, vocabulary=290):
-        return tokenizer_of(Captions(*captions), vocabulary=vocabulary, folder=tmp_path)
+        return run_tokenizer(Captions(*captions), vocabulary=vocabulary, folder=tmp_path)
 
     first = learned("red apple", "blue sky")
     with monkeypatch.context() as patch:

@@ -83,7 +83,7 @@ def run(workdir, *, at=lambda step: None, wrong=None, **changes):
     return state.replace(key=jax.random.key_data(state.key))
 
 
-STATE = state_lib.create(Line(), jax.random.key(0))
+STATE = state_lib.init_state(Line(), jax.random.key(0))
 
 
 def no_room(*_):

@@ -10,7 +10,7 @@ from dalle_jax.train.dvae_stage import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorStage, short_prior_run
 from dalle_jax.train.progressive_stage import ProgressiveStage, progressive_run
-from dalle_jax.train.state import create
+from dalle_jax.train.state import init_state
 from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 LOOP = LoopConfig(steps=100)
@@ -48,7 +48,7 @@ def progressive(**changes):
 
 def momentum(stage):
     """Paths of the parameters that have Muon's momentum."""
-    state = jax.eval_shape(lambda: create(stage, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(stage, jax.random.key(0)))
     states = jax.tree.leaves(state.opt_state, is_leaf=is_muon)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/")

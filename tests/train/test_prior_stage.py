@@ -56,7 +56,7 @@ def test_a_fresh_prior_gives_every_token_the_same_chance(tokens, key):
     assert float(loss) == pytest.approx(text / 8 + image * 7 / 8, rel=1e-5)
 
 
-def test_evaluation_weighs_text_by_tokens_and_all_else_by_pictures(tokens):
+def test_evaluation_weighs_text_by_tokens_and_all_else_by_images(tokens):
     rng = np.random.default_rng(0)
     V = tiny.tokenizer().vocabulary
     text = rng.integers(0, V, (5, SLOTS), np.int32)

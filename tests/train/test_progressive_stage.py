@@ -11,11 +11,11 @@ import tiny
 
 from dalle_jax.generate.progressive import filled
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.models.progressive_prior import ProgressivePrior, draw_params
-from dalle_jax.train.cell_orders import order_scores, ranks
+from dalle_jax.models.progressive_prior import ProgressivePrior, init_params
+from dalle_jax.train.cell_orders import order_ranks, order_scores
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import short_prior_run
-from dalle_jax.train.progressive_stage import ProgressiveStage, draw_stages, progressive_run
+from dalle_jax.train.progressive_stage import ProgressiveStage, progressive_run, sample_stages
 
 PARTS = tiny.progressive_parts()
 CONFIG, RANDOM = PARTS["progressive"], PARTS["progressive_params"]
@@ -24,7 +24,7 @@ TEXT = np.zeros((3, CONFIG.text_length - 1), np.int32)
 CODES = np.random.default_rng(0).integers(0, K, (3, 4, 4), np.int32)
 BATCH = {"text": jnp.asarray(TEXT), "codes": jnp.asarray(CODES)}
 
-SHAPES = jax.eval_shape(partial(draw_params, CONFIG), jax.random.key(0))
+SHAPES = jax.eval_shape(partial(init_params, CONFIG), jax.random.key(0))
 PARAMS = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), SHAPES)  # all codes equally likely
 
 
@@ -51,7 +51,7 @@ def test_the_loss_is_the_mean_nats_of_all_codes_by_their_stages(key):
     s = stage()
     loss, metrics = jax.jit(s.loss)(RANDOM, BATCH, key, 0)
     key_order, key_stages = jax.random.split(key)
-    stages = draw_stages(key_stages, ranks(jax.random.uniform(key_order, (3, 16))))
+    stages = sample_stages(key_stages, order_ranks(jax.random.uniform(key_order, (3, 16))))
     logits = ProgressivePrior(CONFIG).apply(
         {"params": RANDOM}, BATCH["text"], BATCH["codes"].reshape(3, 16), stages
     )
@@ -72,7 +72,7 @@ def test_the_dynamic_order_takes_the_easiest_codes_first(key):
     nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), CODES.reshape(3, 16, 1), -1)[
         ..., 0
     ]
-    stages = draw_stages(jax.random.split(key)[1], ranks(jnp.asarray(nats)))
+    stages = sample_stages(jax.random.split(key)[1], order_ranks(jnp.asarray(nats)))
     logits = prior.apply({"params": RANDOM}, BATCH["text"], codes, stages)
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), CODES.reshape(3, 16, 1), -1)
     np.testing.assert_allclose(loss, -log_p.mean(), rtol=1e-4)
@@ -80,7 +80,7 @@ def test_the_dynamic_order_takes_the_easiest_codes_first(key):
 
 def test_stages_are_those_of_the_schedule_in_the_order_of_the_ranks(key):
     rank = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(16), (40, 1)), axis=1))
-    stages = np.asarray(draw_stages(key, rank))
+    stages = np.asarray(sample_stages(key, rank))
     numbers = set()
     for row, places in zip(stages, np.asarray(rank), strict=True):
         in_order = row[np.argsort(places)]
@@ -97,7 +97,7 @@ def test_each_order_ranks_as_its_name_says(key):
 
     def ranked(order):
         scores = order_scores(order, key, (1, 4), difficulty=nats, errors=errors)
-        return ranks(scores).tolist()
+        return order_ranks(scores).tolist()
 
     assert ranked("dynamic") == [[3, 0, 2, 1]]  # the easiest first; equal ones in raster order
     assert ranked("certain") == [[2, 0, 3, 1]]
@@ -111,7 +111,7 @@ def test_each_order_ranks_as_its_name_says(key):
 
 
 def test_centre_goes_outwards_in_rings():
-    rank = ranks(order_scores("centre", jax.random.key(0), (1, 16)))
+    rank = order_ranks(order_scores("centre", jax.random.key(0), (1, 16)))
     assert rank.reshape(4, 4).tolist() == [
         [4, 5, 6, 7],
         [8, 0, 1, 9],
@@ -135,7 +135,7 @@ def test_evaluation_counts_what_revision_would_repair():
     assert mended["repaired"] == pytest.approx((codes == 0).mean(), abs=0.35)  # of few
 
 
-def test_the_model_draws_and_keeps_the_top_of_a_picture():
+def test_the_model_draws_and_keeps_the_top_of_an_image():
     s = stage()
     model = s.to_model(PARAMS)
     assert list(model.priors) == ["progressive"]

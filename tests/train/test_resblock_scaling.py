@@ -23,10 +23,10 @@ def batch():
 def trained():
     """A float16 stage, its update, and the state after one update."""
     stage = eight.stage("prior", model=MODEL, precision="float16", warmup_steps=0)
-    state = jax.jit(lambda key: state_lib.create(stage, key))(jax.random.key(0))
+    state = jax.jit(lambda key: state_lib.init_state(stage, key))(jax.random.key(0))
     # On a CPU XLA leaves out conversions to float16 and back, and with them every overflow.
     update = (
-        state_lib.update_step(stage, ema_decay=0.5)
+        state_lib.make_train_step(stage, ema_decay=0.5)
         .lower(state, batch())
         .compile(compiler_options={"xla_allow_excess_precision": False})
     )

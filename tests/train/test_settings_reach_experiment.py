@@ -31,7 +31,7 @@ def seeded(name):
 def test_codecs_learn_from_crops_of_listing_1(name):
     run = seeded(name)
     expected = {"px": run.px, "batch_size": 4, "seed": 5, "crop": "dvae"} | ONE_PROCESS
-    assert stages.experiment_of(run).batches == {"source": "pictures"} | expected
+    assert stages.experiment_of(run).batches == {"source": "images"} | expected
 
 
 @pytest.mark.parametrize("encode_once", [True, False])
@@ -40,7 +40,7 @@ def test_priors_learn_from_crops_of_listing_2_with_both_dropouts(name, encode_on
     changes = {"bpe_dropout": 0.3, "caption_dropout": 0.2, "encode_once": encode_once}
     seen = stages.experiment_of(dataclasses.replace(seeded(name), **changes))
     assert seen.batches == ONE_PROCESS | {
-        "source": "codes of pictures" if encode_once else "pictures",
+        "source": "codes of images" if encode_once else "images",
         "batch_size": 4,
         "seed": 5,
         "px": tiny.PX,
@@ -53,10 +53,10 @@ def test_priors_learn_from_crops_of_listing_2_with_both_dropouts(name, encode_on
     assert (seen.train["iterator"] == "EncodedBatches") != encode_once
 
 
-def test_clip_learns_from_crops_of_listing_2_and_from_reconstructed_pictures():
+def test_clip_learns_from_crops_of_listing_2_and_from_reconstructed_images():
     run = seeded("clip")
     assert stages.experiment_of(run).batches == ONE_PROCESS | {
-        "source": "pictures, reconstructed pictures",
+        "source": "images, reconstructed images",
         "batch_size": 4,
         "seed": 5,
         "px": run.model.px,

@@ -44,8 +44,8 @@ def test_accumulated_update_equals_whole_batch(key):
     stage = Line(optax.adamw(1e-2))
     results = []
     for k in (1, 4):
-        step = state_lib.update_step(stage, accumulation_steps=k)
-        state = state_lib.create(stage, key)
+        step = state_lib.make_train_step(stage, accumulation_steps=k)
+        state = state_lib.init_state(stage, key)
         for _ in range(3):
             state, metrics = step(state, batch_of(8))
         results.append((state.params, state.ema_params, metrics["loss"], metrics["grad_norm"]))
@@ -53,22 +53,22 @@ def test_accumulated_update_equals_whole_batch(key):
 
 
 def test_micro_batches_get_keys_of_their_own(key):
-    state = state_lib.create(Noisy(), key)
+    state = state_lib.init_state(Noisy(), key)
     key_step = jax.random.fold_in(state.key, 0)
     expected = np.mean([jax.random.normal(jax.random.fold_in(key_step, i)) for i in range(2)])
-    _, metrics = state_lib.update_step(Noisy(), accumulation_steps=2)(state, batch_of(4))
+    _, metrics = state_lib.make_train_step(Noisy(), accumulation_steps=2)(state, batch_of(4))
     np.testing.assert_allclose(metrics["noise"], expected, rtol=1e-6)
 
 
 def test_batch_that_does_not_split_evenly_is_refused(key):
-    step = state_lib.update_step(Line(), accumulation_steps=4)
+    step = state_lib.make_train_step(Line(), accumulation_steps=4)
     with pytest.raises(ValueError, match="batch of 6 examples cannot be cut into 4 equal micro-ba"):
-        step(state_lib.create(Line(), key), batch_of(6))
+        step(state_lib.init_state(Line(), key), batch_of(6))
 
 
 def test_ema_is_the_written_out_formula_every_second_step(key):
-    step = state_lib.update_step(Line(), ema_every=2, ema_decay=0.75)
-    state = state_lib.create(Line(), key)
+    step = state_lib.make_train_step(Line(), ema_every=2, ema_decay=0.75)
+    state = state_lib.init_state(Line(), key)
     expected = np.array(state.params["w"])
     for n in range(1, 6):
         state, _ = step(state, batch_of(8))
@@ -78,9 +78,9 @@ def test_ema_is_the_written_out_formula_every_second_step(key):
 
 
 def test_step_counts_updates_and_keys_follow_it(key):
-    state = state_lib.create(Noisy(), key)
+    state = state_lib.init_state(Noisy(), key)
     expected = [jax.random.normal(jax.random.fold_in(state.key, n)) for n in range(3)]
-    step = state_lib.update_step(Noisy())
+    step = state_lib.make_train_step(Noisy())
     for n in range(3):
         state, metrics = step(state, batch_of(4))
         assert metrics["seen_step"] == n
@@ -89,10 +89,10 @@ def test_step_counts_updates_and_keys_follow_it(key):
 
 
 def test_metrics_hold_loss_and_norms(key):
-    state = state_lib.create(Line(), key)
+    state = state_lib.init_state(Line(), key)
     batch = batch_of(4)
     (loss, _), grads = jax.value_and_grad(Line().loss, has_aux=True)(state.params, batch, key, 0)
-    state, metrics = state_lib.update_step(Line())(state, batch)
+    state, metrics = state_lib.make_train_step(Line())(state, batch)
     assert set(metrics) == {"loss", "worst", "grad_norm", "update_norm", "param_norm"}
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-6)
@@ -105,5 +105,5 @@ def test_optimizer_sees_the_loss_as_value(key):
         return jax.tree.map(jnp.zeros_like, grads), value
 
     stage = Line(optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update))
-    state, metrics = state_lib.update_step(stage)(state_lib.create(stage, key), batch_of(4))
+    state, metrics = state_lib.make_train_step(stage)(state_lib.init_state(stage, key), batch_of(4))
     assert state.opt_state == metrics["loss"]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from dalle_jax.losses import codebook_loss, hinge_loss, unused_code_pull
-from dalle_jax.models.discriminator import Discriminator, draw_params
+from dalle_jax.models.discriminator import Discriminator, init_params
 from dalle_jax.models.vqgan import VQGANConfig, nearest
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.state import create, update_step
+from dalle_jax.train.state import init_state, make_train_step
 from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 SIZES = VQGANConfig(
@@ -62,8 +62,8 @@ def test_a_dead_code_comes_back_into_use():
 
 def test_training_lowers_the_loss_repeats_and_measures(key):
     s = stage(crop_px=4)
-    update = update_step(s, ema_decay=0.5)
-    begun = jax.jit(lambda key: create(s, key))(key)
+    update = make_train_step(s, ema_decay=0.5)
+    begun = jax.jit(lambda key: init_state(s, key))(key)
     table = s.init_from_data(begun.params)["quantize"]["embedding"]
     assert len(np.unique(table, axis=0)) == 8
 
@@ -95,15 +95,15 @@ def test_patches_count_until_they_are_told_apart_by_a_margin_of_one():
 
 def test_published_discriminator_scores_30_by_30_patches_of_256_pixels():
     judge = Discriminator(64, 3)
-    params = jax.eval_shape(lambda: draw_params(judge, 256, jax.random.key(0)))
-    picture = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    scores = jax.eval_shape(lambda p, x: judge.apply({"params": p}, x), params, picture)
+    params = jax.eval_shape(lambda: init_params(judge, 256, jax.random.key(0)))
+    image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    scores = jax.eval_shape(lambda p, x: judge.apply({"params": p}, x), params, image)
     chex.assert_shape(scores, (1, 30, 30))
 
 
 def test_the_score_moves_what_is_drawn_as_far_as_its_error_and_the_hinge_the_discriminator(key):
     s = stage(adversarial_weight=0.5, discriminator_width=4, discriminator_layers=1)
-    judge = draw_params(s.judge, 8, key)
+    judge = init_params(s.judge, 8, key)
     x, drawn = jax.random.uniform(key, (2, 2, 8, 8, 3), minval=-1)
 
     @jax.jit
@@ -127,8 +127,8 @@ def test_the_network_is_kept_without_its_discriminator(key):
     assert set(params) == {"network", "judge"}
     chex.assert_trees_all_equal_structs(s.network(params), plain)
     batch = {"image": jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8)}
-    state = jax.eval_shape(lambda: create(s, jax.random.key(0)))
-    updated, metrics = jax.eval_shape(update_step(s), state, batch)
+    state = jax.eval_shape(lambda: init_state(s, jax.random.key(0)))
+    updated, metrics = jax.eval_shape(make_train_step(s), state, batch)
     chex.assert_trees_all_equal_structs(updated, state)
     assert {"pixels", "codebook", "unused", "hinge", "score"} < set(metrics)
 
