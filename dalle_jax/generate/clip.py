@@ -44,6 +44,7 @@ class Clip:
         card: str = "",
         license: str = "",
         fingerprints: dict[str, str] | None = None,
+        kernels: files.Dtype = "bfloat16",
     ):
         """Puts the parts together and checks that they belong to each other.
 
@@ -55,17 +56,19 @@ class Clip:
           card: text of its card, Markdown, with the attribution of the data.
           license: text of the terms for the weights.
           fingerprints: of the parts as they were saved; None for the ones given.
+          kernels: what kernels are rounded to and stored in; float32 for those of others.
         Raises:
           ModelError: if a part has other sizes, or does not belong.
         """
         self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.kernels = kernels
         self.card, self.license = card, license
         if tokenizer.vocabulary != config.text_vocabulary:
             raise ModelError(
                 f"CLIP {name!r} was made for text vocabulary {config.text_vocabulary}, but the "
                 f"tokenizer has {tokenizer.vocabulary}; they do not belong together"
             )
-        tensors = files.to_tensors(params)
+        tensors = files.to_tensors(params, kernels=kernels)
         check_tensors(f"CLIP {name!r}", tensors, _shapes(config))
         self.fingerprints = {"clip": files.fingerprint(tensors), "tokenizer": tokenizer.fingerprint}
         for part, has in self.fingerprints.items():
@@ -104,6 +107,7 @@ class Clip:
             params=files.to_params(files.read_tensors(folder / files.CLIP)),
             tokenizer=Tokenizer.load(folder / files.TOKENIZER),
             fingerprints=fingerprints,
+            kernels=config.get("kernels", "bfloat16"),
             **files.read_texts(folder),
         )
 
@@ -118,8 +122,16 @@ class Clip:
 
     def write(self, folder: Path) -> None:
         """Writes the files into an empty folder."""
-        files.write_config(folder, name=self.name, clip=self.config, fingerprints=self.fingerprints)
-        files.write_tensors(folder / files.CLIP, files.to_tensors(self.params))
+        files.write_config(
+            folder,
+            name=self.name,
+            clip=self.config,
+            fingerprints=self.fingerprints,
+            kernels=self.kernels,
+        )
+        files.write_tensors(
+            folder / files.CLIP, files.to_tensors(self.params, kernels=self.kernels)
+        )
         self.tokenizer.save(folder / files.TOKENIZER)
         files.write_texts(folder, card=self.card, license=self.license)
 

@@ -23,20 +23,23 @@ from dalle_jax.models.codec import CodecConfig
 class Codec:
     """Encodes and decodes pictures of one size, in bounded memory."""
 
-    def __init__(self, *, px: int, codec: CodecConfig, codec_params: Any):
+    def __init__(
+        self, *, px: int, codec: CodecConfig, codec_params: Any, kernels: files.Dtype = "bfloat16"
+    ):
         """Checks that the parts belong to each other.
 
         Args:
           px: side R of its pictures, in pixels.
           codec: sizes of the dVAE or VQ-GAN.
           codec_params: its nested parameters.
+          kernels: what they are rounded to and stored in; float32 for those of others.
         Raises:
           ModelError: if the parameters have other sizes.
         """
-        self.px, self.codec = px, codec
+        self.px, self.codec, self.kernels = px, codec, kernels
         self.kind = codecs.kind(codec)
-        """Of the codec: "dvae" or "vqgan", as its file and its fingerprint are named."""
-        tensors = files.to_tensors(codec_params)
+        """Of the codec, one of `models.codec.KINDS`, as its file and its fingerprint are named."""
+        tensors = files.to_tensors(codec_params, kernels=kernels)
         check_tensors(codecs.TITLES[self.kind], tensors, codec_shapes(codec))
         self.fingerprints = {self.kind: files.fingerprint(tensors)}
         self.codec_params = jax.device_put(files.to_params(tensors))

@@ -1,9 +1,12 @@
 """A model folder: everything one model needs, its licence included, in one place.
 
-    config.json              format, name, px, sizes of the networks, fingerprints of the files
+    config.json              format, name, px, sizes of the networks, fingerprints of the files, and
+                             the type that kernels are stored in
     dvae.safetensors         weights, nested names joined by "/"; kernels in bfloat16, the rest and
-                             the kernels next to codes and tokens in float32
-    vqgan.safetensors        in place of it, if pictures become codes by a VQ-GAN
+                             the kernels next to codes and tokens in float32; of imported models all
+                             in float32, as others published them
+    vqgan.safetensors        in place of it, if pictures become codes by a VQ-GAN; or
+                             maskgit_vqgan.safetensors
     prior.safetensors        the same, of the autoregressive prior; optional
     progressive.safetensors  of the progressive prior; optional
     tokenizer.model          SentencePiece; there if a prior is
@@ -24,7 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.traverse_util
 import ml_dtypes
@@ -36,7 +39,7 @@ from dalle_jax.errors import UserError
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "pretrained"
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
-CODECS = {"dvae": "dvae.safetensors", "vqgan": "vqgan.safetensors"}
+CODECS = {kind: f"{kind}.safetensors" for kind in ("dvae", "vqgan", "maskgit_vqgan")}
 """Parts that turn pictures into codes and back, one of which a model has, and their files."""
 PRIORS = {"prior": "prior.safetensors", "progressive": "progressive.safetensors"}
 """Parts that draw codes, and their files."""
@@ -98,24 +101,28 @@ def flat(params: Any) -> dict[str, Any]:
     return dict(sorted(flax.traverse_util.flatten_dict(params, sep="/").items()))
 
 
-def to_tensors(params: Any) -> Tensors:
+Dtype = Literal["float32", "bfloat16"]
+
+
+def to_tensors(params: Any, *, kernels: Dtype = "bfloat16") -> Tensors:
     """Flattens nested parameters and rounds the kernels to bfloat16, as they are stored.
 
-    Arrays of JAX stay where they lie, spread over devices if they are.
+    With `kernels` in float32 nothing is rounded. Arrays of JAX stay where they lie, spread over
+    devices if they are.
 
     Source: Ramesh et al. 2021, appendix D, keeps gains, biases, embeddings and unembeddings in
     float32, and the released dVAE its convolutions next to the codes.
     """
 
     def rounded(name, array):
-        exact = not name.endswith("kernel") or name.startswith(EXACT)
+        exact = kernels == "float32" or not name.endswith("kernel") or name.startswith(EXACT)
         dtype = np.dtype(np.float32 if exact else ml_dtypes.bfloat16)
         return array.astype(dtype) if is_spread(array) else np.asarray(array, dtype)
 
     return {name: rounded(name, array) for name, array in flat(params).items()}
 
 
-def to_params(tensors: Tensors, *, dtype: str = "float32") -> Any:
+def to_params(tensors: Tensors, *, dtype: Dtype = "float32") -> Any:
     """Nests tensors again and widens them to float32, or leaves the kernels in bfloat16."""
     if dtype == "float32":
         tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from dalle_jax.generate.fit import (
     check_tensors,
     prior_shapes,
 )
-from dalle_jax.generate.folder import CLIP_FOLDER, ModelError
+from dalle_jax.generate.folder import CLIP_FOLDER, Dtype, ModelError
 from dalle_jax.generate.grids import check_request, draw_grids, finished, row_by_row
 from dalle_jax.generate.rerank import Best, Ranked
 from dalle_jax.generate.sampling import SamplingConfig
@@ -44,7 +44,6 @@ from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
 
 Progress = Callable[[int, int], None]
-Dtype = Literal["float32", "bfloat16"]
 
 
 class Model(Codec):
@@ -70,6 +69,7 @@ class Model(Codec):
         card: str = "",
         license: str = "",
         fingerprints: dict[str, str] | None = None,
+        kernels: Dtype = "bfloat16",
         dtype: Dtype = "float32",
         mesh: Mesh | None = None,
     ):
@@ -89,13 +89,14 @@ class Model(Codec):
           card: text of the model card, Markdown, with the attribution of the data.
           license: text of the terms for the weights.
           fingerprints: of the parts that the prior was trained with; None for the ones given.
+          kernels: what kernels are rounded to and stored in; float32 for those of others.
           dtype: of the priors' kernels and of their products; bfloat16 halves their memory.
           mesh: from `parallel.mesh.make_mesh`: devices that the priors' weights are spread over;
             None for one device, or where they lie if they are spread already.
         Raises:
           ModelError: if a part is missing, has other sizes, or does not belong.
         """
-        super().__init__(px=px, codec=codec, codec_params=codec_params)
+        super().__init__(px=px, codec=codec, codec_params=codec_params, kernels=kernels)
         self.name = name
         self.tokenizer, self.card, self.license = tokenizer, card, license
         self._clip = clip
@@ -106,7 +107,7 @@ class Model(Codec):
         self.priors: dict[str, tuple[PriorConfig | ProgressiveConfig, Any]] = {}
         """Sizes and parameters of the parts that draw codes: "prior", "progressive", or both."""
         for part, (sizes, params) in given.items():
-            tensors = files.to_tensors(params)
+            tensors = files.to_tensors(params, kernels=kernels)
             check_tensors(part, tensors, prior_shapes(sizes))
             self.fingerprints[part] = files.fingerprint(tensors)
             self.fingerprints["tokenizer"] = tokenizer.fingerprint
@@ -153,6 +154,7 @@ class Model(Codec):
         return cls(
             codec_params=files.to_params(files.read_tensors(folder / files.CODECS[kind])),
             fingerprints=fingerprints,
+            kernels=config.get("kernels", "bfloat16"),
             dtype=dtype,
             mesh=mesh,
             **parts,
@@ -175,7 +177,7 @@ class Model(Codec):
         """
         for part, (_, params) in self.priors.items():
             file = None if folder is None else folder / files.PRIORS[part]
-            files.write_tensors(file, files.to_tensors(params))
+            files.write_tensors(file, files.to_tensors(params, kernels=self.kernels))
         if folder is None:
             return
         files.write_config(
@@ -185,8 +187,10 @@ class Model(Codec):
             **{self.kind: self.codec},
             **{part: sizes for part, (sizes, _) in self.priors.items()},
             fingerprints=self.fingerprints,
+            kernels=self.kernels,
         )
-        files.write_tensors(folder / files.CODECS[self.kind], files.to_tensors(self.codec_params))
+        codec = files.to_tensors(self.codec_params, kernels=self.kernels)
+        files.write_tensors(folder / files.CODECS[self.kind], codec)
         if self.priors:
             self.tokenizer.save(folder / files.TOKENIZER)
         if self.clip is not None:

@@ -1,6 +1,6 @@
 """What turns images into codes and back: a dVAE or a VQ-GAN, for those who need not know which.
 
-A config says which of the two it is, has a `factor` f = R / G and a number of `codes` K, and each
+A config says which of them it is, has a `factor` f = R / G and a number of `codes` K, and each
 network has the functions named here in its own file.
 
 Letters: B batch, R pixel side, G grid side, K codes.
@@ -9,17 +9,22 @@ Letters: B batch, R pixel side, G grid side, K codes.
 import numpy as np
 from jaxtyping import Array, Float16, Int, Key, PyTree, UInt8
 
-from dalle_jax.models import dvae, vqgan
+from dalle_jax.models import dvae, maskgit_vqgan, vqgan
 from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.models.maskgit_vqgan import MaskGITVQGANConfig
 from dalle_jax.models.vqgan import VQGANConfig
 
-CodecConfig = DVAEConfig | VQGANConfig
+CodecConfig = DVAEConfig | VQGANConfig | MaskGITVQGANConfig
 
-KINDS: dict[str, type] = {"dvae": DVAEConfig, "vqgan": VQGANConfig}
+KINDS: dict[str, type] = {
+    "dvae": DVAEConfig,
+    "vqgan": VQGANConfig,
+    "maskgit_vqgan": MaskGITVQGANConfig,
+}
 """By the names that stages, files and fingerprints have."""
-TITLES = {"dvae": "dVAE", "vqgan": "VQ-GAN"}
+TITLES = {"dvae": "dVAE", "vqgan": "VQ-GAN", "maskgit_vqgan": "VQ-GAN of MaskGIT"}
 """The same for people."""
-_NETWORKS = {"dvae": dvae, "vqgan": vqgan}
+_NETWORKS = {"dvae": dvae, "vqgan": vqgan, "maskgit_vqgan": maskgit_vqgan}
 
 
 def kind(config: CodecConfig) -> str:

@@ -19,28 +19,38 @@ from jaxtyping import Array, Float, Key, PyTree
 
 
 class Conv(nn.Module):
-    """A convolution with bias; its weights come from `init_kernels`."""
+    """A convolution; its weights come from `init_kernels`."""
 
     features: int
     size: int
     halve: bool = False
     """Whether to take steps of two pixels, for a size of 3 and images of even sides."""
+    bias: bool = True
+    """Whether one number is added to each channel that comes out."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
         """Convolves with zero "same" padding, where it halves at the right and bottom alone."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.zeros_init(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        y = self._convolved(x, kernel)
+        if self.bias:
+            y += self.param("bias", nn.initializers.zeros_init(), (self.features,))[
+                None, None, None
+            ]
+        return y
+
+    def _convolved(self, x, kernel):
         if self.size == 1:  # one matrix product: on a CPU its kernel gradient takes a quarter
             y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
-            return y.reshape(*x.shape[:-1], self.features) + bias[None, None, None]
+            return y.reshape(*x.shape[:-1], self.features)
         if self.halve:
             dimensions = ("NHWC", "HWIO", "NHWC")
             zeros = ((0, 1), (0, 1))  # "SAME" would be the same here, were it written down
-            y = jax.lax.conv_general_dilated(x, kernel, (2, 2), zeros, dimension_numbers=dimensions)
-            return y + bias[None, None, None]
-        return convolve(x, kernel) + bias[None, None, None]
+            return jax.lax.conv_general_dilated(
+                x, kernel, (2, 2), zeros, dimension_numbers=dimensions
+            )
+        return convolve(x, kernel)
 
 
 def init_kernels(shapes: PyTree, key: Key[Array, ""]) -> PyTree:

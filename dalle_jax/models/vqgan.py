@@ -7,6 +7,7 @@ whose parameters have the names used here once "." and numbers are joined as in 
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,8 @@ from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
 from dalle_jax.errors import UserError
 from dalle_jax.models.convolution import Conv, init_kernels, kernel_axes, upsample
+
+Quantizer = Literal["nearest", "cosine", "logits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,16 @@ class VQGANConfig:
     """Size K of the codebook (`n_embed`)."""
     code_width: int = 256
     """Channels D of a code (`embed_dim`)."""
+    quantizer: Quantizer = "nearest"
+    """How features become a code: the nearest one; the nearest once both have length 1 (LlamaGen);
+    or the greatest of K logits (the release's Gumbel networks). Only the first can be trained."""
 
     def __post_init__(self):
+        if self.quantizer not in get_args(Quantizer):
+            raise UserError(
+                f"VQ-GAN quantizer is {self.quantizer!r}, but must be one of "
+                f"{list(get_args(Quantizer))}"
+            )
         sizes = {name: getattr(self, name) for name in ("blocks_per_group", "z_width", "codes")}
         sizes |= {"code_width": self.code_width, "groups": len(self.multipliers)}
         sizes |= {"patch": self.patch}
@@ -226,17 +237,35 @@ class Decoder(nn.Module):
 class Codebook(nn.Module):
     """The points that features snap to."""
 
-    codes: int
-    features: int
+    config: VQGANConfig
 
     def setup(self):
-        """Declares the table."""
-        shape = (self.codes, self.features)
+        """Declares the table, and what gives logits if codes are chosen by them."""
+        c = self.config
+        shape = (c.codes, c.code_width)
         self.embedding = self.param("embedding", nn.initializers.zeros_init(), shape)
+        if c.quantizer == "logits":
+            self.proj = Conv(c.codes, 1)
 
     def __call__(self, codes: Int[Array, "B G G"]) -> Float[Array, "B G G D"]:
         """Looks codes up."""
-        return self.embedding[codes]
+        entries = self.embedding[codes]
+        return unit(entries) if self.config.quantizer == "cosine" else entries
+
+    def choose(
+        self, z: Float[Array, "B G G D"]
+    ) -> tuple[Int[Array, "B G G"], Float[Array, "B G G"]]:
+        """The code of each cell's features, and how badly it fits.
+
+        Returns:
+          Codes, and their squared distances, or minus the greatest logit.
+        """
+        if self.config.quantizer == "logits":
+            logits = self.proj(z)
+            return logits.argmax(axis=-1), -logits.max(axis=-1)
+        if self.config.quantizer == "cosine":
+            return nearest(unit(z), unit(self.embedding))
+        return nearest(z, self.embedding)
 
 
 class VQGAN(nn.Module):
@@ -249,14 +278,19 @@ class VQGAN(nn.Module):
         c = self.config
         self.encoder = Encoder(c)
         self.quant_conv = Conv(c.code_width, 1)
-        self.quantize = Codebook(c.codes, c.code_width)
+        self.quantize = Codebook(c)
         self.post_quant_conv = Conv(c.z_width, 1)
         self.decoder = Decoder(c)
 
     def __call__(self, images: Float[Array, "B R R 3"]) -> Float[Array, "B R R 3"]:
         """Encodes and decodes; says which parameters there are."""
-        codes, _ = nearest(self.encode(images), self.quantize.embedding)
-        return self.decode(self.quantize(codes))
+        return self.decode(self.codes_and_errors(images)[0])
+
+    def codes_and_errors(
+        self, images: Float[Array, "B R R 3"]
+    ) -> tuple[Int[Array, "B G G"], Float[Array, "B G G"]]:
+        """Codes of images, and how badly each fits; see `Codebook.choose`."""
+        return self.quantize.choose(self.encode(images))
 
     def encode(self, images: Float[Array, "B R R 3"]) -> Float[Array, "B G G D"]:
         """Features of each grid cell, before they snap to codes.
@@ -286,6 +320,11 @@ class VQGAN(nn.Module):
         return self.decoder(self.post_quant_conv(self.quantize(z) if z.ndim == 3 else z))
 
 
+def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Vectors of the same direction and length 1."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def nearest(
     z: Float[Array, "B G G D"], table: Float[Array, "K D"]
 ) -> tuple[Int[Array, "B G G"], Float[Array, "B G G"]]:
@@ -310,7 +349,7 @@ def init_params(config: VQGANConfig, key: Key[Array, ""]) -> PyTree:
     image = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
     params = init_kernels(jax.eval_shape(VQGAN(config).init, key, image)["params"], key_network)
     table = jax.random.normal(key_codes, (config.codes, config.code_width))
-    return params | {"quantize": {"embedding": table}}
+    return params | {"quantize": params["quantize"] | {"embedding": table}}
 
 
 def matrices(params: PyTree) -> PyTree:
@@ -327,10 +366,11 @@ def preprocess(images: UInt8[Array | np.ndarray, "B R R 3"]) -> Float[Array, "B 
 def codes_and_errors(
     config: VQGANConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
 ) -> tuple[Int[Array, "B G G"], Float16[Array, "B G G"]]:
-    """Codes of images, and the squared distance of each cell's features to its code."""
-    z = VQGAN(config).apply({"params": params}, preprocess(images), method="encode")
-    codes, distances = nearest(z, params["quantize"]["embedding"])
-    return codes, jnp.minimum(distances, 65504).astype(jnp.float16)
+    """Codes of images, and how badly each cell's code fits: see `Codebook.choose`."""
+    codes, errors = VQGAN(config).apply(
+        {"params": params}, preprocess(images), method="codes_and_errors"
+    )
+    return codes, errors.clip(-65504, 65504).astype(jnp.float16)
 
 
 def decode(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Union, runtime_checkable
+from typing import Annotated, Any, Protocol, Union, runtime_checkable
 
 import jax
 import tyro
@@ -55,8 +55,11 @@ MAY_CHANGE = (
 START_IMAGES = 1024  # images that the k-means start of a codebook looks at
 
 Codec = Annotated[
-    Literal["dvae", "vqgan"],
-    tyro.conf.arg(help="What makes codes of images: the stage of the workdir to use."),
+    str,
+    tyro.conf.arg(
+        help="What makes codes of images: dvae or vqgan, that of the workdir; or the folder of "
+        "a model, such as one that was imported, or the name of a shipped one."
+    ),
 ]
 
 
@@ -323,8 +326,8 @@ def _run(name: str, options: Any) -> None:
         train_codec(codec, data, name=name, workdir=workdir / stage)
         log.info("the %s is in %s", TITLES[stage], workdir / stage / "model")
     for stage, prior in priors.items():
-        tokens = Model.load(workdir / options.codec / "model")
-        _check_fit(prior, px=tokens.px, codec=tokens.codec, title=TITLES[options.codec])
+        tokens = _tokens(options)
+        _check_fit(prior, px=tokens.px, codec=tokens.codec, title=TITLES[tokens.kind])
         data = _opened(options.data, tokens.px)
         model = train_prior(prior, data, tokens, workdir=workdir / stage)
         _save(model, workdir)
@@ -335,7 +338,7 @@ def _run(name: str, options: Any) -> None:
             save_png(sheet, contact_sheet(model.generate(data.captions, n=4), data.captions))
             log.info("images it drew are in %s", sheet)
     if clip is not None:
-        tokens = Model.load(workdir / options.codec / "model") if clip.reconstructions else None
+        tokens = _tokens(options) if clip.reconstructions else None
         data = _opened(options.data, clip.model.px)
         train_clip(clip, data, tokens, name=name, workdir=workdir / clip.folder)
         log.info("the CLIP is in %s", workdir / clip.folder / "model")
@@ -343,6 +346,12 @@ def _run(name: str, options: Any) -> None:
             with replacing(workdir / "model") as new:
                 shutil.copytree(workdir / "model", new, dirs_exist_ok=True)
                 _add_clip(workdir, new)
+
+
+def _tokens(options: Any) -> Model:
+    """The model whose codec makes codes."""
+    ours = options.codec in ("dvae", "vqgan")
+    return Model.load(options.workdir / options.codec / "model" if ours else options.codec)
 
 
 def _save(model: Model, workdir: Path) -> None:

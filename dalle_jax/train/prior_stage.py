@@ -210,6 +210,7 @@ class PriorStage(Stage):
             "px": tokens.px,
             "codec": tokens.codec,
             "codec_params": tokens.codec_params,
+            "kernels": tokens.kernels,
             part: self.config,
             f"{part}_params": params,
             "tokenizer": self._tokenizer,

@@ -15,6 +15,7 @@ import optax
 import tyro
 
 from dalle_jax import losses
+from dalle_jax.errors import UserError
 from dalle_jax.models import discriminator
 from dalle_jax.models.discriminator import Discriminator
 from dalle_jax.models.vqgan import (
@@ -73,6 +74,11 @@ class VQGANRun(MuonOptions):
 
     def __post_init__(self):
         check_sides(self.model, px=self.px, crop_px=self.crop_px)
+        if self.model.quantizer != "nearest":
+            raise UserError(
+                f"the quantizer is {self.model.quantizer!r}, which imported networks have; "
+                "training knows 'nearest' alone"
+            )
 
 
 class VQGANStage(CodecStage):

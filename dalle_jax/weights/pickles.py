@@ -118,8 +118,10 @@ class Reader(pickle.Unpickler):
             return lambda content, *rest: content
         return type("Shell", (Shell,), {"of": f"{module}.{name}"})
 
-    def persistent_load(self, pid: Any) -> Storage:
-        """Describes a storage."""
+    def persistent_load(self, pid: Any) -> Any:
+        """Describes a storage; a class of a module, which older files name with its code."""
+        if pid[0] == "module":
+            return pid[1]
         kind, dtype, key, _, numel, *view = pid
         if kind != "storage" or any(part is not None for part in view) or dtype not in DTYPES:
             raise WeightsError(f"it holds a {kind} of a kind that is not known here")
