@@ -249,3 +249,29 @@ def test_a_dvae_convolves_as_often_as_written_out():
     decoder = 16 * 5 * 3 + 16 * (3 * 2 + 9 * (2 * 2 + 2 * 2 + 2 * 8) + 3 * 8)
     decoder += 64 * (8 * 1 + 9 * (1 + 1 + 4) + 8 * 4) + 64 * 4 * 6
     assert counting.decoder_forward(config, 8) == decoder
+
+
+def test_the_accelerator_script_goes_on_with_what_is_missing(monkeypatch, tmp_path, capsys):
+    accelerator = script("accelerator")
+    out, asked = tmp_path / "found.jsonl", []
+
+    def piece(name, broken=False):
+        def measure():
+            asked.append(name)
+            if broken:
+                raise MemoryError("too large")
+            return {"ms": 2.0}
+
+        return measure
+
+    parts = {"first": piece("first"), "large": piece("large", broken=True), "last": piece("last")}
+    monkeypatch.setattr(accelerator, "pieces", lambda options: parts)
+    accelerator.main(accelerator.Options(out=out))
+    with out.open("a") as file:
+        file.write('{"piece": "cut sh')
+    assert "large: MemoryError: too large" in capsys.readouterr().out
+    parts["large"] = piece("large")
+    accelerator.main(accelerator.Options(out=out))
+    assert asked == ["first", "large", "last", "large"]
+    found = accelerator.read(out)
+    assert {name: numbers["ms"] for name, numbers in found.items()} == dict.fromkeys(parts, 2.0)

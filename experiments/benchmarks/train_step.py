@@ -110,11 +110,12 @@ def step_time(stage, batch, *, seconds=6.0):
     return statistics.median(times(step, seconds=seconds))
 
 
-def prior_stage(config, batch):
-    """The stage of a training run, with the short recipe."""
+def prior_stage(config, batch, **changes):
+    """The stage of a training run, with the short recipe and changes of it."""
     shipped = dalle_jax.load("emoji")  # a stage wants these for its sheets alone
+    loop = LoopConfig(steps=10_000)
     return PriorStage(
-        short_prior_run(model=config, loop=LoopConfig(steps=10_000), batch_size=batch),
+        short_prior_run(model=config, loop=loop, batch_size=batch, **changes),
         tokens=shipped,
         tokenizer=shipped.tokenizer,
         validation=lambda: iter(()),
