@@ -268,7 +268,7 @@ def test_the_accelerator_script_goes_on_with_what_is_missing(monkeypatch, tmp_pa
     monkeypatch.setattr(accelerator, "pieces", lambda options: parts)
     accelerator.main(accelerator.Options(out=out))
     with out.open("a") as file:
-        file.write('{"piece": "cut sh')
+        file.write('\n{"piece": "cut sh')
     assert "large: MemoryError: too large" in capsys.readouterr().out
     parts["large"] = piece("large")
     accelerator.main(accelerator.Options(out=out))
