@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dalle_jax.generate.clip_scorer import Clip
     from dalle_jax.generate.model import Model
 
+__version__ = "0.2.0"
 __all__ = ["Clip", "Model", "SamplingConfig", "enable_compilation_cache", "load"]
 
 

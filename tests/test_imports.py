@@ -32,6 +32,7 @@ ROOMS = {
 ROOMS["option_checks"] = set()
 ROOMS["commands"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
+ROOMS = {"extras": set()} | {room: below | {"extras"} for room, below in ROOMS.items()}
 ROOMS = {"errors": set()} | {room: below | {"errors"} for room, below in ROOMS.items()}
 
 # Slow or large to import: a user who only draws pictures should not wait for them.

@@ -2,8 +2,9 @@
 
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -75,14 +76,15 @@ def generate(
     if trace is not None:
         check_gif(num_images, loaded.px, captions)
     ranker = None if clip is None else dalle_jax.Clip.load(clip)
-    request = {
+    request: dict[str, Any] = {
         "n": num_images,
         "seed": seed,
         "sampling": sampling,
         "image_prompt": image_prompt,
         "keep_rows": keep_rows,
     }
-    scores, frames = [], None
+    scores: Iterable[Iterable[float]] = []
+    frames = None
     with bar("Generating") as progress:
         if keep is not None:
             images, scores = loaded.rank(

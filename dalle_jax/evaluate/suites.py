@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dalle_jax.data.sources import DataSource, FolderSource, SourceError
+from dalle_jax.extras import require
 from dalle_jax.image.pixels import crop_center, decode
 
 COCO_CAPTIONS = 30_000
@@ -100,6 +101,7 @@ def open_suite(
 
 def open_emoji(split: str, *, px: int) -> DataSource:
     """Opens a split of the emoji; see `data.emoji`, which takes a while to import."""
+    require("emoji")
     from dalle_jax.data.emoji import emoji_source
 
     return emoji_source(split, px=px)
@@ -107,6 +109,7 @@ def open_emoji(split: str, *, px: int) -> DataSource:
 
 def _open(folder: Path, split: str | None, usual: str | None) -> DataSource:
     if (folder / "dataset_info.json").is_file():
+        require("train")
         from dalle_jax.data.tfds_source import PreparedSource
 
         return PreparedSource(folder, split or usual or "validation")

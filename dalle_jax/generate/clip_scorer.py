@@ -146,7 +146,7 @@ class Clip:
         Raises:
           UserError: if an image is not uint8 with three channels.
         """
-        squares = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
+        squares: np.ndarray = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
         for i, image in enumerate(images):
             squares[i] = pixels.square(np.asarray(image), self.config.px)
         return self._features("encode_images", squares)

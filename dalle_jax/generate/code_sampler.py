@@ -76,9 +76,9 @@ def sample_codes(
         passes = _sample(config, params, text[rows.indices], keys, start, sampling)
         passes = np.asarray(passes).reshape(-1, u, w, config.grid, config.grid)
         yield Samples(
-            prompts=rows.indices[: rows.count],
-            sample_numbers=columns.indices[: columns.count],
-            passes=passes[:, : rows.count, : columns.count],
+            prompts=rows.indices[: rows.valid],
+            sample_numbers=columns.indices[: columns.valid],
+            passes=passes[:, : rows.valid, : columns.valid],
             empty_code=config.codes,
         )
 

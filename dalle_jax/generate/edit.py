@@ -88,7 +88,7 @@ def random_cells(strength: float, grid: int, *, n: int, seed: int) -> Bool[np.nd
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}, but must be above 0 and at most 1, of the cells")
     count = max(1, round(strength * grid**2))
-    cells = np.zeros((n, grid**2), bool)
+    cells: np.ndarray = np.zeros((n, grid**2), bool)
     for j in range(n):
         cells[j, np.random.default_rng((seed, j)).permutation(grid**2)[:count]] = True
     return cells.reshape(n, grid, grid)

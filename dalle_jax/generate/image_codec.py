@@ -72,11 +72,11 @@ class Codec:
         Raises:
           UserError: if an image is not uint8 with three channels.
         """
-        squares = np.empty((len(images), self.px, self.px, 3), np.uint8)
+        squares: np.ndarray = np.empty((len(images), self.px, self.px, 3), np.uint8)
         for i, image in enumerate(images):
             squares[i] = pixels.square(np.asarray(image), self.px)
-        codes = np.empty((len(images), self.grid, self.grid), np.int32)
-        errors = np.empty(codes.shape, np.float16)
+        codes: np.ndarray = np.empty((len(images), self.grid, self.grid), np.int32)
+        errors: np.ndarray = np.empty(codes.shape, np.float16)
         for batch, _ in micro_batches(len(images), self._bytes_to_convolve()):
             encoded = _encode(self.codec, self.codec_params, squares[batch])
             codes[batch], errors[batch] = encoded

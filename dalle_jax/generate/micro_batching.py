@@ -18,7 +18,7 @@ class MicroBatch(NamedTuple):
 
     indices: np.ndarray
     """The same number in each micro-batch; the last one is padded by repetition."""
-    count: int
+    valid: int
     """How many of them are not padding."""
 
 
@@ -32,7 +32,7 @@ def micro_batches(total: int, bytes_each: int, *, width: int = 1) -> Iterator[Mi
       bytes_each: memory per image.
       width: images per item.
 
-    >>> [(batch.indices.tolist(), batch.count) for batch in micro_batches(5, 2**28)]
+    >>> [(batch.indices.tolist(), batch.valid) for batch in micro_batches(5, 2**28)]
     [([0, 1, 2], 3), ([3, 4, 4], 2)]
     """
     if not total:

@@ -177,7 +177,7 @@ class Model(ModelParts):
         self._prior(sampling)
         image = self._read_image(image)
         old, size = pixels.square(image, self.px), image.shape[:2]
-        if mask is None:
+        if strength is not None:
             edited = random_cells(strength, self.grid, n=n, seed=seed)
         else:
             cells = masked_cells(mask, size, px=self.px, grid=self.grid)
@@ -194,8 +194,9 @@ class Model(ModelParts):
                 f"model {self.name!r} holds a {codecs.TITLES[self.kind]} alone: it can encode and "
                 "decode, but generating needs a prior trained on its codes"
             )
-        usual = "progressive" if "progressive" in self.priors else "prior"
-        part = {name: part for part, name in DECODERS.items()}.get(sampling.decoder, usual)
+        part = "progressive" if "progressive" in self.priors else "prior"
+        if sampling.decoder is not None:
+            part = {name: part for part, name in DECODERS.items()}[sampling.decoder]
         if part not in self.priors:
             able = " or ".join(DECODERS[part] for part in self.priors)
             raise ModelError(

@@ -228,7 +228,9 @@ def write_texts(folder: Path, *, card: str, license: str) -> None:
 def write_config(folder: Path, **fields: Any) -> None:
     """Writes config.json; dataclasses among the fields become objects."""
     plain = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        name: dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
         for name, value in fields.items()
     }
     text = json.dumps({"format": FORMAT, **plain}, indent=2)

@@ -29,6 +29,7 @@ from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
 
+Priors = dict[str, tuple[PriorConfig | ProgressiveConfig, Any]]
 Parts = TypeVar("Parts", bound="ModelParts")
 
 
@@ -86,13 +87,17 @@ class ModelParts(Codec):
         self.name = name
         self.tokenizer, self.card, self.license = tokenizer, card, license
         self._clip = clip
-        priors = {"prior": (prior, prior_params), "progressive": (progressive, progressive_params)}
-        priors = {part: pair for part, pair in priors.items() if pair[0] is not None}
+        priors: Priors = {}
+        if prior is not None:
+            priors["prior"] = prior, prior_params
+        if progressive is not None:
+            priors["progressive"] = progressive, progressive_params
         check_parts(self, {part: sizes for part, (sizes, _) in priors.items()})
 
-        self.priors: dict[str, tuple[PriorConfig | ProgressiveConfig, Any]] = {}
+        self.priors: Priors = {}
         """Sizes and parameters of "prior", "progressive", or both."""
         for part, (sizes, params) in priors.items():
+            assert tokenizer is not None  # check_parts has seen to it
             tensors = files.to_tensors(params, kernels=kernels)
             check_tensors(part, tensors, prior_shapes(sizes))
             self.fingerprints[part] = files.fingerprint(tensors)
@@ -177,7 +182,7 @@ class ModelParts(Codec):
         )
         codec = files.to_tensors(self.codec_params, kernels=self.kernels)
         files.write_tensors(folder / files.CODECS[self.kind], codec)
-        if self.priors:
+        if self.priors and self.tokenizer is not None:
             self.tokenizer.save(folder / files.TOKENIZER)
         if self.clip is not None:
             (folder / CLIP_FOLDER).mkdir()

@@ -11,13 +11,14 @@ import jax
 
 from dalle_jax.generate import model_folder as files
 from dalle_jax.generate.model_folder import ModelError, Tensors
+from dalle_jax.generate.sampling import Decoder
 from dalle_jax.models import autoregressive_prior, progressive_prior
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 
-DECODERS = {"prior": "autoregressive", "progressive": "progressive"}
+DECODERS: dict[str, Decoder] = {"prior": "autoregressive", "progressive": "progressive"}
 """The option `decoder` of each prior."""
 CONFIGS = {"prior": PriorConfig, "progressive": ProgressiveConfig}
 """Sizes of each."""

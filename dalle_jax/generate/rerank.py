@@ -33,8 +33,8 @@ class RunningBest:
     def __init__(self, captions: Sequence[str], *, keep: int, px: int, clip: Clip):
         U = len(captions)
         self._clip, self._texts, self._keep = clip, clip.encode_texts(captions), keep
-        self._images = np.zeros((U, keep, px, px, 3), np.uint8)
-        self._scores = np.full((U, keep), -np.inf, np.float32)
+        self._images: np.ndarray = np.zeros((U, keep, px, px, 3), np.uint8)
+        self._scores: np.ndarray = np.full((U, keep), -np.inf, np.float32)
 
     def add(self, rows: Int[np.ndarray, " u"], images: UInt8[np.ndarray, "u w R R 3"]) -> None:
         """Scores w more images of each of some captions.
