@@ -1,4 +1,4 @@
-"""A model with random weights that samples in milliseconds, for the tests of several rooms."""
+"""A model with random weights that draws in milliseconds, for the tests of several rooms."""
 
 import functools
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.generate.clip_scorer import Clip
+from dalle_jax.generate.clip import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.models import progressive_prior
-from dalle_jax.models.autoregressive_prior import Prior
+from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
@@ -46,7 +46,7 @@ def parts():
         "codec": DVAE_CONFIG,
         "codec_params": dvae_params(0),
         "prior": config,
-        "prior_params": _drawn(1, Prior(config), text, codes),
+        "prior_params": _drawn(1, AutoregressivePrior(config), text, codes),
         "tokenizer": tokenizer(),
     }
 

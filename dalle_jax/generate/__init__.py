@@ -1,1 +1,1 @@
-"""New images from captions: models, their folders, and sampling from them."""
+"""New pictures from captions: models, their folders, and drawing from them."""

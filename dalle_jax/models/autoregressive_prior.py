@@ -13,26 +13,19 @@ The last text position predicts nothing.
 from collections.abc import Callable
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dalle_jax.models.attention import blocked, dense
 from dalle_jax.models.kv_cache import Cache, attend, init_cache, layout
-from dalle_jax.models.layers import layer, layer_norm, layer_weights
-from dalle_jax.models.prior_config import (
-    PriorConfig,
-    check_lengths,
-    init_embeddings,
-    init_head,
-    init_stack,
-)
+from dalle_jax.models.layers import init_norm, layer, layer_norm, split_qkv
+from dalle_jax.models.prior_config import PriorConfig, check_lengths
+from dalle_jax.models.transformer import PriorTransformer, init_embeddings, init_prior, init_stack
 
 
-class Prior(nn.Module):
+class AutoregressivePrior(PriorTransformer):
     """p(text, codes) in raster order.
 
     Where the paper is silent, these choices are ours. From Child et al. 2019, which it names as its
@@ -43,29 +36,15 @@ class Prior(nn.Module):
     weights; no dropout. Image position p gets the row and column embedding of cell p, so the start
     of the image sits at (0, 0); a slot embedding is added to real tokens only, since each slot has
     a pad vector of its own.
-
-    All parameters of the layers are stacked on a first axis of size L, whatever the options below.
     """
 
     config: PriorConfig
-    dtype: DTypeLike = jnp.float32
-    """Of matrix products and attention; the residual stream, norms and logits are float32."""
-    scan: bool = False
-    """Compile a period of four layers once and loop over it: for deep models."""
-    remat: bool = False
-    """Keep only what enters each layer for the backward pass and compute the rest again."""
-    sums: DTypeLike = jnp.float32
-    """In which the gradients of kernels are summed, if dtype is of half precision."""
-    constrain: Callable[[Array], Array] = lambda x: x
-    """Says where the residual stream [B, T, D] lies, if it is spread over devices."""
-    gather: Callable[[Array, Array], Array] = lambda table, ids: table[ids]
-    """Takes rows [B, T, D] of an embedding table [V, D], which may be spread too."""
 
     def setup(self):
         """Declares the parameters: weight matrices are named kernel, their biases bias."""
-        self.embed = self.param("embed", init_embeddings, self.config)
+        self.embed = self.param("embed", _init_embed, self.config)
         self.layers = self.param("layers", init_stack, self.config)
-        self.head = self.param("head", init_head, self.config)
+        self.head = self.param("head", _init_head, self.config)
 
     def __call__(
         self,
@@ -92,20 +71,30 @@ class Prior(nn.Module):
         """
         config = self.config
         check_lengths(config, text, codes)
-        x = jnp.concatenate([self._embed_text(text), self._embed_image(codes)], axis=1)  # B T D
-        x = self._through_layers(x, scales)
+        x = jnp.concatenate([self.embed_text(text), self._embed_image(codes)], axis=1)  # B T D
+        sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
+
+        def body(x, layer, is_last, kinds):
+            weights, scale = layer
+
+            def attend(qkv):
+                usual, last = (
+                    partial(blocked, *split_qkv(qkv), kind=kind, **sizes) for kind in kinds
+                )
+                return usual() if kinds[0] == kinds[1] else jax.lax.cond(is_last, last, usual), None
+
+            return self.run_layer(weights, self.constrain(x), attend, scale)[0]
+
+        x = self.run_layers(body, self.constrain(x), (self.layers, scales), config.kinds)
         P = config.text_length
-        return (
-            self._logits(x[:, : P - 1], "text"),
-            self._logits(x[:, P:], "image"),
-        )
+        return self.logits(x[:, : P - 1], "text"), self.logits(x[:, P:])
 
     def prefill(self, text: Int[Array, "U slots"], *, samples: int = 1) -> tuple[Cache, ...]:
-        """Reads captions in one pass.
+        """Fills the caches with captions, in one pass.
 
         Args:
           text: as for the forward pass, one row for each prompt.
-          samples: images W that will be drawn for each prompt.
+          samples: images W that will be sampled for each prompt.
 
         Returns:
           One cache a layer, holding the P text positions of each prompt and room for the image.
@@ -113,32 +102,32 @@ class Prior(nn.Module):
         Raises:
           ValueError: if text does not have the length of the config.
 
-        Source: ours; text positions see no image, so that they never need a second look.
+        Source: ours; text positions see no image, so that their keys and values never change.
         """
         config = self.config
         check_lengths(self.config, text)
         sizes = {"grid": config.grid, "kernel": config.kernel, "samples": samples}
         mask = np.tri(config.text_length, dtype=bool)  # every kind is causal within the text
-        x = self._embed_text(text)  # U P D
+        x = self.embed_text(text)  # U P D
         caches = []
-        for weights, kind in zip(self._unstacked(), config.kinds, strict=True):
+        for weights, kind in zip(self.unstacked(), config.kinds, strict=True):
 
-            def look(qkv, kind=kind):
-                query, key, value = _parted(qkv)
+            def fill(qkv, kind=kind):
+                query, key, value = split_qkv(qkv)
                 cache = init_cache(key, value, kind=kind, **sizes)
                 return dense(query, key, value, mask=mask), cache
 
-            x, cache = layer(weights, x, look, dtype=self.dtype)
+            x, cache = layer(weights, x, fill, dtype=self.dtype)
             caches.append(cache)
         return tuple(caches)
 
-    def decoder(self) -> Callable:
-        """Gives the step that draws an image: logits of the next code, one position at a time.
+    def decode_step(self) -> Callable:
+        """Builds the step that samples an image: logits of the next code, for one position.
 
-        The step keeps an image in a column, not in a row, since on a CPU the product of kernels
-        and 8 to 32 columns is up to twice as fast as that of rows and kernels. Layers are cut out
-        of their stack here, once, with their kernels turned: a loop around the step then holds
-        them as constants, where cutting at every position would copy all weights each time.
+        Each image is a column, not a row, since on a CPU the product of kernels and 8 to 32 columns
+        is up to twice as fast as that of rows and kernels. Layers are unstacked and their kernels
+        transposed here, once: a loop around the step then holds them as constants, where to
+        unstack at every position would copy all weights each time.
 
         Returns:
           A function of
@@ -151,9 +140,10 @@ class Prior(nn.Module):
         Source: ours.
         """
         config = self.config
-        turn = partial(_turned, dtype=self.dtype)
+        transpose = partial(_transposed, dtype=self.dtype)
         layers = [
-            {name: turn(part) for name, part in weights.items()} for weights in self._unstacked()
+            {name: transpose(part) for name, part in weights.items()}
+            for weights in self.unstacked()
         ]
         head = self.head["image"]["kernel"].T
         plans = [layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds]
@@ -161,14 +151,15 @@ class Prior(nn.Module):
 
         def step(caches, previous, position):
             token = jnp.where(position == 0, start, self.embed["code"][previous])
-            x = (token + self._cell(position)[None]).T  # D B
+            x = (token + self.embed_cells(position)[None]).T  # D B
             grown = []
             for weights, plan, cache in zip(layers, plans, caches, strict=True):
 
-                def look(qkv, plan=plan, cache=cache):
+                def attend_cache(qkv, plan=plan, cache=cache):
                     return attend(cache, plan, *jnp.split(qkv, 3), position=position)
 
-                x, cache = layer(weights, x, look, dtype=self.dtype, linear=_column_linear, axis=0)
+                options = {"dtype": self.dtype, "linear": _column_linear, "axis": 0}
+                x, cache = layer(weights, x, attend_cache, **options)
                 grown.append(cache)
             x = layer_norm(self.head["norm"], x, axis=0)
             # Without a barrier XLA multiplies rows and kernel: for 8 images 10 times as slow.
@@ -176,82 +167,29 @@ class Prior(nn.Module):
 
         return step
 
-    def _through_layers(self, x, scales):
-        config, x = self.config, self.constrain(x)
-        sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
-
-        def through(x, stack, last, kinds):
-            weights, scale = stack
-
-            def look(qkv):
-                usual, final = (
-                    partial(blocked, *_parted(qkv), kind=kind, **sizes) for kind in kinds
-                )
-                return usual() if kinds[0] == kinds[1] else jax.lax.cond(last, final, usual), None
-
-            options = {"dtype": self.dtype, "scale": scale, "sums": self.sums}
-            return layer(weights, self.constrain(x), look, **options)[0]
-
-        if self.remat:  # within a scan nothing could undo the recomputation, so it needs no guard
-            through = jax.checkpoint(through, static_argnums=3, prevent_cse=not self.scan)
-        period = 4 if len(set(config.kinds)) > 1 else 1
-        scanned = config.depth // period * period if self.scan else 0
-        stack = (self.layers, scales)  # both [L, ...]
-        if scanned:
-
-            def periods(array):  # scanning but a part of the layers would copy their weights
-                return array[:scanned].reshape(-1, period, *array.shape[1:])
-
-            def run(x, item):
-                last, stack = item  # the last period ends with a kind of its own
-                for i in range(period):
-                    kinds = (config.kinds[i], config.kinds[scanned - period + i])
-                    x = through(x, layer_weights(stack, i), last, kinds)
-                return x, None
-
-            last = jnp.arange(period, scanned + 1, period) == scanned
-            x, _ = jax.lax.scan(run, x, (last, jax.tree.map(periods, stack)))
-        for i in range(scanned, config.depth):
-            x = through(x, layer_weights(stack, i), True, (config.kinds[i],) * 2)
-        return x
-
-    def _unstacked(self):
-        return [layer_weights(self.layers, i) for i in range(self.config.depth)]
-
-    def _embed_text(self, text):
-        V = self.config.text_vocabulary
-        token = self.gather(self.embed["text"], jnp.minimum(text, V - 1))
-        token = token + self.embed["slot"][None]
-        slots = jnp.where((text < V)[..., None], token, self.embed["pad"][None])
-        return self._start("start_of_text", slots)  # B P D
-
     def _embed_image(self, codes):
-        tokens = self._start("start_of_image", self.gather(self.embed["code"], codes[:, :-1]))
-        return tokens + self._cell(jnp.arange(self.config.image_length))[None]  # B I D
-
-    def _start(self, name, x):
-        B, _, D = x.shape
-        return jnp.concatenate([jnp.broadcast_to(self.embed[name], (B, 1, D)), x], axis=1)
-
-    def _cell(self, position):
-        G = self.config.grid
-        return self.embed["row"][position // G] + self.embed["column"][position % G]
-
-    def _logits(self, x, of):
-        x = layer_norm(self.head["norm"], x)
-        return jnp.einsum("BTD,DV->BTV", x, self.head[of]["kernel"])
+        tokens = self.start_with("start_of_image", self.gather(self.embed["code"], codes[:, :-1]))
+        return tokens + self.embed_cells(jnp.arange(self.config.image_length))[None]  # B I D
 
 
 def init_params(config: PriorConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters, as `Prior` says, without tracing its passes."""
-    return Prior(config).init(key, method=lambda prior: prior.head)["params"]
+    """Initialises the parameters, as `AutoregressivePrior` says."""
+    return init_prior(AutoregressivePrior(config), key)
 
 
-def _parted(qkv):
-    return (qkv[:, :, i] for i in range(3))  # B T N H each
+def _init_embed(key, config):
+    return init_embeddings(key, config, tables={}, vectors=("start_of_text", "start_of_image"))
 
 
-def _turned(weights, dtype):
+def _init_head(key, config):
+    del key  # zero heads: every token is equally likely at first
+    D = config.width
+    sizes = {"text": config.text_vocabulary, "image": config.codes}
+    heads = {name: {"kernel": jnp.zeros((D, size))} for name, size in sizes.items()}
+    return {"norm": init_norm((D,))} | heads
+
+
+def _transposed(weights, dtype):
     """Weights for `_column_linear`; those of a norm stay as they are."""
     if "kernel" not in weights:
         return weights

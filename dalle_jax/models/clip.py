@@ -22,14 +22,14 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dalle_jax.errors import UserError
 from dalle_jax.models.attention import dense
-from dalle_jax.models.layers import init_layers, init_norm, layer, layer_norm, normal
+from dalle_jax.models.layers import init_layers, init_norm, layer, layer_norm, normal, split_qkv
 
 NORM_EPSILON = 1e-5
 LOG_SCALE_START = math.log(1 / 0.07)
 LOG_SCALE_MAX = math.log(100)  # similarities are multiplied by 100 at most
-# Mean and spread of red, green and blue on [0, 1] in the authors' training images.
+# Mean and standard deviation of red, green and blue on [0, 1] in the authors' training images.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-SPREAD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +99,8 @@ class CLIP(nn.Module):
     config: CLIPConfig
     dtype: DTypeLike = jnp.float32
     """Of matrix products and attention; residual stream, norms and features are float32."""
-    settle: Callable[[Array], Array] = lambda x: x
-    """Says where the residual stream [B, T, D] lies, if it is spread over devices."""
+    constrain: Callable[[Array], Array] = lambda x: x
+    """Constrains the sharding of the residual stream [B, T, D]."""
 
     def setup(self):
         """Declares the parameters: weight matrices are named kernel, their biases bias."""
@@ -131,15 +131,15 @@ class CLIP(nn.Module):
         B, R = images.shape[:2]
         if c.px != R:
             raise ValueError(f"got images of side {R}, but this model reads images of {c.px}")
-        x = (images / 255.0 - MEAN[None, None, None]) / SPREAD[None, None, None]
+        x = (images / 255.0 - MEAN[None, None, None]) / STD[None, None, None]
         x = x.reshape(B, c.grid, c.patch, c.grid, c.patch, 3).swapaxes(2, 3)
         x = x.reshape(B, c.grid**2, -1).astype(self.dtype)
         x = (x @ weights["patch"]["kernel"].astype(self.dtype)).astype(jnp.float32)  # B G*G D
         start = jnp.broadcast_to(weights["class"], (B, 1, c.image_width))
         x = jnp.concatenate([start, x], axis=1) + weights["position"][None]
         x = _norm(weights["first_norm"], x)
-        everything = np.ones((x.shape[1],) * 2, bool)
-        x = self._through_layers(weights["layers"], x, everything)
+        all_visible = np.ones((x.shape[1],) * 2, bool)
+        x = self._run_layers(weights["layers"], x, all_visible)
         return _feature(weights, x[:, 0])
 
     def encode_text(self, text: Int[Array, "B slots"]) -> Float[Array, "B E"]:
@@ -164,20 +164,20 @@ class CLIP(nn.Module):
         start, end = jnp.full((B, 1), V), jnp.full((B, 1), V + 1)
         ids = jnp.concatenate([start, jnp.where(text < V, text, V + 1), end], axis=1)
         x = weights["token"][ids] + weights["position"][None]  # B P D
-        x = self._through_layers(weights["layers"], x, np.tri(c.text_length, dtype=bool))
+        x = self._run_layers(weights["layers"], x, np.tri(c.text_length, dtype=bool))
         at_end = jnp.argmax(ids == V + 1, axis=1)  # the first of them
         x = jnp.take_along_axis(x, at_end[:, None, None], axis=1)[:, 0]
         return _feature(weights, x)
 
-    def _through_layers(self, stack, x, mask):
-        def look(qkv):
-            return dense(*(qkv[:, :, i] for i in range(3)), mask=mask), None
+    def _run_layers(self, stack, x, mask):
+        def attend(qkv):
+            return dense(*split_qkv(qkv), mask=mask), None
 
-        def through(x, weights):
-            x = self.settle(x)
-            return layer(weights, x, look, dtype=self.dtype, epsilon=NORM_EPSILON)
+        def run_layer(x, weights):
+            x = self.constrain(x)
+            return layer(weights, x, attend, dtype=self.dtype, epsilon=NORM_EPSILON)
 
-        return jax.lax.scan(through, x, stack)[0]
+        return jax.lax.scan(run_layer, x, stack)[0]
 
 
 def _norm(weights, x):

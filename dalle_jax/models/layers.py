@@ -1,4 +1,4 @@
-"""What the transformers share: one layer of attention and MLP, its parameters, and its norms.
+"""One layer of attention and MLP, its parameters and its norms, for priors and CLIP.
 
 Letters: B batch, T positions, D width, N heads, H head size, F mlp, L layers.
 """
@@ -23,35 +23,35 @@ Weights = PyTree  # dicts of arrays, by the names of `init_layers`
 def layer(
     weights: Weights,
     x: Float[Array, "..."],
-    look: Callable[[Array], tuple[Array, Any]],
+    attend: Callable[[Array], tuple[Array, Any]],
     *,
     dtype: DTypeLike,
     linear: Callable[[Weights, Array], Array] | None = None,
     axis: int = -1,
     scale: Float[Array, "2"] | None = None,
-    sums: DTypeLike = jnp.float32,
+    grad_dtype: DTypeLike = jnp.float32,
     epsilon: float = NORM_EPSILON,
 ) -> tuple[Float[Array, "..."], Any]:
-    """Adds what one attention and one MLP branch find to the residual stream; norms come first.
+    """Adds one attention and one MLP branch to the residual stream; each starts with a norm.
 
     Args:
       weights: of this layer, as one entry of what `init_layers` stacks.
       x: residual stream [B, T, D], in float32.
-      look: maps queries, keys and values [B, T, 3, N, H] to what was seen [B, T, N, H], and
-        anything else, which is passed on.
-      dtype: of matrix products and of what `look` gets.
+      attend: maps queries, keys and values [B, T, 3, N, H] to what attention gives [B, T, N, H],
+        and anything else, which is passed on.
+      dtype: of matrix products and of what `attend` gets.
       linear: maps weights and an input to an output; None for `project`.
       axis: of x, along which D lies.
       scale: gradient scales of the two branches, see `precision.grad_scale`; None for none.
-      sums: type in which gradients of kernels are summed, if dtype is of half precision.
+      grad_dtype: type in which gradients of kernels are summed, if dtype is of half precision.
       epsilon: added to the variance in the norms.
 
     Returns:
-      The stream after the layer, and what `look` passed on.
+      The stream after the layer, and what `attend` passed on.
 
     Source: Ramesh et al. 2021, appendix B; GELU as x * sigmoid(1.702 x).
     """
-    linear = linear or partial(project, sums=sums)
+    linear = linear or partial(project, grad_dtype=grad_dtype)
 
     def entering(i, x):
         return x if scale is None else enter(x, scale[i])
@@ -62,8 +62,8 @@ def layer(
     def norm(name, x):
         return layer_norm(weights[name], x, axis=axis, epsilon=epsilon).astype(dtype)
 
-    seen, passed_on = look(linear(weights["qkv"], norm("attention_norm", entering(0, x))))
-    x = x + leaving(0, linear(weights["attention_out"], seen))
+    attended, passed_on = attend(linear(weights["qkv"], norm("attention_norm", entering(0, x))))
+    x = x + leaving(0, linear(weights["attention_out"], attended))
     y = linear(weights["mlp_in"], norm("mlp_norm", entering(1, x)))
     y = y * jax.nn.sigmoid(1.702 * y)
     return x + leaving(1, linear(weights["mlp_out"], y)), passed_on
@@ -72,7 +72,11 @@ def layer(
 def layer_norm(
     weights: Weights, x: Float[Array, "..."], *, axis: int = -1, epsilon: float = NORM_EPSILON
 ) -> Float[Array, "..."]:
-    """Mean 0 and variance 1 along an axis, then gain and bias."""
+    """Mean 0 and variance 1 along an axis, then gain and bias.
+
+    `nn.LayerNorm` computes the variance as E[x^2] - E[x]^2, which is less exact, and takes no
+    weights from a stack.
+    """
     x = x - x.mean(axis=axis, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=axis, keepdims=True) + epsilon)
     others = [i for i in range(x.ndim) if i != axis % x.ndim]
@@ -155,12 +159,17 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Float[Arr
 
 
 def layer_weights(layers: Weights, i: int) -> Weights:
-    """Takes layer i out of the stack."""
+    """The weights of layer i of the stack."""
     return jax.tree.map(lambda weights: weights[i], layers)
 
 
+def split_qkv(qkv: Float[Array, "B T parts N H"]) -> list[Float[Array, "B T N H"]]:
+    """Queries, keys and values, or those of them that are there."""
+    return [qkv[:, :, i] for i in range(qkv.shape[2])]
+
+
 def project(
-    weights: Weights, x: Float[Array, "B T ..."], *, sums: DTypeLike = jnp.float32
+    weights: Weights, x: Float[Array, "B T ..."], *, grad_dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "B T ..."]:
     """Maps all axes of x after B and T to those of the bias."""
     B, T, *_ = x.shape
@@ -168,6 +177,6 @@ def project(
     # one plain matrix product: XLA copies a kernel that is contracted along two axes
     x, kernel = x.reshape(B, T, -1), kernel.reshape(-1, bias.size)
     half = x.dtype != jnp.float32
-    y = float16.product(x, kernel, sums) if half else x @ kernel.astype(x.dtype)
+    y = float16.product(x, kernel, grad_dtype) if half else x @ kernel.astype(x.dtype)
     y = y + bias.reshape(1, 1, -1)  # in float32, so that its gradient is summed there
     return y.astype(x.dtype).reshape(B, T, *bias.shape)

@@ -17,8 +17,8 @@ import tyro
 from measure import PeerOptions, Report, drawn, median_time, own_read_gbs, peer_rates
 from train_step import SHIPPED, SMALL, WIDE, prior_batch
 
-from dalle_jax.generate.autoregressive_sampler import sample
-from dalle_jax.models.autoregressive_prior import Prior
+from dalle_jax.generate.autoregressive import sample
+from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
 
 
@@ -92,7 +92,7 @@ def decode(report, case, config, batch, *, captions, own, target=None):
     text = jnp.asarray(prior_batch(config, captions)["text"])
     keys = jax.random.split(jax.random.key(0), batch)
     grid = jnp.zeros((1, config.image_length), jnp.int32)
-    params = drawn(Prior(config).init, text[:1], grid)
+    params = drawn(AutoregressivePrior(config).init, text[:1], grid)
     program = jax.jit(lambda *inputs: sample(config, *inputs)).lower(params, text, keys).compile()
     # hundreds of steps each: one run is a mean already, and needs no other to warm up
     taken = median_time(program, params, text, keys, seconds=4, least=1, warm=0)

@@ -7,7 +7,7 @@ import tiny
 
 from dalle_jax.evaluate.composition_study import composition_study
 from dalle_jax.evaluate.emoji_cases import emoji_cases
-from dalle_jax.evaluate.result_cache import ResultCache
+from dalle_jax.evaluate.kept import Kept
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import encode_png
 
@@ -15,7 +15,7 @@ _greys = itertools.count(10, 30)
 
 
 def record(style, codes, *names):
-    """Every image is of another grey."""
+    """Every picture is of another grey."""
     captions = [form for name in names for form in (name, f"{name}, {style} style")]
     return {
         "id": f"{style}/{codes}",
@@ -79,7 +79,7 @@ def test_a_person_could_have_another_style_role_gender_or_tone(cases):
 
 
 def test_a_caption_that_is_right_too_is_no_alternative():
-    twins = record("twemoji", "1f34e", "red apple", "green apple")  # sampled alike, say
+    twins = record("twemoji", "1f34e", "red apple", "green apple")  # drawn alike, say
     alike = {"train": [], "heldout_style": [twins], "heldout_cell": []}
     (case,) = emoji_cases(alike.get)
     assert "green apple, twemoji style" not in case.alternatives["concept"]
@@ -92,15 +92,15 @@ class Connoisseur:
         records = itertools.chain(*SPLITS.values())
         self._number = {r["captions"][1]: i for i, r in enumerate(records)}
 
-    def encode_texts(self, captions):
+    def texts(self, captions):
         numbers = [self._number.get(c, 6 + zlib.crc32(c.encode()) % 50) for c in captions]
         return np.eye(56)[numbers]
 
-    def encode_images(self, images):
+    def images(self, images):
         return np.eye(56)[(images[:, 0, 0, 0].astype(int) - 10) // 30]
 
 
-def test_the_study_samples_each_case_and_finds_true_images_right():
+def test_the_study_draws_each_case_and_finds_true_pictures_right():
     done = []
     rows = composition_study(
         tiny.model(),
@@ -108,23 +108,22 @@ def test_the_study_samples_each_case_and_finds_true_images_right():
         SPLITS.get,
         sampling=SamplingConfig(),
         n=2,
-        num_cases=1,
+        pairs=1,
         seed=0,
-        cache=ResultCache(None),
+        kept=Kept(None),
         progress=lambda *counts: done.append(counts),
     )
     assert done == [(4, 4)]
-    seen = ("samples", "reconstructions", "true")
-    held_out = ("samples", "nearest caption", "reconstructions", "true")
-    assert [(row["family"], row.get("cases"), row["images"]) for row in rows] == [
-        (family, cases, images)
+    held_out, seen = ("drawn", "nearest caption", "decoded", "true"), ("drawn", "decoded", "true")
+    assert [(row["family"], row.get("cases"), row["pictures"]) for row in rows] == [
+        (family, cases, pictures)
         for family in ("cell", "style")
         for cases, kinds in (("1 held out", held_out), ("1 seen", seen))
-        for images in kinds
+        for pictures in kinds
     ] + [("style", None, "chance"), ("cell", None, "chance")]
     for row in rows:
-        if row["images"] == "true":
+        if row["pictures"] == "true":
             assert row["all"] == [1, 1, 1]
-        if row["images"] == "nearest caption":
+        if row["pictures"] == "nearest caption":
             assert row["all"] == [0, 0, 0]
     assert rows[-2]["style"] == [0.5] * 3

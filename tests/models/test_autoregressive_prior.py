@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.autoregressive_prior import Prior, init_params
+from dalle_jax.models.autoregressive_prior import AutoregressivePrior, init_params
 from dalle_jax.models.masks import attention_mask, layer_kinds
 from dalle_jax.models.prior_config import PUBLISHED, PriorConfig
 
@@ -36,7 +36,7 @@ def _batch(config, size):
 
 @partial(jax.jit, static_argnames="config")
 def _apply(config, params, text, codes):
-    return Prior(config).apply({"params": params}, text, codes)
+    return AutoregressivePrior(config).apply({"params": params}, text, codes)
 
 
 def _forward(config, text, codes):
@@ -48,9 +48,9 @@ def _decode(config, text, codes):
 
     @jax.jit
     def steps(params, text, codes):
-        prior = Prior(config).bind({"params": params})
+        prior = AutoregressivePrior(config).bind({"params": params})
         caches = prior.prefill(text, samples=len(codes) // len(text))
-        decode = prior.decoder()
+        decode = prior.decode_step()
 
         def step(caches, inputs):
             logits, caches = decode(caches, *inputs)
@@ -153,7 +153,7 @@ def _influence(config):
     def outputs(inputs):
         embed = params["embed"] | inputs | {"code": jnp.concatenate([inputs["code"], last])}
         variables = {"params": params | {"embed": embed}}
-        text_logits, image_logits = Prior(config).apply(variables, text, codes)
+        text_logits, image_logits = AutoregressivePrior(config).apply(variables, text, codes)
         return jnp.concatenate([text_logits[0] @ probe[:V], image_logits[0] @ probe[V:]])
 
     probe = jax.random.normal(jax.random.key(5), (V + length,))
@@ -224,7 +224,7 @@ def test_samples_of_a_batch_do_not_see_each_other():
 @cache
 def _loss_and_gradients(**options):
     config = dataclasses.replace(TINY, depth=3, attention="dense")
-    prior, (text, codes) = Prior(config, **options), _batch(config, 2)
+    prior, (text, codes) = AutoregressivePrior(config, **options), _batch(config, 2)
 
     @jax.jit
     def of(params, text, codes):
@@ -247,13 +247,13 @@ def test_scanned_periods_keep_the_order_of_the_layers():
     config = dataclasses.replace(TINY, depth=9)  # two periods and one more
     text, codes = _batch(config, 2)
     variables = {"params": _parameters(config)}
-    got = jax.jit(Prior(config, scan=True).apply)(variables, text, codes)
+    got = jax.jit(AutoregressivePrior(config, scan=True).apply)(variables, text, codes)
     chex.assert_trees_all_close(got, _forward(config, text, codes), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_keeps_parameters_gradients_and_logits_in_float32():
     text, codes = _batch(TINY, 2)
-    prior = Prior(TINY, dtype=jnp.bfloat16)
+    prior = AutoregressivePrior(TINY, dtype=jnp.bfloat16)
 
     @jax.jit
     def loss(params):

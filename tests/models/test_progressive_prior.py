@@ -64,15 +64,15 @@ def test_cached_stages_equal_the_forward_pass():
     def in_stages(params, text, codes):
         prior = ProgressivePrior(TINY).bind({"params": params})
         room = ((0, 0), (0, CELLS + 1), (0, 0), (0, 0))  # one more, for what does not count
-        cache = jax.tree.map(lambda x: jnp.pad(x, room), prior.read(text))
+        cache = jax.tree.map(lambda x: jnp.pad(x, room), prior.prefill(text))
         found = []
         for cells in ([1, 0], [2, 3], [0, 1]):  # the second of the first stage does not count
             cells = jnp.asarray([cells])
             at, count = P + 2 * len(found) - (len(found) > 0), 1 if not found else 2
-            found.append(prior.ask(cache, cells, count=at))
+            found.append(prior.predict(cache, cells, count=at))
             pair = jnp.broadcast_to(cells, (2, 2))
             new = jnp.take_along_axis(codes, pair, axis=1)
-            cache = prior.write(cache, new, pair, at=at, count=count)
+            cache = prior.extend(cache, new, pair, at=at, count=count)
         return found
 
     first, second, third = in_stages(params(), text, codes)
@@ -92,7 +92,7 @@ def test_a_code_that_is_left_out_is_predicted_from_the_other_quarters(grid):
     @jax.jit
     def look(params, codes):
         prior = ProgressivePrior(config).bind({"params": params})
-        found = prior.leave_out(prior.read(text), codes)
+        found = prior.predict_left_out(prior.prefill(text), codes)
         stages = [jnp.asarray(quarter == q, int)[None] for q in range(4)]
         return found, jnp.stack([prior(text, codes, stage) for stage in stages])
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.generate import autoregressive_sampler
-from dalle_jax.generate.autoregressive_sampler import sample
+from dalle_jax.generate import autoregressive
+from dalle_jax.generate.autoregressive import sample
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.models.autoregressive_prior import Prior
+from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
 
 # four layers hold every kind: row, column, row, conv
@@ -20,9 +20,12 @@ TINY = PriorConfig(
 
 
 def _make_parameters():
-    """Weights large enough for captions to change what is sampled."""
+    """Weights large enough for captions to change what is drawn."""
     shapes = jax.eval_shape(
-        Prior(TINY).init, jax.random.key(0), jnp.zeros((1, 3), int), jnp.zeros((1, 9), int)
+        AutoregressivePrior(TINY).init,
+        jax.random.key(0),
+        jnp.zeros((1, 3), int),
+        jnp.zeros((1, 9), int),
     )
     generator = np.random.default_rng(0)
     return jax.tree.map(
@@ -47,7 +50,7 @@ def _keys(number, seed=0):
 
 @jax.jit
 def _full_forward(text, codes):
-    return Prior(TINY).apply({"params": PARAMETERS}, text, codes)[1]
+    return AutoregressivePrior(TINY).apply({"params": PARAMETERS}, text, codes)[1]
 
 
 def _uncached_greedy(text, guidance):
@@ -70,15 +73,10 @@ def test_greedy_codes_equal_uncached_guided_argmax(guidance):
 
 def test_guidance_of_one_equals_no_guidance_but_three_does_not():
     # bypasses the shortcut for 1, to compare the doubled batch with the single one
-    options = {
-        "temperature": jnp.float32(1),
-        "top_k": None,
-        "top_p": None,
-        "prompt_length": jnp.int32(0),
-    }
-    options["prompt_codes"] = jnp.zeros((5, 3, 3), jnp.int32)
+    options = {"temperature": jnp.float32(1), "top_k": None, "top_p": None, "kept": jnp.int32(0)}
+    options["given"] = jnp.zeros((5, 3, 3), jnp.int32)
     on, strong = (
-        autoregressive_sampler._sample(
+        autoregressive._sample(
             TINY, PARAMETERS, jnp.asarray(CAPTIONS), _keys(5), guidance=jnp.float32(s), **options
         )
         for s in (1.0, 3.0)
@@ -95,7 +93,7 @@ def test_callers_arrays_are_left_alone():
     np.testing.assert_array_equal(prompt, before[1])
 
 
-def test_same_key_samples_the_same_image_in_any_batch_and_row():
+def test_same_key_draws_the_same_picture_in_any_batch_and_row():
     keys = _keys(5)
     batch = draw(CAPTIONS, keys)
     np.testing.assert_array_equal(draw(CAPTIONS[3:4], keys[3:4])[0], batch[3])
@@ -104,14 +102,14 @@ def test_same_key_samples_the_same_image_in_any_batch_and_row():
     assert (draw(CAPTIONS, _keys(5, seed=1)) != batch).any()
 
 
-def test_samples_that_share_a_caption_equal_those_sampled_with_a_caption_each():
+def test_samples_that_share_a_caption_equal_those_drawn_with_a_caption_each():
     keys = _keys(15)
     shared = draw(CAPTIONS, keys, guidance=2.5)
     np.testing.assert_array_equal(shared, draw(CAPTIONS.repeat(3, 0), keys, guidance=2.5))
     assert len(np.unique(shared[:3].reshape(3, -1), axis=0)) == 3
 
 
-def test_the_first_code_is_sampled_with_the_probability_of_the_prior():
+def test_the_first_code_is_drawn_with_the_probability_of_the_prior():
     number = 4000
     logits = _full_forward(CAPTIONS[:1], np.zeros((1, 9), int))[0, 0]
     first = draw(CAPTIONS[:1], _keys(number), temperature=0.5)[:, 0, 0]
@@ -156,10 +154,10 @@ def test_new_values_do_not_compile_again():
     prompt = np.ones((5, 3, 3), int)
     draw(CAPTIONS, _keys(5), temperature=1.0)
     draw(CAPTIONS, _keys(5), guidance=2.0)
-    before = autoregressive_sampler._sample._cache_size()
+    before = autoregressive._sample._cache_size()
     draw(CAPTIONS, _keys(5, seed=3), temperature=0, prompt_codes=prompt, keep_rows=2)
     draw(CAPTIONS, _keys(5), temperature=0.3, guidance=4.0)
-    assert autoregressive_sampler._sample._cache_size() == before
+    assert autoregressive._sample._cache_size() == before
 
 
 def test_codes_are_int32_within_the_codebook():
@@ -196,17 +194,17 @@ def test_wrong_caption_length_says_what_the_config_needs():
         draw(CAPTIONS[:, :2], _keys(5))
 
 
-def test_keys_must_be_typed_and_one_an_image():
+def test_keys_must_be_typed_and_one_a_picture():
     unchecked = getattr(sample, "__wrapped__", sample)  # the shape checker would refuse them first
     with pytest.raises(
-        ValueError, match=r"got 5 captions and keys of shape \(4,\); give one key per image"
+        ValueError, match=r"got 5 captions and keys of shape \(4,\); give one key an"
     ):
         unchecked(TINY, PARAMETERS, CAPTIONS, _keys(4))
     with pytest.raises(ValueError, match=r"keys have dtype uint32, but must come from jax.random"):
         unchecked(TINY, PARAMETERS, CAPTIONS, jax.random.key_data(_keys(5)))
 
 
-def test_grid_of_one_and_one_layer_samples():
+def test_grid_of_one_and_one_layer_draws():
     config = dataclasses.replace(TINY, depth=1, grid=1)
     cut = jax.tree.map(lambda x: x[:1], PARAMETERS["layers"])
     codes = sample(config, PARAMETERS | {"layers": cut, "embed": _cut_grid()}, EMPTY, _keys(1))

@@ -1,6 +1,6 @@
-"""A CLIP that scores how well images fit captions.
+"""A contrastive model, ready to say how well pictures fit captions.
 
-Its folder stands alone, or is the folder `clip` of a model folder:
+Its folder stands alone, or lies as `clip` in a model folder:
 
     config.json           format, name, sizes, fingerprints of the files
     clip.safetensors      weights, rounded as those of a model folder
@@ -21,10 +21,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, UInt8
 
-from dalle_jax.generate import model_folder as files
-from dalle_jax.generate.micro_batching import micro_batches
-from dalle_jax.generate.model_folder import ModelError
-from dalle_jax.generate.part_checks import check_tensors, shapes
+from dalle_jax.generate import folder as files
+from dalle_jax.generate.batching import micro_batches
+from dalle_jax.generate.fit import check_tensors, shapes
+from dalle_jax.generate.folder import ModelError
 from dalle_jax.image import pixels
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.text.bpe import Tokenizer
@@ -32,7 +32,7 @@ from dalle_jax.text.caption import normalize_caption
 
 
 class Clip:
-    """A contrastive model and its tokenizer."""
+    """A contrastive model and the tokenizer that belongs to it."""
 
     def __init__(
         self,
@@ -46,17 +46,17 @@ class Clip:
         fingerprints: dict[str, str] | None = None,
         kernels: files.Dtype = "bfloat16",
     ):
-        """Checks that the parts belong to each other.
+        """Puts the parts together and checks that they belong to each other.
 
         Args:
-          name: a short name, for messages.
+          name: short name, shown to people.
           config: its sizes.
           params: its nested parameters.
           tokenizer: the tokenizer it was trained with.
           card: text of its card, Markdown, with the attribution of the data.
-          license: text of the weights' licence.
-          fingerprints: of the parts as they were saved; None for those of these parts.
-          kernels: dtype that kernels are rounded to and stored in; float32 for imported models.
+          license: text of the terms for the weights.
+          fingerprints: of the parts as they were saved; None for the ones given.
+          kernels: what kernels are rounded to and stored in; float32 for those of others.
         Raises:
           ModelError: if a part has other sizes, or does not belong.
         """
@@ -86,7 +86,7 @@ class Clip:
         Raises:
           ModelError: if there is no CLIP, or a file is damaged or belongs to another.
         """
-        folder = files.find_folder(name_or_folder)
+        folder = files.find(name_or_folder)
         config = files.read_config(folder)
         if "clip" not in config:
             if not (folder / files.CLIP_FOLDER / files.CONFIG).is_file():
@@ -103,7 +103,7 @@ class Clip:
             raise ModelError(f"{folder / files.CONFIG} lacks {error}; restore it") from error
         return cls(
             name=name,
-            config=files.config_from_fields(CLIPConfig, fields, folder),
+            config=files.sizes(CLIPConfig, fields, folder),
             params=files.to_params(files.read_tensors(folder / files.CLIP)),
             tokenizer=Tokenizer.load(folder / files.TOKENIZER),
             fingerprints=fingerprints,
@@ -112,12 +112,12 @@ class Clip:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the folder under a temporary name and renames it; replaces an older CLIP.
+        """Writes the folder, whole or not at all; an older CLIP there is replaced.
 
         Raises:
           ModelError: if the folder holds anything else.
         """
-        with files.replace_folder(folder) as new:
+        with files.replacing(folder) as new:
             self.write(new)
 
     def write(self, folder: Path) -> None:
@@ -135,8 +135,8 @@ class Clip:
         self.tokenizer.save(folder / files.TOKENIZER)
         files.write_texts(folder, card=self.card, license=self.license)
 
-    def encode_images(self, images: ArrayLike | Sequence[ArrayLike]) -> Float[np.ndarray, "B E"]:
-        """Features of images.
+    def images(self, images: ArrayLike | Sequence[ArrayLike]) -> Float[np.ndarray, "B E"]:
+        """Gives the features of pictures.
 
         Args:
           images: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3] of any sizes; those that are
@@ -144,15 +144,17 @@ class Clip:
         Returns:
           Vectors of length 1, in float32.
         Raises:
-          UserError: if an image is not uint8 with three channels.
+          UserError: if a picture is not uint8 with three channels.
         """
-        squares: np.ndarray = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
+        squares = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
         for i, image in enumerate(images):
             squares[i] = pixels.square(np.asarray(image), self.config.px)
         return self._features("encode_images", squares)
 
-    def encode_texts(self, captions: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        """Features of captions, which are normalized and truncated as in training.
+    def texts(self, captions: Sequence[str]) -> Float[np.ndarray, "B E"]:
+        """Gives the features of captions; one that is too long is cut, and the log says so.
+
+        White space around them does not count.
 
         Returns:
           Vectors of length 1, in float32.
@@ -164,23 +166,23 @@ class Clip:
     def score(
         self, captions: Sequence[str], images: UInt8[np.ndarray, "U n H W 3"]
     ) -> Float[np.ndarray, "U n"]:
-        """Scores how well images fit captions.
+        """Says how well pictures fit captions.
 
         Args:
           captions: U of them.
-          images: n images for each caption, as `Model.generate` returns them.
+          images: n pictures for each caption, as `Model.generate` draws them.
         Returns:
           Cosine similarities in [-1, 1].
         Raises:
-          ValueError: if the numbers of captions and of rows of images differ.
+          ValueError: if there is another number of captions than of rows of pictures.
         """
         U, n = images.shape[:2]
         if len(captions) != U:
             raise ValueError(
-                f"got {len(captions)} captions and {U} rows of images; give a row for each"
+                f"got {len(captions)} captions and {U} rows of pictures; give a row for each"
             )
-        seen = self.encode_images(images.reshape(U * n, *images.shape[2:])).reshape(U, n, -1)
-        return np.einsum("UE,UnE->Un", self.encode_texts(captions), seen)
+        seen = self.images(images.reshape(U * n, *images.shape[2:])).reshape(U, n, -1)
+        return np.einsum("UE,UnE->Un", self.texts(captions), seen)
 
     def __repr__(self):
         million = sum(leaf.size for leaf in jax.tree.leaves(self.params)) / 1e6
@@ -203,14 +205,14 @@ class Clip:
 def retrieval_accuracy(
     images: Float[np.ndarray, "B E"], texts: Float[np.ndarray, "B E"], captions: Sequence[Hashable]
 ) -> dict[str, float]:
-    """How often images and captions find each other in a set.
+    """How often pictures and captions find each other in a set.
 
-    Equal captions count once. An image is right if its caption is among the k nearest of all
-    different captions; a caption, if one of its images is among the k nearest of all images,
-    where more images of the same caption take no place. Ties are wrong.
+    Equal captions count once. A picture is right if its caption is among the k nearest of all
+    different captions; a caption, if one of its pictures is among the k nearest of all pictures,
+    where more pictures of the same caption take no place. Ties are wrong.
 
     Args:
-      images: features of B images.
+      images: features of B pictures.
       texts: features of their captions, in the same order.
       captions: the captions, or anything that is equal where they are.
     Returns:
@@ -222,7 +224,7 @@ def retrieval_accuracy(
     first = np.unique(owner, return_index=True)[1]
     similarity = images @ texts[first].T  # B U
     own = owner[:, None] == np.arange(len(first))[None]
-    right = similarity[own]  # each image has one caption
+    right = similarity[own]  # each picture has one caption
     ahead = {"image_to_text": (~own & (similarity >= right[:, None])).sum(axis=1)}
     right = np.where(own, similarity, -np.inf).max(axis=0)
     ahead["text_to_image"] = (~own & (similarity >= right[None])).sum(axis=0)
