@@ -17,16 +17,17 @@ from pathlib import Path
 from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
 from dalle_jax.data.paraphrase import Paraphrased
 from dalle_jax.data.sources import ConcatSource
-from dalle_jax.generate.model_folder import default_captions
+from dalle_jax.generate.folder import listed
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.train.clip_stage import ClipRun, short_clip_run
 from dalle_jax.train.dvae_stage import DVAERun, short_dvae_run
-from dalle_jax.train.experiment import Data, main
+from dalle_jax.train.experiment import main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorRun, short_prior_run
+from dalle_jax.train.trainers import Data
 from dalle_jax.train.vqgan_stage import VQGANRun
 
 LICENSE = (
@@ -52,7 +53,7 @@ class EmojiOptions:
         return Data(
             train=Paraphrased(ConcatSource(*map(split, self.splits))),
             validation=split("validation"),
-            captions=default_captions("emoji"),
+            captions=listed("emoji"),
             attribution=ATTRIBUTION,
             license=LICENSE,
         )

@@ -20,16 +20,17 @@ import tyro
 from curves import compare
 
 import dalle_jax
-from dalle_jax.compilation_cache import enable_compilation_cache
+from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches
 from dalle_jax.data.shapes import ShapesSource
-from dalle_jax.malloc import reuse_freed_memory
+from dalle_jax.memory import keep_memory
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.encode import EncodedBatches
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorStage, short_prior_run
+from dalle_jax.train.train_step import make_train_step
 
 BATCH, TEXT, IMAGE = 8, 24, 256
 PAPER_BATCH, PAPER_TOKENS = 1024, 1280
@@ -59,8 +60,8 @@ class OneOfMany(PriorStage):
 
 def main(options: Options) -> None:
     """Trains them all and compares them."""
-    reuse_freed_memory()
-    enable_compilation_cache()
+    keep_memory()
+    keep_programs()
     tokens = dalle_jax.load("emoji")
     source = ShapesSource("train", px=tokens.px)
     captions = [caption for i in range(len(source)) for caption in source[i]["captions"]]
@@ -114,7 +115,7 @@ def stage_of(options, tokens, tokenizer, precision, sums, *, scaled):
         grad_dtype=sums,
     )
     stage = OneOfMany(
-        run, tokens=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()
+        run, codec_model=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()
     )
     if not scaled:
         stage.scaling = None
@@ -126,7 +127,7 @@ def train(stage, data):
     state = jax.jit(lambda key: state_lib.init_state(stage, key))(jax.random.key(0))
     # On a CPU XLA leaves out conversions to float16 and back, unless told to be exact about them.
     exact = {"xla_allow_excess_precision": False}
-    update = state_lib.make_train_step(stage).lower(state, data[0]).compile(compiler_options=exact)
+    update = make_train_step(stage).lower(state, data[0]).compile(compiler_options=exact)
     curve, skipped = [], 0
     for batch in data:
         state, metrics = update(state, batch)

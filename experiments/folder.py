@@ -17,9 +17,10 @@ from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.train.clip_stage import ClipRun, short_clip_run
 from dalle_jax.train.dvae_stage import DVAERun, short_dvae_run
-from dalle_jax.train.experiment import Data, main
+from dalle_jax.train.experiment import main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorRun, short_prior_run
+from dalle_jax.train.trainers import Data
 from dalle_jax.train.vqgan_stage import VQGANRun
 
 

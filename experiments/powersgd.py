@@ -20,21 +20,22 @@ import tyro
 from curves import compare
 
 import dalle_jax
-from dalle_jax.compilation_cache import enable_compilation_cache
+from dalle_jax.compiled import keep_programs
 from dalle_jax.data.batches import batches
 from dalle_jax.data.emoji import emoji_source
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.generate.model import Model
-from dalle_jax.malloc import reuse_freed_memory
+from dalle_jax.memory import keep_memory
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig, sent_bytes
-from dalle_jax.parallel.powersgd_groups import Groups
+from dalle_jax.parallel.powersgd_groups import PowerSGDGroups
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.encode import EncodedBatches
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorStage, short_prior_run
+from dalle_jax.train.train_step import make_train_step
 
 PX = 32
 SOURCES = {"shapes": ShapesSource, "emoji": emoji_source}
@@ -65,8 +66,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Trains without compression and with each rank, and compares."""
-    reuse_freed_memory()
-    enable_compilation_cache()
+    keep_memory()
+    keep_programs()
     shipped = dalle_jax.load("emoji")
     tokens = Model(name="shapes", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
     source = SOURCES[options.data]("train", px=PX)
@@ -107,7 +108,7 @@ def stage_of(options, tokens, tokenizer):
         grad_clip_norm=1.0,
     )
     return PriorStage(
-        run, tokens=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()
+        run, codec_model=tokens, tokenizer=tokenizer, validation=lambda: iter(()), captions=()
     )
 
 
@@ -115,7 +116,7 @@ def train(stage, data, rank):
     """The loss of every update."""
     mesh = make_mesh(MeshConfig())
     config = PowerSGDConfig(rank=rank)
-    groups = None if rank is None else Groups(config, mesh)
+    groups = None if rank is None else PowerSGDGroups(config, mesh)
 
     def create(key):
         return state_lib.init_state(stage, key, groups)
@@ -124,9 +125,9 @@ def train(stage, data, rank):
     shapes = jax.eval_shape(create, key)
     if groups:
         say_bytes(shapes.params, config, groups.count)
-    places = state_lib.shardings(shapes, mesh, stage.rules, groups)
-    state = jax.jit(create, out_shardings=places)(key)
-    update = state_lib.make_train_step(stage, places=places, groups=groups)
+    shardings = state_lib.state_shardings(shapes, mesh, stage.rules, groups)
+    state = jax.jit(create, out_shardings=shardings)(key)
+    update = make_train_step(stage, shardings=shardings, groups=groups)
     curve = []
     for batch in data:
         state, metrics = update(state, place_batch(mesh, batch))

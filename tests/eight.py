@@ -12,19 +12,20 @@ import jax
 import numpy as np
 import tiny
 
-from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import folder as files
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig
-from dalle_jax.parallel.powersgd_groups import Groups
+from dalle_jax.parallel.powersgd_groups import PowerSGDGroups
 from dalle_jax.planner import plan
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.clip_stage import ClipStage, short_clip_run
 from dalle_jax.train.dvae_stage import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorStage, short_prior_run
+from dalle_jax.train.train_step import make_train_step
 
 LOOP = LoopConfig(steps=100)
 MUON = MeshConfig(data=2, fsdp=4)
@@ -46,7 +47,7 @@ def stage(name, **changes):
     if name == "dvae":
         sizes = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
         run = short_dvae_run(model=sizes, loop=LOOP, px=16, batch_size=16, kmeans_init=False)
-        return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
+        return DVAEStage(run, init_images=lambda: None, validation=lambda: iter(()))
     if name == "clip":
         sizes = CLIPConfig(**CLIP, text_vocabulary=40)
         run = short_clip_run(model=sizes, loop=LOOP, batch_size=16, micro_batch=8)
@@ -57,7 +58,7 @@ def stage(name, **changes):
     run = short_prior_run(loop=LOOP, batch_size=16, **changes)
     return PriorStage(
         run,
-        tokens=tiny.model(),
+        codec_model=tiny.model(),
         tokenizer=tiny.tokenizer(),
         validation=lambda: iter(()),
         captions=(),
@@ -76,8 +77,8 @@ def batch(name):
 
 def two_updates(name, mesh=None, accumulation_steps=1, rank=None):
     """State and metrics after them; without a mesh on one device."""
-    this, data, places, key = stage(name), batch(name), None, jax.random.key(0)
-    groups = Groups(PowerSGDConfig(rank=rank), mesh) if rank else None
+    this, data, shardings, key = stage(name), batch(name), None, jax.random.key(0)
+    groups = PowerSGDGroups(PowerSGDConfig(rank=rank), mesh) if rank else None
 
     def create(key):
         return state_lib.init_state(this, key, groups)
@@ -85,16 +86,16 @@ def two_updates(name, mesh=None, accumulation_steps=1, rank=None):
     if mesh is None:
         state = jax.jit(create)(key)
     else:
-        places = state_lib.shardings(jax.eval_shape(create, key), mesh, this.rules, groups)
-        state = jax.jit(create, out_shardings=places)(key)
+        shardings = state_lib.state_shardings(jax.eval_shape(create, key), mesh, this.rules, groups)
+        state = jax.jit(create, out_shardings=shardings)(key)
         data = place_batch(mesh, data)
-    update = state_lib.make_train_step(
-        this, places=places, groups=groups, accumulation_steps=accumulation_steps
+    update = make_train_step(
+        this, shardings=shardings, groups=groups, accumulation_steps=accumulation_steps
     )
     for _ in range(2):
         state, metrics = update(state, data)
-    if places is not None:
-        jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), state, places)
+    if shardings is not None:
+        jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), state, shardings)
     assert metrics.pop("skipped", 0) == 0
     return {"params": state.params, "ema_params": state.ema_params, "metrics": metrics}
 
@@ -118,7 +119,7 @@ def drawn(**where):
 
 def main(folder):
     (folder / "sent.json").write_text(json.dumps(sent_with_muon()))
-    files.CHUNK = 2**9  # bytes: tensors of the tiny model leave their devices in pieces
+    files.PIECE = 2**9  # bytes: tensors of the tiny model leave their devices in pieces
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     for name, where in (("whole", {}), ("spread", {"mesh": mesh})):
         model, images = drawn(**where)

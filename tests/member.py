@@ -23,7 +23,7 @@ from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.parallel.processes import ProcessConfig, join
 from dalle_jax.train import checkpoint
 from dalle_jax.train.loop import LoopConfig, train
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 folder, port, index, count, steps = sys.argv[1], *map(int, sys.argv[2:6])
 pause = float(sys.argv[6]) if len(sys.argv) > 6 else 0.0

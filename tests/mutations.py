@@ -22,7 +22,7 @@ LOOP = "train/test_settings_reach_loop.py -k "
 BATCHES = "data/test_batches.py"
 DISTANCES = "evaluate/test_distances.py"
 PIXELS = "image/test_pixels.py"
-GOLDEN = "generate/test_golden.py::test_a_shipped_prior_samples_its_golden_codes"
+GOLDEN = "generate/test_golden.py::test_a_shipped_prior_draws_its_golden_codes"
 POWERSGD = "parallel/test_powersgd.py"
 
 MUTANTS = [
@@ -165,56 +165,56 @@ MUTANTS = [
     # What an experiment asks for and exports
     Mutant(
         "prior-mirrored",
-        "train/experiment.py",
+        "train/trainers.py",
         'crop="prior",\n        bpe_dropout',
         'crop="dvae",\n        bpe_dropout',
         EXPERIMENT,
     ),
     Mutant(
         "clip-mirrored",
-        "train/experiment.py",
+        "train/trainers.py",
         'crop="prior",  # not mirrored',
         'crop="dvae",  # not mirrored',
         EXPERIMENT,
     ),
     Mutant(
         "no-bpe-dropout",
-        "train/experiment.py",
+        "train/trainers.py",
         "bpe_dropout=run.bpe_dropout",
         "bpe_dropout=0.0",
         EXPERIMENT,
     ),
     Mutant(
         "no-caption-dropout",
-        "train/experiment.py",
+        "train/trainers.py",
         "caption_dropout=run.caption_dropout",
         "caption_dropout=0.0",
         EXPERIMENT,
     ),
     Mutant(
         "codec-exports-raw-weights",
-        "train/experiment.py",
+        "train/trainers.py",
         "stage.network(state.ema_params)",
         "stage.network(state.params)",
         EXPERIMENT,
     ),
     Mutant(
         "prior-exports-raw-weights",
-        "train/experiment.py",
+        "train/trainers.py",
         "stage.to_model(state.ema_params, card=card",
         "stage.to_model(state.params, card=card",
         EXPERIMENT,
     ),
     Mutant(
         "clip-exports-raw-weights",
-        "train/experiment.py",
+        "train/trainers.py",
         "params=jax.device_get(gather_to_host(state.ema_params)),\n        tokenizer",
         "params=jax.device_get(gather_to_host(state.params)),\n        tokenizer",
         EXPERIMENT,
     ),
     Mutant(
         "export-not-rounded",
-        "generate/model_folder.py",
+        "generate/folder.py",
         "np.float32 if exact else ml_dtypes.bfloat16",
         "np.float32",
         EXPERIMENT,
@@ -253,24 +253,24 @@ MUTANTS = [
     ),
     Mutant(
         "ema-of-the-old-params",
-        "train/state.py",
-        "ema_decay * a + (1 - ema_decay) * p",
-        "ema_decay * p + (1 - ema_decay) * a",
-        "train/test_state.py",
+        "train/train_step.py",
+        "decay * e + (1 - decay) * p",
+        "decay * p + (1 - decay) * e",
+        "train/test_train_step.py",
     ),
     Mutant(
         "accumulated-sum",
-        "train/state.py",
+        "train/train_step.py",
         "lambda x: x / k, total",
         "lambda x: x, total",
-        "train/test_state.py",
+        "train/test_train_step.py",
     ),
     Mutant(
         "one-key-for-all-micro-batches",
-        "train/state.py",
-        "jax.random.fold_in(key, index), step",
-        "key, step",
-        "train/test_state.py",
+        "train/train_step.py",
+        "jax.random.fold_in(key, index), step, **scales",
+        "key, step, **scales",
+        "train/test_train_step.py",
     ),
     # Losses
     Mutant(
@@ -335,8 +335,8 @@ MUTANTS = [
     Mutant(
         "query-places-exchanged",
         "models/progressive_prior.py",
-        'self.embed[f"{of}row"][cells // G]',
-        'self.embed[f"{of}row"][cells % G]',
+        'self.embed_cells(cells, "query_")',
+        'self.embed_cells(cells % self.config.grid, "query_")',
         "models/test_progressive_prior.py",
     ),
     Mutant(
@@ -355,17 +355,17 @@ MUTANTS = [
     ),
     Mutant(
         "guidance-does-not-rise",
-        "generate/progressive_sampler.py",
+        "generate/progressive.py",
         "1 + (guidance - 1) * share",
         "guidance",
-        "generate/test_progressive_sampler.py -k guidance",
+        "generate/test_progressive.py -k guidance",
     ),
     Mutant(
         "revision-replaces-everything",
-        "generate/progressive_sampler.py",
-        "(margin >= REVISION_MARGIN)",
-        "(margin >= 0)",
-        "generate/test_progressive_sampler.py -k revision",
+        "generate/progressive.py",
+        "(doubt >= DOUBT)",
+        "(doubt >= 0)",
+        "generate/test_progressive.py -k revision",
     ),
     Mutant(
         "revision-sees-the-code-it-judges",
@@ -377,21 +377,21 @@ MUTANTS = [
     # Networks
     Mutant(
         "rows-and-columns-exchanged",
-        "models/autoregressive_prior.py",
-        'self.embed["row"][position // G] + self.embed["column"][position % G]',
-        'self.embed["column"][position // G] + self.embed["row"][position % G]',
+        "models/transformer.py",
+        "row[cells // G] + column[cells % G]",
+        "column[cells // G] + row[cells % G]",
         GOLDEN + "[people-prior]",
     ),
     Mutant(
         "pads-look-like-tokens",
-        "models/autoregressive_prior.py",
+        "models/transformer.py",
         "(text < V)[..., None], token",
         "(text <= V)[..., None], token",
         "models/test_autoregressive_prior.py -k pad",
     ),
     Mutant(
         "initial-residual-branches",
-        "models/prior_config.py",
+        "models/transformer.py",
         "residual = (2 * L) ** -0.5",
         "residual = L**-0.5",
         "models/test_autoregressive_prior.py -k initial",
@@ -587,9 +587,9 @@ MUTANTS = [
     ),
     Mutant(
         "overflow-moves-the-moments",
-        "train/state.py",
-        "_unless(~well, opt_state, state.opt_state)",
-        "opt_state",
+        "train/train_step.py",
+        "unless_skipped(new.opt_state, state.opt_state)",
+        "new.opt_state",
         "train/test_resblock_scaling.py",
     ),
     Mutant(
@@ -602,8 +602,8 @@ MUTANTS = [
     Mutant(
         "errors-forgotten",
         "parallel/powersgd.py",
-        "_stored(e - sent, config), kept",
-        "_stored(0 * e, config), kept",
+        "_stored(e - sent, config), unsent",
+        "_stored(0 * e, config), unsent",
         POWERSGD + " -k equals_numpy",
     ),
     Mutant(
@@ -645,49 +645,49 @@ MUTANTS = [
     # Drawing
     Mutant(
         "top-k",
-        "generate/logits.py",
+        "generate/filters.py",
         "inside & (rank < top_k)",
         "inside & (rank <= top_k)",
-        "generate/test_logits.py",
+        "generate/test_filters.py",
     ),
     Mutant(
         "top-p",
-        "generate/logits.py",
+        "generate/filters.py",
         "jnp.cumsum(share, axis=-1) - share",
         "jnp.cumsum(share, axis=-1)",
-        "generate/test_logits.py",
+        "generate/test_filters.py",
     ),
     Mutant(
         "guidance",
-        "generate/autoregressive_sampler.py",
+        "generate/autoregressive.py",
         "without + guidance * (with_caption - without)",
         "with_caption + guidance * (with_caption - without)",
-        "generate/test_autoregressive_sampler.py -k greedy_codes",
+        "generate/test_autoregressive.py -k greedy_codes",
     ),
     Mutant(
         "temperature",
-        "generate/logits.py",
+        "generate/drawing.py",
         "logits / jnp.where(greedy, 1, temperature)",
         "logits * jnp.where(greedy, 1, temperature)",
-        "generate/test_autoregressive_sampler.py -k temperature",
+        "generate/test_autoregressive.py -k temperature",
     ),
     Mutant(
         "same-noise-everywhere",
-        "generate/autoregressive_sampler.py",
+        "generate/autoregressive.py",
         "jax.vmap(jax.random.fold_in, (0, None))(keys, position)",
         "jax.vmap(jax.random.fold_in, (0, None))(keys, 0 * position)",
         GOLDEN + "[people-prior]",
     ),
     Mutant(
         "one-row-more-is-kept",
-        "generate/autoregressive_sampler.py",
-        "position < prompt_length",
-        "position <= prompt_length",
-        "generate/test_autoregressive_sampler.py -k kept_rows",
+        "generate/autoregressive.py",
+        "position < kept",
+        "position <= kept",
+        "generate/test_autoregressive.py -k kept_rows",
     ),
     Mutant(
         "captions-share-their-noise",
-        "generate/code_sampler.py",
+        "generate/grids.py",
         'zlib.crc32(prompt.lower().encode("utf-8", "replace"))',
         "0",
         GOLDEN + "[people-prior]",
@@ -745,8 +745,8 @@ MUTANTS = [
     Mutant(
         "precision-and-recall-exchanged",
         "evaluate/distances.py",
-        "return _share_among(sampled, real, neighbours), _share_among(real, sampled, neighbours)",
-        "return _share_among(real, sampled, neighbours), _share_among(sampled, real, neighbours)",
+        "return _share_among(drawn, real, neighbours), _share_among(real, drawn, neighbours)",
+        "return _share_among(real, drawn, neighbours), _share_among(drawn, real, neighbours)",
         DISTANCES,
     ),
     Mutant(

@@ -23,9 +23,10 @@ from dalle_jax.parallel.sharding_rules import shardings
 from dalle_jax.train import manifest
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
+from dalle_jax.train.stage import Stage
 
 
-class Stage(state_lib.Stage):
+class Toy(Stage):
     name = "remesh"
     optimizer = optax.with_extra_args_support(optax.adamw(1e-2))
     rules = (("in", Spec(None, "fsdp")), ("out", Spec("fsdp")))
@@ -40,7 +41,7 @@ class Stage(state_lib.Stage):
 
 def created():
     """A state of which no two arrays are equal."""
-    state = state_lib.init_state(Stage(), jax.random.key(0))
+    state = state_lib.init_state(Toy(), jax.random.key(0))
     double = partial(jax.tree.map, lambda x: 2 * x)
     moments = jax.tree.map(lambda x: x + 3, state.opt_state)
     return state.replace(
@@ -49,8 +50,8 @@ def created():
 
 
 def on_mesh(config):
-    places = shardings(jax.eval_shape(created), make_mesh(config), Stage.rules)
-    return jax.jit(created, out_shardings=places)(), places
+    placed = shardings(jax.eval_shape(created), make_mesh(config), Toy.rules)
+    return jax.jit(created, out_shardings=placed)(), placed
 
 
 def readable(state):
@@ -70,9 +71,9 @@ def main(folder, port, index, count):
         if count == 1:
             state, _ = on_mesh(MeshConfig(data=8))
             checkpoints.save(1, state, {}, {})
-        wanted, places = on_mesh(MeshConfig(data=2, fsdp=4))
+        wanted, placed = on_mesh(MeshConfig(data=2, fsdp=4))
         _, state, _, _ = checkpoints.restore(wanted)
-        for x, place in zip(*map(jax.tree.leaves, (state, places)), strict=True):
+        for x, place in zip(*map(jax.tree.leaves, (state, placed)), strict=True):
             assert x.sharding.is_equivalent_to(place, x.ndim)
         chex.assert_trees_all_equal(readable(state), readable(wanted))
     if count > 1:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 import tiny
 
 from dalle_jax.data.shapes import ShapesSource
-from dalle_jax.train import experiment
+from dalle_jax.train import trainers
 from dalle_jax.train.clip_stage import ClipRun, ClipStage
 from dalle_jax.train.dvae_stage import DVAERun, DVAEStage
 from dalle_jax.train.loop import LoopConfig
@@ -73,16 +72,16 @@ def images(count=32):
     return np.random.default_rng(0).integers(0, 256, (count, tiny.PX, tiny.PX, 3), np.uint8)
 
 
-def stage(run, *, tokens=None):
+def stage(run, *, codec_model=None):
     """The stage of a run; `tokens` is the codec, without a prior if not given."""
     if isinstance(run, ClipRun):
         return ClipStage(run, validation={})
     if isinstance(run, DVAERun | VQGANRun):
         kind = DVAEStage if isinstance(run, DVAERun) else VQGANStage
-        return kind(run, start_images=images, validation=lambda: iter(()))
+        return kind(run, init_images=images, validation=lambda: iter(()))
     return (ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage)(
         run,
-        tokens=tokens or codec(),
+        codec_model=codec_model or codec(),
         tokenizer=tiny.tokenizer(),
         validation=lambda: iter(()),
         captions=["red apple"],
@@ -155,30 +154,26 @@ def experiment_of(run, *, train_too=True):
         return SimpleNamespace(ema_params=average, params=params, step=run.loop.steps)
 
     train_set, validation = (ShapesSource(x, px=tiny.PX) for x in ("train", "validation"))
-    data = experiment.Data(
+    data = trainers.Data(
         train=train_set, validation=validation, captions=["red apple"], attribution=""
     )
     known = {id(train_set): "images", id(validation): "validation images"}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.suppress(Reached),
-    ):
-        workdir = Path(folder)
-        patch.setattr(experiment, "batches", batches)
-        patch.setattr(experiment, "train", train)
-        patch.setattr(experiment, "cached_codes", lambda x, *_: f"codes of {known[id(x)]}")
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Reached):
+        patch.setattr(trainers, "batches", batches)
+        patch.setattr(trainers, "train", train)
+        patch.setattr(trainers, "cached_codes", lambda x, *_: f"codes of {known[id(x)]}")
         patch.setattr(
-            experiment, "cached_reconstructions", lambda x, *_: f"reconstructed {known[id(x)]}"
+            trainers, "cached_reconstructions", lambda x, *_: f"reconstructed {known[id(x)]}"
         )
-        patch.setattr(experiment, "ConcatSource", lambda x, y: f"{known[id(x)]}, {y}")
-        patch.setattr(experiment, "run_tokenizer", lambda *_, **__: tiny.tokenizer())
-        patch.setattr(experiment.Model, "save", lambda *_: None)
-        patch.setattr(experiment.Clip, "save", lambda *_: None)
+        patch.setattr(trainers, "ConcatSource", lambda x, y: f"{known[id(x)]}, {y}")
+        patch.setattr(trainers, "run_tokenizer", lambda *_, **__: tiny.tokenizer())
+        patch.setattr(trainers.Model, "save", lambda *_: None)
+        patch.setattr(trainers.Clip, "save", lambda *_: None)
+        folder = Path("nowhere")
         if isinstance(run, ClipRun):
-            seen.model = experiment.train_clip(run, data, codec(), name="tiny", workdir=workdir)
+            seen.model = trainers.train_clip(run, data, codec(), name="tiny", workdir=folder)
         elif isinstance(run, PriorRun):
-            seen.model = experiment.train_prior(run, data, codec(), workdir=workdir)
+            seen.model = trainers.train_prior(run, data, codec(), workdir=folder)
         else:
-            seen.model = experiment.train_codec(run, data, name="tiny", workdir=workdir)
+            seen.model = trainers.train_codec(run, data, name="tiny", workdir=folder)
     return seen

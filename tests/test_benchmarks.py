@@ -18,7 +18,7 @@ import tiny
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 SCRIPTS = Path(__file__).parent.parent / "experiments" / "benchmarks"
 PRIOR = PriorConfig(

@@ -7,9 +7,9 @@ PACKAGE = Path(__file__).parent.parent / "dalle_jax"
 
 # Each room, and the rooms above it in this table that it may import.
 ROOMS = {
-    "cache_folder": set(),
-    "compilation_cache": {"cache_folder"},
-    "malloc": set(),
+    "cache": set(),
+    "compiled": {"cache"},
+    "memory": set(),
     "terminal": set(),
     "image": set(),
     "text": set(),
@@ -18,22 +18,23 @@ ROOMS = {
     "optim": set(),
     "parallel": {"precision"},
     "models": {"image", "precision"},
-    "data": {"cache_folder", "image", "text"},
+    "data": {"cache", "image", "text"},
     "weights": {"text", "models"},
     "generate": {"image", "text", "precision", "parallel", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets are drawn, and models written, by what users call
-    | {"compilation_cache", "malloc", "terminal"},
+    | {"compiled", "memory", "terminal"},
     "planner": {"parallel", "models", "train"},
     "evaluate": {"image", "text", "precision", "losses", "models", "data", "generate", "weights"},
     "serve": {"image", "generate"},
-    "__init__": {"compilation_cache", "malloc", "generate"},
+    "__init__": {"compiled", "memory", "generate"},
 }
-ROOMS["option_checks"] = set()
+ROOMS["options"] = set()
 ROOMS["commands"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
-ROOMS = {"extras": set()} | {room: below | {"extras"} for room, below in ROOMS.items()}
-ROOMS = {"errors": set()} | {room: below | {"errors"} for room, below in ROOMS.items()}
+# What every room may import.
+BASE = {"errors": set(), "atomic": set()}
+ROOMS = BASE | {room: below | set(BASE) for room, below in ROOMS.items()}
 
 # Slow or large to import: a user who only draws pictures should not wait for them.
 HEAVY = {"grain", "tensorflow_datasets", "array_record", "orbax", "optax"}

@@ -7,11 +7,11 @@ from dalle_jax import terminal
 from dalle_jax.data.sources import SourceError
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.votes import VotesError
-from dalle_jax.generate.model_folder import ModelError
+from dalle_jax.generate.folder import ModelError
 from dalle_jax.image.pixels import ImageError
 from dalle_jax.terminal import bar, complaints, show_log_lines
 from dalle_jax.text.bpe import TextError
-from dalle_jax.train.checkpoint import CheckpointError
+from dalle_jax.train.checkpoint_folder import CheckpointError
 from dalle_jax.train.metrics_buffer import NonFiniteError
 from dalle_jax.weights.torch_file import WeightsError
 
@@ -26,7 +26,7 @@ def test_log_lines_go_to_the_terminal_once(capsys):
 
 
 def test_a_bar_counts_on_a_terminal_and_says_nothing_elsewhere(capsys, monkeypatch):
-    with bar("Sampling") as progress:
+    with bar("Drawing") as progress:
         progress(1, 4)
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("TERM", "xterm")

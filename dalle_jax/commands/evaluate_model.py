@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from dalle_jax.commands.process import prepare_process
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.option_checks import check_input, check_output_folder, check_seed
+from dalle_jax.options import check_input, check_output_folder, check_seed
 from dalle_jax.terminal import bar
 
 
@@ -65,13 +65,12 @@ def evaluate(
     prepare_process()
     import dalle_jax
     from dalle_jax.evaluate import report
-    from dalle_jax.evaluate.evaluation_config import EvaluationConfig, quick_config
     from dalle_jax.evaluate.features import efficientnet_network, inception_network
     from dalle_jax.evaluate.suites import open_suite
 
-    config = quick_config() if quick else EvaluationConfig()
+    plan = report.quick_plan() if quick else report.Plan()
     if num_captions is not None:
-        config = dataclasses.replace(config, captions=num_captions)
+        plan = dataclasses.replace(plan, captions=num_captions)
     start = time.monotonic()
     loaded = dalle_jax.load(model)
     network = efficientnet_network() if inception is None else inception_network(inception)
@@ -79,7 +78,7 @@ def evaluate(
         loaded,
         open_suite(suite, data=data, split=split, px=loaded.px, seed=seed),
         out=out,
-        config=config,
+        plan=plan,
         networks=[network],
         chosen=studies,
         sampling=sampling,

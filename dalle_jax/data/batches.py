@@ -4,38 +4,31 @@ Letters: B examples of a batch on this process, R pixel side, P text positions (
 P - 1 caption slots), G grid side.
 """
 
-import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import grain
 import numpy as np
 
-from dalle_jax.data.record import DamagedRecordError, DataSource, Record, SourceError, printable
-from dalle_jax.image.pixels import ImageError, crop_center, crop_dvae, crop_prior, decode
+from dalle_jax.data.image_reader import Batch, ImageReader
+from dalle_jax.data.record import DataSource, SourceError
+from dalle_jax.image.pixels import crop_center, crop_dvae, crop_prior
 from dalle_jax.text.bpe import Tokenizer
-
-Batch = dict[str, np.ndarray]
 
 _CROPS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
     "dvae": crop_dvae,
     "prior": crop_prior,
     "center": lambda image, px, rng: crop_center(image, px),
 }
-# Below a quarter of the side asked for, enlarging an image shows nothing but blur.
-_SMALLEST_SHARE = 4
-# A batch that takes longer than this is worth a line in the log, so that a dead disk is noticed.
-_PATIENCE_S = 60.0
-# Pauses before a record is read again whose disk or network had a failure.
-_RETRY_S = (0.5, 2.0, 8.0)
-# A run that waits for data for this share of a while is held back by reading. Less says little: the
-# host waits too while the device works on what it was given before.
-_HELD_BACK, _WINDOW_S = 0.75, 30.0
+# A batch that takes longer than this gets a line in the log, so that a dead disk is noticed.
+_SLOW_S = 60.0
+# A run that waits for data for this share of an interval is limited by reading. A smaller share
+# says little: the host also waits while the device works on earlier batches.
+_READING_BOUND, _INTERVAL_S = 0.75, 30.0
 
 _log = logging.getLogger("dalle_jax.data")
 
@@ -57,11 +50,11 @@ def batches(
 ) -> "Batches":
     """Yields shuffled batches without end; every epoch shows each record once, in a new order.
 
-    Everything drawn for an example (crop, which caption, dropout) depends on the seed, the epoch
-    and the record alone, and the k-th batch of all processes together holds the same examples
-    however many processes there are. An image that cannot be used is named in the log, once, and
-    the next record of the source takes its place. A batch that takes more than a minute is said in
-    the log, with the records that are being read.
+    All that is random in an example (crop, caption, dropout) depends on the seed, the epoch and the
+    record alone, and the k-th batch of all processes together holds the same examples however many
+    processes there are. An image that cannot be used is logged once, and the next record of the
+    source replaces it. A batch that takes more than a minute is logged, with the records that are
+    being read.
 
     Args:
       source: images or codes with captions.
@@ -93,37 +86,37 @@ def batches(
     for name, chance in {"bpe_dropout": bpe_dropout, "caption_dropout": caption_dropout}.items():
         if not 0 <= chance <= 1:
             raise SourceError(f"{name} must lie in [0, 1], got {chance}")
-    images = _Images(source, px)
+    reader = ImageReader(source, px)
 
-    # Repeating before sharing keeps epochs aligned between processes when the source does not
-    # divide evenly.
+    # Repeating before the processes divide the examples keeps their epochs aligned when the source
+    # does not divide evenly.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    share = ProcessSlice(order, batch_size, process_index, process_count)
+    part = ProcessSlice(order, batch_size, process_index, process_count)
 
-    def example(step: int, index: int) -> Batch:
-        epoch = share.position(step) // len(source)
+    def make_example(step: int, index: int) -> Batch:
+        epoch = part.position(step) // len(source)
         rng = np.random.default_rng([seed, epoch, index])
-        # fixed draws come first, so that text does not depend on the crop or on the image
+        # these come first, so that text does not depend on the crop or the image
         use_caption, which, bpe_seed = rng.random(), rng.random(), rng.integers(2**31)
-        with images.named(index):
-            _, record, made = images.usable(index, lambda image: _CROPS[crop](image, px, rng))
+        with reader.named(index):
+            _, record, example = reader.usable(index, lambda image: _CROPS[crop](image, px, rng))
             if tokenizer is not None:
                 captions = record["captions"]
                 shown = use_caption >= caption_dropout
                 caption = captions[int(which * len(captions))] if shown else ""
-                made["text"] = tokenizer.encode(
+                example["text"] = tokenizer.encode(
                     [caption], length=text_length - 1, dropout=bpe_dropout, seeds=[int(bpe_seed)]
                 )[0]
-        return made
+        return example
 
-    examples = share.map_with_index(example)
+    examples = part.map_with_index(make_example)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    made = iter(examples.batch(batch_size // process_count).to_iter_dataset(options))
-    return Batches(made, images.being_read)
+    iterator = iter(examples.batch(batch_size // process_count).to_iter_dataset(options))
+    return Batches(iterator, reader.being_read)
 
 
 class Batches:
-    """Gives the batches of an iterator, and says in the log when reading is too slow for its user.
+    """The batches of an iterator; logs when reading is too slow.
 
     Args:
       iterator: the batches.
@@ -133,8 +126,8 @@ class Batches:
     def __init__(self, iterator: grain.DatasetIterator, being_read: Callable[[], list[str]]):
         self._iterator, self._being_read = iterator, being_read
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="waiting for data")
-        self._window_s, self._window_start = _WINDOW_S, time.monotonic()
-        self._batches, self._waited_s = 0, 0.0  # in this window
+        self._interval_s, self._interval_start = _INTERVAL_S, time.monotonic()
+        self._batches, self._waited_s = 0, 0.0  # in this interval
 
     def __iter__(self) -> "Batches":
         return self
@@ -147,17 +140,17 @@ class Batches:
             return next(self._iterator)
         finally:
             arrived.set()
-            if (waited := time.monotonic() - start) > _PATIENCE_S:
+            if (waited := time.monotonic() - start) > _SLOW_S:
                 _log.info("the data came after %d s", waited)
             self._count(waited)
 
     def _count(self, waited: float) -> None:
-        """Warns if most of a window went into waiting; the windows grow, so that it is no flood."""
+        """Warns if most of an interval was spent waiting; intervals grow: few warnings."""
         self._batches, self._waited_s = self._batches + 1, self._waited_s + waited
-        elapsed = time.monotonic() - self._window_start
-        if elapsed < self._window_s:
+        elapsed = time.monotonic() - self._interval_start
+        if elapsed < self._interval_s:
             return
-        if self._waited_s > _HELD_BACK * elapsed:
+        if self._waited_s > _READING_BOUND * elapsed:
             _log.warning(
                 "reading holds this run back: %d of the last %d s went into waiting for data, "
                 "%.0f ms a batch; smaller copies of large images help most, then more threads "
@@ -166,11 +159,11 @@ class Batches:
                 elapsed,
                 1000 * self._waited_s / self._batches,
             )
-            self._window_s *= 4
-        self._batches, self._waited_s, self._window_start = 0, 0.0, time.monotonic()
+            self._interval_s *= 4
+        self._batches, self._waited_s, self._interval_start = 0, 0.0, time.monotonic()
 
     def _watch(self, arrived: threading.Event) -> None:
-        waited, pause = 0.0, _PATIENCE_S
+        waited, pause = 0.0, _SLOW_S
         while not arrived.wait(pause):
             waited += pause
             names = ", ".join(self._being_read()) or "nothing"
@@ -249,18 +242,20 @@ def one_epoch(
 
 
 def _once(source, batch_size, px, tokenizer, text_length) -> Iterator[Batch]:
-    images = _Images(source, px)
+    reader = ImageReader(source, px)
     waiting: list[Batch] = []
     index = 0
     while index < len(source):
-        with images.named(index):
-            found, record, made = images.usable(index, lambda image: crop_center(image, px))
-            if found < index:  # the search went round: only unusable ones were left
+        with reader.named(index):
+            found, record, example = reader.usable(index, lambda image: crop_center(image, px))
+            if found < index:  # wrapped around: only unusable records were left
                 break
-            made["index"] = np.int32(found)
+            example["index"] = np.int32(found)
             if tokenizer is not None:
-                made["text"] = tokenizer.encode(record["captions"][:1], length=text_length - 1)[0]
-        waiting.append(made)
+                example["text"] = tokenizer.encode(record["captions"][:1], length=text_length - 1)[
+                    0
+                ]
+        waiting.append(example)
         index = found + 1
         if len(waiting) == batch_size:
             yield _stack(waiting)
@@ -282,92 +277,3 @@ def _check(source: DataSource, batch_size: int, tokenizer: Any, text_length: int
         raise SourceError(
             f"text_length must be at least 2 (start of text and one slot), got {text_length}"
         )
-
-
-class _Images:
-    """Reads records and remembers which images were no good; used by several threads."""
-
-    def __init__(self, source: DataSource, px: int):
-        self._source, self._min_px = source, max(2, px // _SMALLEST_SHARE)
-        self._left_out: set[str] = set()
-        self._lock = threading.Lock()
-        self._at: dict[int, str] = {}  # thread to the record it works on
-
-    @contextmanager
-    def named(self, index: int) -> Iterator[None]:
-        """Gives what goes wrong inside, of whatever kind, the name of the record it happened to."""
-        thread = threading.get_ident()
-        self._at[thread] = f"record {index}"
-        try:
-            yield
-        except SourceError:
-            raise
-        except Exception as error:
-            raise SourceError(
-                f"{self._at[thread]} cannot be made into an example "
-                f"({type(error).__name__}: {error}); mend it or take it out"
-            ) from error
-        finally:
-            del self._at[thread]
-
-    def being_read(self) -> list[str]:
-        """Names the records that are worked on now."""
-        return sorted(self._at.copy().values())
-
-    def usable(
-        self, index: int, crop: Callable[[np.ndarray], np.ndarray]
-    ) -> tuple[int, Record, Batch]:
-        """Finds the first record from `index` on, going round, that has a good image or codes.
-
-        Only what is missing or damaged is passed over. Any other failure to read would let a
-        neighbour take the place of a good record, and a resumed run differ from an unbroken one.
-        """
-        for found in itertools.chain(range(index, len(self._source)), range(index)):
-            try:
-                record, image = self._patiently(found)
-            except (ImageError, DamagedRecordError, FileNotFoundError) as error:
-                self._leave_out(self._at[threading.get_ident()], error)
-                continue
-            if image is not None:
-                return found, record, {"image": crop(image)}
-            made = {"codes": record["codes"].astype(np.int32)}
-            return found, record, made | {"errors": record["errors"].astype(np.float32)}
-        raise SourceError(
-            f"none of the {len(self._source)} images can be used; "
-            "`dalle-jax data check FOLDER` says what is wrong with each"
-        )
-
-    def _patiently(self, index: int) -> tuple[Record, np.ndarray | None]:
-        """Reads a record and its image, if it has one; again after a failure of the disk."""
-        for attempt in itertools.count():
-            try:
-                return self._read(index)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                name = self._at[threading.get_ident()]
-                if attempt == len(_RETRY_S):
-                    raise SourceError(
-                        f"{name} could not be read, tried {attempt + 1} times "
-                        f"({type(error).__name__}: {error}); see to the disk or the limits of "
-                        "this machine, then start again"
-                    ) from error
-                pause = _RETRY_S[attempt]
-                _log.warning("%s cannot be read (%s); trying again in %g s", name, error, pause)
-                time.sleep(pause)
-
-    def _read(self, index: int) -> tuple[Record, np.ndarray | None]:
-        self._at[threading.get_ident()] = f"record {index}"
-        record = self._source[index]
-        self._at[threading.get_ident()] = printable(record["id"])
-        if "codes" in record:
-            return record, None
-        return record, decode(record["image"], min_px=self._min_px)
-
-    def _leave_out(self, name: str, error: Exception) -> None:
-        with self._lock:
-            if name in self._left_out:
-                return
-            self._left_out.add(name)
-            count = len(self._left_out)
-        _log.warning("image %s is left out (%d so far): %s", name, count, error)

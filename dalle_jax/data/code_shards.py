@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from dalle_jax import atomic
 from dalle_jax.data.record import DamagedRecordError, Record, SourceError
 
 FORMAT = 2
@@ -71,26 +72,22 @@ def write_shard(folder: Path, number: int, records: Iterable[Record], *, grid: i
 def write_manifest(folder: Path, shards: list[dict], *, grid: int, meta: dict) -> None:
     """Writes what makes of shards a finished folder; see `write_shard` and `write_codes`."""
     manifest = {"format": FORMAT, "grid": grid, "shards": shards, "meta": meta}
-    partial = folder / f".{_MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(partial, folder / _MANIFEST)
+    atomic.write(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _write_shard(path: Path, records: Iterable[Record], shape: tuple[int, ...]) -> int:
-    partial = path.with_name(f".{path.name}.partial")
-    writer = ArrayRecordWriter(str(partial), "group_size:1")  # records are read in any order
     count = 0
     try:
-        try:
-            for record in records:
-                writer.write(_pack(record, shape))
-                count += 1
-        finally:
-            writer.close()
+        with atomic.replaced(path) as partial:
+            writer = ArrayRecordWriter(str(partial), "group_size:1")  # read in any order
+            try:
+                for record in records:
+                    writer.write(_pack(record, shape))
+                    count += 1
+            finally:
+                writer.close()
     except RuntimeError as error:
-        partial.unlink()
         raise SourceError(f"{path} could not be written: {error}") from None
-    os.replace(partial, path)
     return count
 
 

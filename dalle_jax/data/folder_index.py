@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_jax.cache_folder import cache_folder
+from dalle_jax import atomic
+from dalle_jax.cache import cache_folder
 from dalle_jax.data.folder_listing import FileStamp, Listing, list_folder, scan
 from dalle_jax.data.record import SourceError, printable
 from dalle_jax.image.pixels import read_size
@@ -92,10 +93,12 @@ class FolderIndex:
             sizes = pool.map(lambda i: read_size(self.root / self[i][0]), range(len(self)))
             found = np.array([size or (0, 0) for size in sizes], np.int32)
         if path:
-            with contextlib.suppress(OSError):
-                partial = path.with_name(f"sizes.{os.getpid()}.npy")
-                np.save(partial, found)
-                os.replace(partial, path)
+            with (
+                contextlib.suppress(OSError),
+                atomic.replaced(path) as partial,
+                partial.open("wb") as file,
+            ):
+                np.save(file, found)
         return found
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
+from dalle_jax import atomic
 from dalle_jax.errors import UserError
 from dalle_jax.image.fonts import FONT_PX, typesetter
 from dalle_jax.image.pixels import encode_png
@@ -134,9 +135,4 @@ def save_gif(
 def _write(path, data):
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic.write(target, data)

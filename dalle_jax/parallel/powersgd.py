@@ -1,23 +1,20 @@
-"""PowerSGD: groups of devices that average gradients of low rank instead of whole ones.
+"""PowerSGD: groups of devices average low-rank approximations of their gradients.
 
 Each member of a mapped axis, such as the data axis of a mesh, adds its gradient to an error buffer
-e. The members agree on a few orthonormal columns P and on the mean of e'P, and put P (e'P)' in the
-place of the mean gradient; what that misses stays in e for later updates. Only the kernels of the
-layers are compressed, each as a batch of matrices; embeddings, heads, gains and biases are averaged
-as they are.
+e. The members average a few orthonormal columns P and Q = e'P, and P Q' replaces the mean gradient;
+what it misses stays in e for later steps. Only the kernels of the layers are compressed, each as a
+batch of matrices; embeddings, heads, gains and biases are averaged as they are.
 
-Q is drawn once and kept, as in the paper. So after every update the mean of e times Q is 0: what e
-holds gets out only when a later gradient turns P towards it. A gradient that is the same in every
-update never does that; the noise of batches does.
-
-Letters: L layers, D width, N heads, H head size, F mlp.
+Q is sampled once and never changes, as in the paper. So after every step the mean of e times Q is
+0: what e holds gets out only when a later gradient turns P towards it. A gradient that is the same
+in every step never does that; the noise of batches does.
 
 Source: Vogels et al. 2019; Ramesh et al. 2021, section 2.5 and appendix E.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +23,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, PyTree
 
 from dalle_jax.errors import UserError
+from dalle_jax.parallel.kernel_matrices import from_matrices, matrix_plan, to_matrices
 from dalle_jax.precision.formats import largest, round_to
 
 FORMAT = "1-6-9"
@@ -36,15 +34,15 @@ class PowerSGDConfig:
     """How gradients are compressed."""
 
     rank: int | None = None
-    """Columns of P for each slice of each matrix; None averages whole gradients. The paper's 896
-    for 12 billion parameters is 112 for each of 8 slices."""
+    """Columns of P for each shard of each matrix; None averages gradients in full. The paper's 896
+    for 12 billion parameters is 112 for each of 8 shards."""
     epsilon: float = 1e-6
     """Times the identity, added to P before its columns are made orthonormal."""
     seed: int = 0
     """Of the Gaussian Q; the same for all members and for a resumed run."""
     low_precision: bool = False
-    """Keep error buffers, P and Q, and what is sent of them, in the numbers of 1-6-9; simulated in
-    float32, so that it shows what that precision costs but saves no bytes."""
+    """Store error buffers, P and Q, and what is sent of them, in the format 1-6-9; simulated in
+    float32: it shows what that precision costs but saves no bytes."""
     p_scale: float = 1.0
     """P is multiplied by this before it is rounded and sent."""
     q_scale: float = 1.0
@@ -61,7 +59,7 @@ class PowerSGDConfig:
 
 @struct.dataclass
 class PowerSGDState:
-    """What one member keeps between updates."""
+    """What one member carries between steps."""
 
     error: PyTree
     """f32 error buffers by the path of their kernel, in its shape; each member has its own."""
@@ -70,98 +68,13 @@ class PowerSGDState:
     that a checkpoint does without it."""
 
 
-class _Kernel(NamedTuple):
-    """How the axes of a kernel make matrices, and which one is cut into slices."""
-
-    batch: tuple[int, ...]
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    cut: int
-    """The axis that devices which share the state divide among them."""
-
-
-_KERNELS = {
-    "qkv": _Kernel((0, 2), (1,), (3, 4), cut=1),  # L D 3 N H
-    "attention_out": _Kernel((0,), (1, 2), (3,), cut=3),  # L N H D
-    "mlp_in": _Kernel((0,), (1,), (2,), cut=2),  # L D F
-    "mlp_out": _Kernel((0,), (1,), (2,), cut=1),  # L F D
-}
-
-
-def to_matrices(
-    kernel: Float[Array, "L ..."], name: str, *, shards: int = 1
-) -> Float[Array, "batch m n"]:
-    """Turns a stacked kernel into the matrices that are compressed one by one.
-
-    Args:
-      kernel: qkv [L, D, 3, N, H], attention_out [L, N, H, D], mlp_in [L, D, F] or
-        mlp_out [L, F, D].
-      name: which of these.
-      shards: equal slices that each matrix is cut into, where `parallel.rules` cuts it: across its
-        columns, mlp_out across its rows.
-    Returns:
-      Matrices with m <= n, transposed where that takes it; those of the first slices come first,
-      so that slices which lie on several devices stay there.
-    Raises:
-      ValueError: for another name, or if the slices would not be equal.
-    Source: Ramesh et al. 2021, appendix E, table 2.
-    """
-    order, _, m, n = _plan(kernel.shape, name, shards)
-    kind = _KERNELS[name]
-    before, after = kernel.shape[: kind.cut], kernel.shape[kind.cut + 1 :]
-    slices = jnp.moveaxis(kernel.reshape(*before, shards, -1, *after), kind.cut, 0)
-    x = slices.transpose(order).reshape(-1, m, n)
-    return x.swapaxes(1, 2) if m > n else x
-
-
-def from_matrices(
-    matrices: Float[Array, "batch m n"], name: str, shape: tuple[int, ...], *, shards: int = 1
-) -> Float[Array, "L ..."]:
-    """Undoes `to_matrices`.
-
-    Args:
-      matrices: what it returned, or as many others of the same size.
-      name: of the kernel.
-      shape: of the kernel.
-      shards: as given there.
-    Returns:
-      The kernel.
-    Raises:
-      ValueError: as there.
-    """
-    order, stacked, m, n = _plan(shape, name, shards)
-    x = matrices.swapaxes(1, 2) if m > n else matrices
-    slices = x.reshape([stacked[i] for i in order]).transpose(np.argsort(order))
-    return jnp.moveaxis(slices, 0, _KERNELS[name].cut).reshape(shape)
-
-
-def _plan(shape, name, shards):
-    """Axes of the stacked slices in the order of matrices, the slices' shape, rows and columns."""
-    if name not in _KERNELS:
-        raise ValueError(
-            f"cannot compress the kernel of {name!r}, only those of {list(_KERNELS)}; add to "
-            "dalle_jax/parallel/powersgd.py how its axes make matrices"
-        )
-    kind = _KERNELS[name]
-    if shape[kind.cut] % shards:
-        raise UserError(
-            f"axis {kind.cut} of the {name} kernel {list(shape)} cannot be cut into {shards} equal "
-            "slices; choose shards that divide it"
-        )
-    slice_shape = list(shape)
-    slice_shape[kind.cut] //= shards
-    order = (0, *(axis + 1 for axis in kind.batch + kind.rows + kind.columns))
-    m, n = (math.prod(slice_shape[axis] for axis in axes) for axes in (kind.rows, kind.columns))
-    return order, (shards, *slice_shape), m, n
-
-
-def create(params: PyTree, *, config: PowerSGDConfig, shards: int = 1) -> PowerSGDState:
-    """Makes the state of one member before the first update: no error yet, and Q drawn.
+def init(params: PyTree, *, config: PowerSGDConfig, shards: int = 1) -> PowerSGDState:
+    """Makes the state of one member before the first step: no error yet, and a Gaussian Q.
 
     Args:
       params: parameters or their shapes, with the stacked kernels below "layers".
       config: gives rank and seed.
-      shards: slices of each matrix that this member holds; see `to_matrices`.
+      shards: shards of each matrix that this member holds; see `kernel_matrices.to_matrices`.
     Returns:
       The state.
     Raises:
@@ -194,43 +107,42 @@ def reduce(
 ) -> tuple[PyTree, dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
     """Averages gradients over the members of a mapped axis, those of the kernels compressed.
 
-    To be called by every member within `jax.shard_map` or a `jax.vmap` that names the axis; axes
-    that devices share the state over are best left to the compiler. Members talk four times: on
-    all P, on all Q, on what is not compressed, and on one flag.
+    Every member calls it within `jax.shard_map` or a `jax.vmap` that names the axis; axes that
+    devices share the state over are best left to the compiler. There are four collectives: of all
+    P, of all Q, of what is not compressed, and of one flag.
 
-    An update with anything that is not finite has to be skipped by the caller. A matrix whose
-    gradient is not finite leaves its e as it was; where P and Q are finite, e loses what was sent
-    all the same, as in the paper.
+    The caller has to skip a step with anything that is not finite. A matrix whose gradient is not
+    finite leaves its e as it was; where P and Q are finite, e loses what was sent all the same, as
+    in the paper.
 
     Args:
       grads: gradients of this member alone, divided by gradient scales.
       state: of this member.
-      config: as for `create`.
+      config: as for `init`.
       axis_name: the mapped axis.
-      shards: as for `create`.
+      shards: as for `init`.
     Returns:
       grads: their mean over members in float32, that of the kernels approximate.
       error: the new error buffers of this member; all else is the same for all members.
       norm: of all mean gradients together, for clipping; infinite if anything on any member is not
-        finite. If slices lie on devices that are mapped too, it is that of this device's slices.
+        finite. If shards lie on devices that are mapped too, it is that of this device's shards.
       finite: whether everything on every member is.
-    Source: Ramesh et al. 2021, appendix E, steps 2 to 12.
+    Source: Ramesh et al. 2021, appendix E; comments have the numbers of its steps 2 to 12.
     """
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    kernels, others = _parted(grads)
+    kernels, others = _split(grads)
 
     def matrices(tree):
         return {path: to_matrices(x, _name(path), shards=shards) for path, x in tree.items()}
 
-    def whole(tree):
-        shapes = {path: x.shape for path, x in kernels.items()}
+    def to_kernels(tree):
         return {
-            path: from_matrices(x, _name(path), shapes[path], shards=shards)
+            path: from_matrices(x, _name(path), kernels[path].shape, shards=shards)
             for path, x in tree.items()
         }
 
-    def mean(tree):
-        """What arrives, and for each matrix whether it is finite."""
+    def all_reduce(tree):
+        """The mean over members, and for each matrix whether it was finite before clamping."""
         sent = {path: _stored(x, config) for path, x in tree.items()}
         received = _mean_at_once(sent, axis_name, shards)
         received = {path: _stored(x, config) for path, x in received.items()}
@@ -238,30 +150,38 @@ def reduce(
         clamped = {path: jnp.clip(x, -bound, bound) for path, x in received.items()}
         return clamped, {path: _finite(x) for path, x in received.items()}
 
+    # 2. Add the gradient to the error buffer; leave it alone if the gradient is not finite.
     def add(e, g):
         return jnp.where(_finite(g), _stored(e + g, config), e)
 
     e = jax.tree.map(add, matrices(state.error), matrices(kernels))
-    p, p_finite = mean({path: config.p_scale * (e[path] @ state.q[path]) for path in e})
+    # 3. P = e Q, scaled. 4. Average P over members and clamp infinities.
+    p, p_finite = all_reduce({path: config.p_scale * (e[path] @ state.q[path]) for path in e})
+    # 5. Make the columns of P orthonormal.
     p = {path: _orthonormal(x, config) for path, x in p.items()}
-    q, q_finite = mean({path: config.q_scale * (e[path].swapaxes(1, 2) @ p[path]) for path in e})
+    # 6. Q = e' P, scaled. 7. Average Q over members and clamp infinities.
+    q = {path: config.q_scale * (e[path].swapaxes(1, 2) @ p[path]) for path in e}
+    q, q_finite = all_reduce(q)
     q = {path: x / config.q_scale for path, x in q.items()}
-    approximate = {path: p[path] @ q[path].swapaxes(1, 2) for path in e}
+    # 8. Average what is not compressed.
     others = jax.lax.pmean(others, axis_name)
-
-    all_finite = [_finite(x, axes=None).all() for x in jax.tree.leaves((grads, e, others))]
-    all_finite += [flags.all() for flags in jax.tree.leaves((p_finite, q_finite))]
-    unwell = jax.lax.psum(1.0 - jnp.stack(all_finite).all(), axis_name)
-    finite = unwell == 0
+    # 9. The norm of all gradients; that of P Q' is that of Q, since P is orthonormal.
     squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves((q, others))]
+    # 10. Share whether anything is not finite; the norm is infinite then.
+    flags = [_finite(x, axes=None).all() for x in jax.tree.leaves((grads, e, others))]
+    flags += [flag.all() for flag in jax.tree.leaves((p_finite, q_finite))]
+    finite = jax.lax.psum(1.0 - jnp.stack(flags).all(), axis_name) == 0
     norm = jnp.where(finite, jnp.sqrt(sum(squares)), jnp.inf)
+    # 11. The approximate gradients, P Q'. The optimizer clips and applies them.
+    approximate = {path: p[path] @ q[path].swapaxes(1, 2) for path in e}
 
-    def rest(e, sent, p_finite, q_finite):
-        kept = jnp.where(_finite(e), e, 0)
-        return jnp.where(p_finite & q_finite, _stored(e - sent, config), kept)
+    # 12. Subtract what was sent from the error buffer; zero it if it is not finite itself.
+    def subtract(e, sent, p_finite, q_finite):
+        unsent = jnp.where(_finite(e), e, 0)
+        return jnp.where(p_finite & q_finite, _stored(e - sent, config), unsent)
 
-    error = whole(jax.tree.map(rest, e, approximate, p_finite, q_finite))
-    means = others | whole(approximate)
+    error = to_kernels(jax.tree.map(subtract, e, approximate, p_finite, q_finite))
+    means = others | to_kernels(approximate)
     means = jax.tree_util.tree_map_with_path(lambda path, _: means[_path(path)], grads)
     return means, error, norm, finite
 
@@ -269,7 +189,7 @@ def reduce(
 def sent_bytes(
     params: PyTree, *, config: PowerSGDConfig, shards: int = 1, bytes_per_number: int = 2
 ) -> dict[str, int]:
-    """Size of the arrays that one member averages with the others in an update.
+    """Size of the arrays that one member averages with the others in a step.
 
     How often these bytes cross the network depends on how the all-reduce goes about it. The four
     of the flag are left out.
@@ -277,18 +197,18 @@ def sent_bytes(
     Args:
       params: parameters or their shapes.
       config: gives the rank.
-      shards: slices of each matrix; the count is that of all of them, so if each lies on a device
-        of its own, what one device sends of P and Q is this over shards.
+      shards: shards of each matrix; the count is that of all of them, so if each lies on a device
+        of its own, one device sends 1 / shards of it.
       bytes_per_number: of P, Q and, without compression, the kernels' gradients; what is never
         compressed is sent in float32.
     Returns:
       Bytes of "p", "q" and "uncompressed", and of "plain", an all-reduce of everything.
     Raises:
-      ValueError: as `create`.
+      ValueError: as `init`.
     Source: Ramesh et al. 2021, appendix E, table 2, where no matrix is transposed: P and Q trade
       places in some rows, their sum is the same.
     """
-    kernels, others = _parted(params)
+    kernels, others = _split(params)
     shapes = [_matrix_shape(path, leaf, config, shards) for path, leaf in kernels.items()]
     uncompressed = 4 * sum(leaf.size for leaf in others.values())
     number = bytes_per_number
@@ -301,7 +221,7 @@ def sent_bytes(
 
 
 def _mean_at_once(tree, axis_name, shards):
-    """The means of all arrays, sent as one; what lies on several devices by slices stays there."""
+    """The means of all arrays in one collective; shards on several devices stay there."""
     flat = [x.reshape(shards, -1) for x in tree.values()]
     ends = np.cumsum([x.shape[1] for x in flat])[:-1]
     parts = jnp.split(jax.lax.pmean(jnp.concatenate(flat, axis=1), axis_name), ends, axis=1)
@@ -318,7 +238,7 @@ def compressed(tree: PyTree) -> dict[str, Any]:
     return {path: leaf for path, leaf in _leaves(tree).items() if is_compressed(path)}
 
 
-def _parted(tree):
+def _split(tree):
     """Kernels of the layers, and everything else, both by path."""
     kernels = compressed(tree)
     return kernels, {path: leaf for path, leaf in _leaves(tree).items() if path not in kernels}
@@ -337,14 +257,14 @@ def _name(path):
 
 
 def _matrix_shape(path, leaf, config, shards):
-    _, stacked, m, n = _plan(leaf.shape, _name(path), shards)
+    _, stacked, m, n = matrix_plan(leaf.shape, _name(path), shards)
     m, n = sorted((m, n))
     if config.rank is None:
         raise ValueError("rank is None, which stands for no compression; give PowerSGD a number")
     if config.rank > m:
         raise UserError(
             f"rank is {config.rank}, but {path} {list(leaf.shape)} gives matrices of {m} x {n} in "
-            f"{shards} slices; choose a rank of at most {m}"
+            f"{shards} shards; choose a rank of at most {m}"
         )
     return math.prod(stacked) // (m * n), m, n
 

@@ -1,7 +1,7 @@
 """Groups of devices that exchange compressed gradients: PowerSGD along the data axis of a mesh.
 
 Each of the M groups, one entry of "data" each, has gradients of its own and an error buffer of its
-own; within a group, "fsdp" is left to the compiler, and its slices are compressed one by one.
+own; within a group, "fsdp" is left to the compiler, and its shards are compressed one by one.
 
 Source: Ramesh et al. 2021, section 2.5 and appendix E.
 """
@@ -22,7 +22,7 @@ from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR
 from dalle_jax.parallel.powersgd import PowerSGDConfig, PowerSGDState
 
 
-class Groups:
+class PowerSGDGroups:
     """The groups of a mesh.
 
     The PowerSGDState here is that of all groups: error buffers [M, ...], one for each, and the Q
@@ -32,7 +32,7 @@ class Groups:
       config: of the compression.
       mesh: from `make_mesh`.
     Raises:
-      UserError: if devices share the kernels in another way than by slices.
+      UserError: if the mesh shards kernels along tensor.
     """
 
     def __init__(self, config: PowerSGDConfig, mesh: Mesh | AbstractMesh):
@@ -45,21 +45,21 @@ class Groups:
         self._config, self._mesh = config, mesh
         self._shards = mesh.shape[FSDP]
 
-    def create(self, params: PyTree) -> PowerSGDState:
-        """Makes the state before the first update; see `powersgd.create`."""
-        state = powersgd.create(params, config=self._config, shards=self._shards)
+    def init(self, params: PyTree) -> PowerSGDState:
+        """Makes the state before the first step; see `powersgd.init`."""
+        state = powersgd.init(params, config=self._config, shards=self._shards)
         return state.replace(error=self._for_each(state.error))
 
-    def places(self, places: PyTree) -> PowerSGDState:
-        """Says where the state lies, given where the parameters do: as they, but by group."""
+    def shardings(self, shardings: PyTree) -> PowerSGDState:
+        """Shardings of the state: those of the parameters, which are given, with groups first."""
 
-        def put(*axes):
+        def over(*axes):
             return NamedSharding(self._mesh, Spec(*axes))
 
-        kernels = powersgd.compressed(places)
+        kernels = powersgd.compressed(shardings)
         return PowerSGDState(
-            error={path: put(DATA, *place.spec) for path, place in kernels.items()},
-            q=dict.fromkeys(kernels, put(FSDP)),
+            error={path: over(DATA, *sharding.spec) for path, sharding in kernels.items()},
+            q=dict.fromkeys(kernels, over(FSDP)),
         )
 
     def reduce(
@@ -102,7 +102,7 @@ class Groups:
             return (measures, flags), means, error, norm, finite
 
         by_group = PowerSGDState(error=Spec(DATA), q=Spec())
-        told, means, error, norm, finite = jax.shard_map(
+        averages, means, error, norm, finite = jax.shard_map(
             member,
             mesh=self._mesh,
             in_specs=(by_group, Spec(), Spec(DATA), Spec(), *(Spec() for _ in shared)),
@@ -110,40 +110,38 @@ class Groups:
             axis_names={DATA},
             check_vma=False,  # else JAX would sum gradients over the groups, uncompressed
         )(state, params, batch, key, *shared)
-        return told, means, state.replace(error=error), norm, finite
+        return averages, means, state.replace(error=error), norm, finite
 
-    def total(self, state: PowerSGDState) -> dict[str, Array]:
-        """What a checkpoint keeps: the sum of the error buffers of all groups, by path."""
-        return _total(state.error)
+    def summed_error(self, state: PowerSGDState) -> dict[str, Array]:
+        """What a checkpoint saves: the sum of the error buffers of all groups, by path."""
+        return _sum_over_groups(state.error)
 
-    def total_places(self, places: PyTree) -> dict[str, NamedSharding]:
-        """Says where the total lies, given where the parameters do: as they."""
-        return powersgd.compressed(places)
+    def summed_error_shardings(self, shardings: PyTree) -> dict[str, NamedSharding]:
+        """Shardings of that sum: those of the parameters, which are given."""
+        return powersgd.compressed(shardings)
 
-    def resumed(
-        self, total: dict[str, Array], params: PyTree, places: PowerSGDState
+    def restore(
+        self, summed_error: dict[str, Array], params: PyTree, shardings: PowerSGDState
     ) -> PowerSGDState:
-        """Gives every group, of as many as there are now, an equal part of the sum.
+        """Gives every group, of as many as there are now, an equal part of the summed error.
 
         Args:
-          total: from a checkpoint.
-          params: parameters or their shapes; only these are looked at.
-          places: where the state lies.
+          summed_error: from a checkpoint.
+          params: parameters or their shapes; only these are used.
+          shardings: of the state.
         """
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
-        def create(total):
-            return self.create(shapes).replace(error=self._parts(total))
+        def init(summed_error):
+            error = jax.tree.map(lambda e: e / self.count, summed_error)
+            return self.init(shapes).replace(error=self._for_each(error))
 
-        return jax.jit(create, out_shardings=places)(total)
-
-    def _parts(self, total):
-        return self._for_each(jax.tree.map(lambda e: e / self.count, total))
+        return jax.jit(init, out_shardings=shardings)(summed_error)
 
     def _for_each(self, error):
         return jax.tree.map(lambda e: jnp.broadcast_to(e, (self.count, *e.shape)), error)
 
 
 @jax.jit
-def _total(error):
+def _sum_over_groups(error):
     return jax.tree.map(partial(jnp.sum, axis=0), error)

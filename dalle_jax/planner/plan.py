@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
 from dalle_jax.errors import UserError
-from dalle_jax.models.autoregressive_prior import Prior, init_params
+from dalle_jax.models.autoregressive_prior import AutoregressivePrior, init_params
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.mesh import BATCH, DATA, FSDP, TENSOR, make_mesh
@@ -28,6 +28,7 @@ from dalle_jax.parallel.sharding_rules import shardings
 from dalle_jax.planner.collectives import Collective, collectives
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
+from dalle_jax.train.train_step import make_train_step
 
 GiB = 2**30  # what data sheets call GB of memory
 USABLE = 0.9  # of a device's memory; the rest goes to the runtime, its programs and fragments
@@ -168,7 +169,7 @@ def image_bytes(config: PriorConfig, run: PriorRun, *, remat: bool = False) -> i
     It is the difference between two images and one, so that weights do not count.
     """
     options = {"dtype": jnp.dtype(run.precision), "scan": remat and run.scan_layers}
-    prior = Prior(config, remat=remat, **options)
+    prior = AutoregressivePrior(config, remat=remat, **options)
 
     def kept(images):
         text = jax.ShapeDtypeStruct((images, config.text_length - 1), jnp.int32)
@@ -231,7 +232,7 @@ def compiled_update(run: PriorRun) -> tuple[list[Collective], dict[str, int]]:
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
-    update = state_lib.make_train_step(
+    update = make_train_step(
         stage,
         accumulation_steps=run.loop.accumulation_steps,
         ema_every=run.loop.ema_every,
@@ -304,7 +305,7 @@ def estimate_step_seconds(
 
 
 def _stage(run):
-    return PriorStage(run, tokens=None, tokenizer=None, validation=lambda: (), captions=())
+    return PriorStage(run, codec_model=None, tokenizer=None, validation=lambda: (), captions=())
 
 
 @cache

@@ -1,10 +1,10 @@
-"""Training checkpoints that are whole or not there, and are verified before they are trusted.
+"""Training checkpoints, complete or absent, and verified before use.
 
 A step is a folder `000500/` with one Orbax item each for params, ema_params, optimizer and rng, the
 data position and the settings as JSON, and manifests with the size and sha256 of every file (Orbax
 reads back a flipped byte without complaint). All of it is written under a temporary name, read
-back, and renamed last, so a folder under a step's name was complete once. Of several processes each
-writes and verifies its part of the arrays, and process 0 the rest; all see the same disk.
+back, and renamed last, so a folder under a step's name was complete once. Each process writes and
+verifies its part of the arrays, process 0 the rest; all of them see the same disk.
 
 Source: ours.
 """
@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -27,32 +26,29 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from dalle_jax.errors import UserError
-from dalle_jax.parallel.processes import choose_on_leader, is_leader, processes_where
-from dalle_jax.train import checkpoint_diff, manifest
+from dalle_jax.parallel.processes import is_leader, processes_where
+from dalle_jax.train import checkpoint_diff, checkpoint_folder, manifest
+from dalle_jax.train.checkpoint_folder import CheckpointError, failure_reason
 from dalle_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 _UNFINISHED = "tmp-"
-_FAILED = "failed-"  # an empty file by which one of several processes tells the others
-_PATIENCE_S = 1200.0  # for the files of other processes; Orbax waits as long
+_FAILED = "failed-"  # an empty file: the save has failed in a process
+_TIMEOUT_S = 1200.0  # for the files of other processes; Orbax waits as long
 # Failed saves in a row that end a run. One must not cost a night of training, as the disk may have
-# room again by the next; but what is never saved is lost whole in the end.
-_TRIES = 3
+# room again by the next; but a run that never saves is lost in the end.
+_MAX_FAILURES = 3
 
-# Orbax shows the same failure as one traceback for each of its threads; `_failed` says it once.
+# Orbax shows a failure as one traceback for each of its threads; `_note_failure` logs it once.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be used or written; the message says why and what to do."""
-
-
 class Checkpoints:
-    """The saved steps of one run. Saving goes on in the background; `wait` or `close` ends it.
+    """The saved steps of one run. It saves in the background; `wait` or `close` waits for that.
 
-    A save that fails is said in the log as soon as it does and leaves older steps as they are; the
-    next one tries again.
+    A save that fails is logged at once and leaves older steps as they are; the next one tries
+    again.
 
     Args:
       folder: holds one folder per step; made by the first save.
@@ -66,8 +62,8 @@ class Checkpoints:
         self._max_to_keep = max_to_keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
-        # Step of a save whose end other processes may not know, and whether it failed in this one.
-        self._open: int | None = None
+        # Step of a save that other processes may not have finished, and whether it failed here.
+        self._pending: int | None = None
         self._failed_here = False
         self._failures: list[CheckpointError] = []  # since the last save that succeeded
 
@@ -77,20 +73,20 @@ class Checkpoints:
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             self.close()
-        else:  # what ends the run is said, and not a failed save before it
+        else:  # raise what ended the run, not a failed save before it
             self._worker.shutdown()
 
     def close(self) -> None:
-        """Waits for the save under way, as `wait` does, and ends the background thread."""
+        """Waits for the last save, as `wait` does, and ends the background thread."""
         try:
             self.wait()
         finally:
             self._worker.shutdown()
 
     def prepare(self, state: PyTree) -> None:
-        """Finds out, before anything is compiled, whether such states can be saved at all.
+        """Checks, before anything is compiled, that such states can be saved at all.
 
-        Warns if the disk has too little room for all the steps to keep.
+        Warns if the disk has too little room for all steps to keep.
 
         Args:
           state: the arrays of a `TrainState`, or their shapes.
@@ -106,11 +102,11 @@ class Checkpoints:
             self._try_to_write()
         except OSError as error:
             raise CheckpointError(
-                f"nothing can be saved in {self.folder}: {_reason(error)}; make it a folder with "
-                "room that this program may write, or choose another workdir"
+                f"nothing can be saved in {self.folder}: {failure_reason(error)}; make it a folder "
+                "with room that this program may write, or choose another workdir"
             ) from error
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        # One more than is kept, since an old step goes when the new one is whole.
+        # One more than is kept, since an old step goes when the new one is complete.
         missing = max(self._max_to_keep + 1 - len(self.steps()), 1) * size
         free = shutil.disk_usage(self.folder).free
         if missing > free and is_leader():
@@ -124,71 +120,75 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         trial = self.folder / f".trial-{jax.process_index()}"
         try:
-            trial.write_text("written")
+            trial.write_text("test")
         finally:
             trial.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raises `CheckpointError` once saving has failed too often; looks, but does not wait.
+        """Raises `CheckpointError` once saving has failed too often; does not wait.
 
-        Of several processes all do at the same step: after the save that follows.
+        Of several processes all raise at the same step: after the save that follows.
         """
-        if len(self._failures) >= _TRIES and (self._open is None or jax.process_count() == 1):
+        if len(self._failures) >= _MAX_FAILURES and (
+            self._pending is None or jax.process_count() == 1
+        ):
             raise self._failures[-1]
 
     def wait(self) -> None:
         """Waits until the last save is on disk; raises `CheckpointError` if it failed."""
-        self._settle()
+        self._finish_pending()
         if self._failures:
             raise self._failures[-1]
 
     def newest(self) -> int | None:
-        """Waits for the save under way and gives the newest step on disk; None for none."""
-        self._settle()
+        """Waits for the last save and gives the newest step on disk; None for none."""
+        self._finish_pending()
         return max(self.steps(), default=None)
 
-    def _settle(self) -> None:
-        """Waits for the save under way; if it failed in one process, it failed in all."""
+    def _finish_pending(self) -> None:
+        """Waits for the last save; if it failed in one process, it failed in all."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
-        step, self._open = self._open, None
+        step, self._pending = self._pending, None
         if step is not None:
             others = processes_where(self._failed_here)
             if others and not self._failed_here:
-                self._failed(step, CheckpointError(f"process {others[0]} could not save its part"))
+                self._note_failure(
+                    step, CheckpointError(f"process {others[0]} could not save its part")
+                )
             if not others:
                 self._failures = []
 
     def steps(self) -> list[int]:
-        """Lists the steps on disk in rising order, damaged ones too, unfinished ones not."""
-        return _steps(self.folder)
+        """The steps on disk; see `checkpoint_folder.steps`."""
+        return checkpoint_folder.steps(self.folder)
 
     def save(self, step: int, state: TrainState, data_state: dict, settings: dict) -> None:
         """Saves a step; returns when the state may be overwritten, before the files are complete.
 
         Args:
-          step: updates done; a step of this name or a later one is replaced, as only a run that
-            fell back from a damaged step can meet one.
-          state: what `restore` gives back.
+          step: steps done; this step and later ones are replaced, which exist only if the run was
+            restored from before a damaged step.
+          state: from `state.to_checkpoint`.
           data_state: position of the data iterator, JSON-able.
-          settings: of the run, JSON-able; `restore` can compare them.
+          settings: of the run, JSON-able; `restore` compares them.
         Raises:
-          CheckpointError: if the three saves before this one have failed, or this as the third.
+          CheckpointError: if three saves in a row have failed, this one included.
         """
-        self._settle()
+        self._finish_pending()
         self.check()
-        # Both to text now: a value that JSON cannot hold fails here, and later changes do no harm.
+        # To JSON now: a value that it cannot hold fails here, and later changes do no harm.
         texts = {"data.json": json.dumps(data_state), "settings.json": json.dumps(settings)}
         unfinished, items = self.folder / f"{_UNFINISHED}{step:06d}", _items(state)
-        self._open, self._failed_here = step, False
+        self._pending, self._failed_here = step, False
         try:
-            if reason := self._obstacle():
+            if reason := self._why_unwritable():
                 raise CheckpointError(reason)
             writing = ocp.save_checkpointables_async(unfinished, items)
         except Exception as error:
-            self._tell_others(step)
-            self._failed(step, error)
+            self._notify_others(step)
+            self._note_failure(step, error)
             self.check()
         else:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), items)
@@ -196,8 +196,8 @@ class Checkpoints:
                 self._finish, writing, unfinished, step, shapes, texts
             )
 
-    def _obstacle(self) -> str | None:
-        """Says why a save cannot begin, the same yes or no in all processes.
+    def _why_unwritable(self) -> str | None:
+        """Why a save cannot start in some process, or None in all.
 
         Orbax would wait 20 minutes for a folder that cannot be made, or for a process that fails.
         """
@@ -205,11 +205,11 @@ class Checkpoints:
         try:
             if is_leader():
                 self._clean_up()
-                for told in self.folder.glob(f"{_FAILED}*"):
-                    told.unlink()
+                for note in self.folder.glob(f"{_FAILED}*"):
+                    note.unlink()
             self._try_to_write()
         except OSError as error:
-            reason = _reason(error)
+            reason = failure_reason(error)
         others = processes_where(reason is not None)
         if reason is None and others:
             reason = f"process {others[0]} cannot write there"
@@ -227,37 +227,37 @@ class Checkpoints:
                 for name, text in texts.items():  # the settings last
                     (unfinished / name).write_text(text)
                 parts = [unfinished / manifest.name(i) for i in range(1, count)]
-                self._await(step, lambda: all(part.exists() for part in parts))
+                self._wait_until(step, lambda: all(part.exists() for part in parts))
                 manifest.write(unfinished, step, index, count)
-                self._put_in_place(unfinished, step)
+                self._rename_into_place(unfinished, step)
             else:
-                self._await(step, last.exists)
+                self._wait_until(step, last.exists)
                 manifest.write(unfinished, step, index, count)
         except Exception as error:
-            self._tell_others(step)
-            self._failed(step, error)
+            self._notify_others(step)
+            self._note_failure(step, error)
         else:
-            if count == 1:  # else all have to have saved their parts
+            if count == 1:  # else other processes may fail yet
                 self._failures = []
 
-    def _tell_others(self, step: int) -> None:
-        """Leaves a note for the processes that wait for files of this one."""
+    def _notify_others(self, step: int) -> None:
+        """Lets the processes that wait for files of this one know that there will be none."""
         if jax.process_count() > 1:
             with contextlib.suppress(OSError):
                 (self.folder / f"{_FAILED}{step:06d}-{jax.process_index()}").touch()
 
-    def _await(self, step: int, condition: Callable[[], bool]) -> None:
-        """Waits for files of other processes, or until one of them says that it has failed."""
-        end = time.monotonic() + _PATIENCE_S
+    def _wait_until(self, step: int, condition: Callable[[], bool]) -> None:
+        """Waits for files of other processes; raises if one of them has failed."""
+        end = time.monotonic() + _TIMEOUT_S
         while not condition():
             if others := list(self.folder.glob(f"{_FAILED}{step:06d}-*")):
                 process = others[0].name.rpartition("-")[2]
                 raise CheckpointError(f"process {process} could not save its part")
             if time.monotonic() > end:
-                raise CheckpointError(f"other processes have not saved theirs in {_PATIENCE_S} s")
+                raise CheckpointError(f"other processes have not saved theirs in {_TIMEOUT_S} s")
             time.sleep(0.02)
 
-    def _put_in_place(self, unfinished: Path, step: int) -> None:
+    def _rename_into_place(self, unfinished: Path, step: int) -> None:
         for old in self.steps():
             if old >= step:
                 shutil.rmtree(self.folder / f"{old:06d}")
@@ -265,19 +265,19 @@ class Checkpoints:
         for old in self.steps()[: -self._max_to_keep]:
             shutil.rmtree(self.folder / f"{old:06d}", ignore_errors=True)  # the next save tries too
 
-    def _failed(self, step: int, error: Exception) -> None:
-        """Notes a failed save, says it in the log, and gives back the room that it took."""
+    def _note_failure(self, step: int, error: Exception) -> None:
+        """Records and logs a failed save, and frees the room that it took."""
         self._failed_here = True
         if is_leader():
             self._clean_up()
         newest = max(self.steps(), default=None)
         safe = "no step is safe" if newest is None else f"step {newest} is safe"
-        what = f"step {step} could not be saved in {self.folder}: {_reason(error)}; {safe}"
+        what = f"step {step} could not be saved in {self.folder}: {failure_reason(error)}; {safe}"
         failure = CheckpointError(f"{what}; mend that and start the same command again")
-        # Without its cause, whose traceback would hold on to a copy of the state.
+        # Without its cause, whose traceback would keep a copy of the state alive.
         self._failures = [*self._failures, failure]
-        if len(self._failures) < _TRIES:
-            left = _TRIES - len(self._failures)
+        if len(self._failures) < _MAX_FAILURES:
+            left = _MAX_FAILURES - len(self._failures)
             log.warning(
                 "%s; the next save tries again, and %d more in vain end the run", what, left
             )
@@ -293,21 +293,21 @@ class Checkpoints:
         settings: dict | None = None,
         defaults: dict | None = None,
     ) -> tuple[int, TrainState, dict, dict] | None:
-        """Reads the newest step that its manifest confirms; says in the log why others are not.
+        """Restores the newest step that agrees with its manifest; logs why others do not.
 
         Args:
-          template: a state of the wanted structure, shapes and shardings, such as
-            `jax.ShapeDtypeStruct`s; only these are looked at.
+          template: a state with the structure, shapes and shardings to restore, such as
+            `jax.ShapeDtypeStruct`s; only these are used.
           settings: what must agree with the saved settings; saved entries it lacks are ignored.
           defaults: values of settings that the checkpoint lacks, since it is older than they are.
         Returns:
-          Step, state, data position and all saved settings, or None if nothing was ever saved.
+          Step, state, data position and all saved settings, or None if nothing was saved.
         Raises:
-          CheckpointError: if steps exist but all are damaged, if settings differ (named one by
-            one), or if the saved arrays do not fit the template.
+          CheckpointError: if steps exist but all are damaged, if settings differ (each is named),
+            or if the saved arrays do not fit the template.
         """
-        self._settle()
-        step = _newest_undamaged(self.folder)
+        self._finish_pending()
+        step = checkpoint_folder.newest_undamaged(self.folder)
         if step is not None:
             path = self.folder / f"{step:06d}"
             saved = json.loads((path / "settings.json").read_text())
@@ -328,7 +328,7 @@ class Checkpoints:
                 )
             items = ocp.load_checkpointables(path, wanted)
             state = TrainState(
-                # Where the updates leave it: elsewhere, the second update would compile once more.
+                # Sharded as the train step returns it: else the second step would compile again.
                 step=jax.device_put(np.int32(step), template.step.sharding),
                 params=items["params"],
                 ema_params=items["ema_params"],
@@ -349,51 +349,3 @@ def _items(state: TrainState) -> dict[str, Any]:
         "optimizer": state.opt_state,
         "rng": {"key": state.key},
     } | {name: item for name, item in optional.items() if item}
-
-
-def _steps(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-
-
-def _newest_undamaged(folder: Path) -> int | None:
-    """Finds the newest undamaged step; each process reads its own files.
-
-    Raises:
-      CheckpointError: if there are steps but no good one.
-    """
-    damaged: list[int] = []
-    while True:
-        left = [s for s in _steps(folder) if s not in damaged]
-        newest = choose_on_leader(lambda left=left: max(left, default=None))
-        if newest is None:
-            break
-        share = (jax.process_index(), jax.process_count())
-        reason = manifest.damage(folder / f"{newest:06d}", newest, *share)
-        others = processes_where(reason is not None)
-        if not others:
-            return newest
-        reason = reason or f"process {others[0]} has found damage, which its log names"
-        log.warning("checkpoint of step %d in %s is not used: %s", newest, folder, reason)
-        damaged.append(newest)
-    if damaged:
-        raise CheckpointError(
-            f"every checkpoint in {folder} is damaged ({', '.join(map(str, damaged))}; last "
-            f"reason: {reason}); put back a good copy, or move the folder away to start over"
-        )
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    """Says in a few words what a save failed of; Orbax wraps the system's own words."""
-    if isinstance(error, CheckpointError):
-        return str(error)
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.errno:
-            return os.strerror(inner.errno)
-        if code := re.search(r"os_error_code='(\d+)'", str(inner)):
-            return os.strerror(int(code[1]))
-        inner = inner.__cause__ or inner.__context__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -14,7 +14,7 @@ import optax
 import tyro
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.clip_scorer import retrieval_accuracy
+from dalle_jax.generate.clip import retrieval_accuracy
 from dalle_jax.losses import contrastive_loss
 from dalle_jax.models.clip import CLIP, LOG_SCALE_MAX, CLIPConfig
 from dalle_jax.models.layers import matrices
@@ -24,7 +24,7 @@ from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import constrain_batch
 from dalle_jax.parallel.sharding_rules import CLIP as CLIP_RULES
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class ClipStage(Stage):
         validation: Mapping[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
     ):
         self.run = run
-        self.model = CLIP(run.model, dtype=jnp.dtype(run.precision), settle=constrain_batch)
+        self.model = CLIP(run.model, dtype=jnp.dtype(run.precision), constrain=constrain_batch)
         self._validation = validation
         length = max(run.loop.steps - run.warmup_steps, 1)
         after = cosine(run.learning_rate, run.learning_rate_end, length)
@@ -155,7 +155,7 @@ class ClipStage(Stage):
         return loss, metrics | {"scale": scale}
 
     def evaluate(self, params) -> dict[str, float]:
-        """Measures retrieval on the validation sets; see `retrieval_accuracy`."""
+        """Measures retrieval on the validation sets; see `generate.clip.retrieval_accuracy`."""
         measured = {}
         for beginning, batches in self._validation.items():
             features, captions = [], []

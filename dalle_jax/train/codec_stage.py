@@ -17,7 +17,7 @@ from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.parallel.sharding_rules import CODEC
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class CodecStage(Stage):
 
     Args:
       run: the settings, with the config of the network as `model`.
-      start_images: a function giving uint8 [B, R, R, 3] training images for the k-means start.
+      init_images: a function giving uint8 [B, R, R, 3] training images for the k-means start.
       validation: a function giving one pass over the validation images, in batches with
         uint8 "image" [B, R, R, 3].
     """
@@ -39,9 +39,9 @@ class CodecStage(Stage):
     against_collapse: str
     """Advice for a run whose codes fall out of use."""
 
-    def __init__(self, run: Any, *, start_images: Callable[[], np.ndarray], validation):
+    def __init__(self, run: Any, *, init_images: Callable[[], np.ndarray], validation):
         self.run = run
-        self._start_images = start_images
+        self._init_images = init_images
         self._validation = validation
         self._reconstruct = jax.jit(self._codes_and_images)
 

@@ -102,8 +102,8 @@ class DVAEStage(CodecStage):
         "a higher kl_weight or rare_code_weight, or a slower temperature, keeps more of them"
     )
 
-    def __init__(self, run: DVAERun, *, start_images: Callable[[], np.ndarray], validation):
-        super().__init__(run, start_images=start_images, validation=validation)
+    def __init__(self, run: DVAERun, *, init_images: Callable[[], np.ndarray], validation):
+        super().__init__(run, init_images=init_images, validation=validation)
         self.model = DVAE(run.model)
         steps = run.loop.steps
         self.temperature = cosine(
@@ -130,7 +130,7 @@ class DVAEStage(CodecStage):
         if not self.run.kmeans_init:
             return params
         key = jax.random.key(self.run.loop.seed)
-        return kmeans_init(key, on_one_device(params), self.run.model, self._start_images())
+        return kmeans_init(key, on_one_device(params), self.run.model, self._init_images())
 
     def loss(self, params, batch, key, step):
         """Mean pixel NLL + beta / (3 f^2) * mean cell KL.

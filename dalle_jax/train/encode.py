@@ -6,7 +6,6 @@ Source: Ramesh et al. 2021, section 2.2.
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Float16, Int32, UInt8
 
+from dalle_jax import atomic
 from dalle_jax.data import code_shards
 from dalle_jax.data.batches import one_epoch
 from dalle_jax.data.sources import TABLES, DataSource, FolderSource, Record, SourceError
@@ -210,10 +210,7 @@ class _Shards:
             shard = code_shards.write_shard(self._folder, number, coded, grid=self._model.grid)
         else:
             shard = note["shard"]  # the files have only been copied
-        path = self._note_path(number)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(made_of | {"shard": shard}))
-        os.replace(partial, path)
+        atomic.write(self._note_path(number), json.dumps(made_of | {"shard": shard}))
         return True
 
     def write_manifest(self, ranges: list[list[int]]) -> None:
@@ -297,9 +294,7 @@ def cached_reconstructions(source: DataSource, model: Model, folder: Path) -> Fo
                 if is_leader():
                     parts = [folder / _LINES.format(i) for i in range(0, len(source), most)]
                     lines = [part.read_text(encoding="utf-8") for part in parts]
-                    partial = folder / f".{table.name}.partial"
-                    partial.write_text("".join(lines), encoding="utf-8")
-                    os.replace(partial, table)  # last, so that a folder with it is whole
+                    atomic.write(table, "".join(lines))  # last: a folder with it is complete
     return FolderSource(folder)
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dalle_jax.parallel.processes import choose_on_leader
-from dalle_jax.train.checkpoint import CheckpointError
+from dalle_jax.train.checkpoint_folder import CheckpointError
 
 log = logging.getLogger(__name__)
 

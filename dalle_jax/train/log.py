@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dalle_jax import atomic
 from dalle_jax.parallel.processes import is_leader
 from dalle_jax.terminal import console, say
 
@@ -38,12 +39,10 @@ class MetricsLog:
         self._path = path
         self._stage = stage
         self._waiting = ""  # lines that could not be written yet
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
-        self._start = time.monotonic() - (kept[-1]["time_s"] if kept else 0.0)
+        earlier = [entry for entry in read_metrics(path) if entry["step"] <= step]
+        self._start = time.monotonic() - (earlier[-1]["time_s"] if earlier else 0.0)
         if path.exists() and is_leader():
-            shortened = path.with_suffix(".tmp")
-            shortened.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            os.replace(shortened, path)
+            atomic.write(path, "".join(json.dumps(entry) + "\n" for entry in earlier))
         self._end = path.stat().st_size if path.exists() else 0  # bytes of whole lines
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

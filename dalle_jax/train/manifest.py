@@ -13,6 +13,8 @@ import json
 import re
 from pathlib import Path
 
+from dalle_jax import atomic
+
 _NAME = "manifest.json"
 _PART = re.compile(r"manifest-\d+\.json")
 _WRITER = re.compile(r"ocdbt\.process_(\d+)")  # Orbax's folder of what one process wrote
@@ -38,9 +40,7 @@ def write(folder: Path, step: int, index: int = 0, count: int = 1) -> None:
         for path, file in sorted(paths.items())
         if _writer(path) % count == index and path != _NAME and file.is_file()
     }
-    partial = folder / f".{name(index)}"
-    partial.write_text(json.dumps({"step": step, "files": files}, indent=1))
-    partial.rename(folder / name(index))
+    atomic.write(folder / name(index), json.dumps({"step": step, "files": files}, indent=1))
 
 
 def _writer(path: str) -> int:

@@ -1,4 +1,4 @@
-"""Metrics between two log lines: read a few updates late, checked, averaged, timed.
+"""Metrics between two log lines: read a few steps late, checked, averaged, timed.
 
 Source: ours.
 """
@@ -14,9 +14,9 @@ import jax
 
 from dalle_jax.errors import UserError
 from dalle_jax.train.checkpoint import Checkpoints
-from dalle_jax.train.state import Metrics
+from dalle_jax.train.stage import Metrics
 
-# Updates the host may run ahead of the device: enough to keep it busy, few enough that batches
+# Steps that the host may run ahead of the device: enough to keep it busy, few enough that batches
 # do not pile up in memory and that a signal is answered soon.
 _IN_FLIGHT = 2
 
@@ -26,7 +26,7 @@ class NonFiniteError(UserError):
 
 
 class MetricsBuffer:
-    """The metrics since the last log line.
+    """The metrics of the steps since the last log line.
 
     Args:
       checkpoints: of the run, named in the error when a metric is not finite.
@@ -35,64 +35,64 @@ class MetricsBuffer:
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
         self._unread: deque[tuple[int, dict, int, Any]] = deque()
-        self.vote = 0
-        """Of the newest update read: the signal that some process has caught, or 0."""
-        self._values: list[dict[str, float]] = []
-        self._steps = self._examples = 0  # since self._began
-        self._began: float | None = None  # None until the first update, which compiles, is over
+        self.signal = 0
+        """Of the newest step read: the signal that some process has caught, or 0."""
+        self._metrics: list[dict[str, float]] = []
+        self._steps = self._examples = 0  # since self._start
+        self._start: float | None = None  # None until the first step, which compiles, is over
 
-    def add(self, step: int, metrics: Metrics, *, examples: int, votes: Any = None) -> None:
-        """Takes the metrics of a step as they leave the update, perhaps not computed yet.
+    def add(self, step: int, metrics: Metrics, *, examples: int, signal: Any = None) -> None:
+        """Adds the metrics of a step as the device returns them, perhaps not computed yet.
 
         Args:
-          step: updates done.
+          step: steps done.
           metrics: f32 scalars.
           examples: in the batch, over all processes.
-          votes: the greatest signal that any process has caught; None if there is one process.
+          signal: the greatest signal that any process has caught; None if there is one process.
         """
-        self._unread.append((step, metrics, examples, votes))
+        self._unread.append((step, metrics, examples, signal))
         if len(self._unread) > _IN_FLIGHT:
             self._read()
 
     def read_all(self) -> None:
-        """Waits for every metric given so far, so that those not finite are found."""
+        """Waits for all metrics added so far, so that those not finite are found."""
         while self._unread:
             self._read()
 
     def _read(self) -> None:
-        step, metrics, examples, votes = self._unread.popleft()
-        self.vote = 0 if votes is None else int(votes)
+        step, metrics, examples, signal = self._unread.popleft()
+        self.signal = 0 if signal is None else int(signal)
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         if bad := sorted(k for k, x in values.items() if not math.isfinite(x)):
             raise NonFiniteError(_explain(step, values, bad, self._checkpoints))
-        self._values.append(values)
-        if self._began is None:
-            self._began = time.monotonic()
+        self._metrics.append(values)
+        if self._start is None:
+            self._start = time.monotonic()
         else:
             self._steps += 1
             self._examples += examples
 
-    def close(self) -> dict[str, float]:
-        """Gives mean and last value of each metric and the rates, and begins a new window."""
+    def summarize(self) -> dict[str, float]:
+        """Gives mean and last value of each metric and the rates, and empties the buffer."""
         self.read_all()
-        last = self._values[-1]
-        values = {k: math.fsum(v[k] for v in self._values) / len(self._values) for k in last}
+        last = self._metrics[-1]
+        values = {k: math.fsum(m[k] for m in self._metrics) / len(self._metrics) for k in last}
         values |= {f"last/{k}": x for k, x in last.items()}
         now = time.monotonic()
         if self._steps:
-            elapsed = max(now - self._began, 1e-9)
+            elapsed = max(now - self._start, 1e-9)
             values["steps_per_s"] = self._steps / elapsed
             values["examples_per_s"] = self._examples / elapsed
-        self._values, self._steps, self._examples, self._began = [], 0, 0, now
+        self._metrics, self._steps, self._examples, self._start = [], 0, 0, now
         return values
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what happens inside out of the rates."""
+        """Does not count the time inside in the rates."""
         start = time.monotonic()
         yield
-        if self._began is not None:
-            self._began += time.monotonic() - start
+        if self._start is not None:
+            self._start += time.monotonic() - start
 
 
 def _explain(step: int, values: dict, bad: list[str], checkpoints: Checkpoints) -> str:

@@ -18,7 +18,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.generate.model import Model
 from dalle_jax.image.sheet import contact_sheet
 from dalle_jax.losses import prior_loss, prior_mean
-from dalle_jax.models.autoregressive_prior import Prior, init_params
+from dalle_jax.models.autoregressive_prior import AutoregressivePrior, init_params
 from dalle_jax.models.layers import matrices
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.optim.muon import MuonOptions
@@ -29,7 +29,7 @@ from dalle_jax.parallel.sharding_rules import MUON, PRIOR, reshard
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.resblock_scaling import ResblockScaling
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ class PriorStage(Stage):
 
     Args:
       run: the settings.
-      tokens: the codec and everything else of the model folder but the prior; None where nothing
-        is to be drawn or written.
+      codec_model: has the codec and all else of the model folder but the prior; None where nothing
+        is sampled or written.
       tokenizer: belongs to the captions in the batches; None as well.
       validation: a function giving one pass over the validation set, in batches with int32
         "text" [B, P - 1] and "codes" [B, G, G].
@@ -116,14 +116,14 @@ class PriorStage(Stage):
 
     name = "prior"
     rules = PRIOR
-    prior, draw = Prior, staticmethod(init_params)
+    prior, draw = AutoregressivePrior, staticmethod(init_params)
     """The network, and what draws its parameters."""
 
     def __init__(
         self,
         run: PriorRun,
         *,
-        tokens: Model | None,
+        codec_model: Model | None,
         tokenizer: Tokenizer | None,
         validation: Callable[[], Iterable[dict[str, np.ndarray]]],
         captions: Sequence[str],
@@ -140,14 +140,14 @@ class PriorStage(Stage):
             dtype=jnp.dtype(run.precision),
             scan=run.scan_layers,
             remat=run.remat,
-            sums=jnp.dtype(run.grad_dtype),
+            grad_dtype=jnp.dtype(run.grad_dtype),
             constrain=constrain_batch,
             gather=gather_rows,
         )
         if run.precision == "float16":
             examples = run.batch_size // run.loop.accumulation_steps
             self.scaling = ResblockScaling(self.config.depth, examples=examples)
-        self._tokens, self._tokenizer = tokens, tokenizer
+        self._codec_model, self._tokenizer = codec_model, tokenizer
         self._validation, self._captions = validation, captions
         after = None
         if run.learning_rate_end is not None:
@@ -204,13 +204,14 @@ class PriorStage(Stage):
 
     def to_model(self, params, **changes) -> Model:
         """Puts the prior together with its tokenizer and codec; `changes` as in `Model`."""
-        tokens, part = self._tokens, self.name  # stages have the names of the model's parts
+        codec_model = self._codec_model
+        part = self.name  # stages have the names of the model's parts
         parts = {
-            "name": tokens.name,
-            "px": tokens.px,
-            "codec": tokens.codec,
-            "codec_params": tokens.codec_params,
-            "kernels": tokens.kernels,
+            "name": codec_model.name,
+            "px": codec_model.px,
+            "codec": codec_model.codec,
+            "codec_params": codec_model.codec_params,
+            "kernels": codec_model.kernels,
             part: self.config,
             f"{part}_params": params,
             "tokenizer": self._tokenizer,

@@ -5,12 +5,12 @@ Source: ours.
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dalle_jax import atomic
 from dalle_jax.data.sources import DataSource
-from dalle_jax.generate.model_folder import TOKENIZER
+from dalle_jax.generate.folder import TOKENIZER
 from dalle_jax.parallel.processes import is_leader, leader_first
 from dalle_jax.terminal import bar
 from dalle_jax.text.bpe import Tokenizer
@@ -41,9 +41,8 @@ def run_tokenizer(source: DataSource, *, vocabulary: int, folder: Path) -> Token
                 folder.mkdir(parents=True, exist_ok=True)
                 tokenizer = Tokenizer.train(_captions(source), vocabulary=vocabulary)
                 note.unlink(missing_ok=True)
-                partial = path.with_suffix(".partial")
-                tokenizer.save(partial)
-                os.replace(partial, path)
+                with atomic.replaced(path) as partial:
+                    tokenizer.save(partial)
                 note.write_text(json.dumps(made_of))  # last: without it, it is learned again
         return Tokenizer.load(path)
 

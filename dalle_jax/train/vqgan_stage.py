@@ -87,8 +87,8 @@ class VQGANStage(CodecStage):
     name = "vqgan"
     against_collapse = "a higher unused_code_weight, or a lower learning_rate, keeps more of them"
 
-    def __init__(self, run: VQGANRun, *, start_images: Callable[[], np.ndarray], validation):
-        super().__init__(run, start_images=start_images, validation=validation)
+    def __init__(self, run: VQGANRun, *, init_images: Callable[[], np.ndarray], validation):
+        super().__init__(run, init_images=init_images, validation=validation)
         self.model = VQGAN(run.model)
         length = max(run.loop.steps - run.warmup_steps, 1)
         after = cosine(run.learning_rate, run.learning_rate_end, length)
@@ -124,7 +124,7 @@ class VQGANStage(CodecStage):
         """Starts the codebook from clusters of images."""
         key = jax.random.key(self.run.loop.seed)
         network = on_one_device(self.network(params))
-        network = kmeans_codebook(key, network, self.run.model, self._start_images())
+        network = kmeans_codebook(key, network, self.run.model, self._init_images())
         return network if self.judge is None else {**params, "network": network}
 
     def loss(self, params, batch, key, step):

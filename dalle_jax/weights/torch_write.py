@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dalle_jax import atomic
 from dalle_jax.weights.pickles import DTYPES
 
 _STORAGES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -28,15 +29,16 @@ def write_torch(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
     path = Path(path)
     arrays: list[np.ndarray] = []
     pickled = _START + _pickled(tree, arrays) + _STOP
-    beside = path.with_name(f".{path.name}.partial")
-    with zipfile.ZipFile(beside, "w") as archive:  # stored, not compressed
+    with (
+        atomic.replaced(path) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+    ):  # not compressed
         root = path.name.split(".")[0] or "archive"
         _add(archive, f"{root}/data.pkl", pickled)
         _add(archive, f"{root}/byteorder", b"little")
         for key, array in enumerate(arrays):
             _add(archive, f"{root}/data/{key}", array.reshape(-1).view(np.uint8))
         _add(archive, f"{root}/version", b"3\n")
-    os.replace(beside, path)
 
 
 def _add(archive, name, content):

@@ -21,6 +21,7 @@ from dalle_jax.train import state as state_lib
 from dalle_jax.train.dvae_stage import DVAEStage, short_dvae_run
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorStage, short_prior_run
+from dalle_jax.train.train_step import make_train_step
 
 SMALL = {"width": 256, "depth": 8, "heads": 8, "text_vocabulary": 2048, "text_length": 32}
 SMALL |= {"grid": 16, "codes": 1024}
@@ -99,7 +100,7 @@ def dvae(report, case, config, px, batch, *, target=None, seconds=6.0):
 def step_time(stage, batch, *, seconds=6.0):
     """Median seconds of an update, EMA and metrics included."""
     loop = stage.run.loop
-    update = state_lib.make_train_step(stage, ema_every=loop.ema_every, ema_decay=loop.ema_decay)
+    update = make_train_step(stage, ema_every=loop.ema_every, ema_decay=loop.ema_decay)
     state = state_lib.init_state(stage, jax.random.key(0))
 
     def step():  # an update consumes the state that it is given
@@ -116,7 +117,7 @@ def prior_stage(config, batch, **changes):
     loop = LoopConfig(steps=10_000)
     return PriorStage(
         short_prior_run(model=config, loop=loop, batch_size=batch, **changes),
-        tokens=shipped,
+        codec_model=shipped,
         tokenizer=shipped.tokenizer,
         validation=lambda: iter(()),
         captions=(),
@@ -139,7 +140,7 @@ def dvae_stage(config, px, batch):
     run = short_dvae_run(
         model=config, loop=LoopConfig(steps=10_000), px=px, batch_size=batch, kmeans_init=False
     )
-    return DVAEStage(run, start_images=lambda: None, validation=lambda: iter(()))
+    return DVAEStage(run, init_images=lambda: None, validation=lambda: iter(()))
 
 
 def dvae_batch(px, batch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.data import batches as batches_lib
+from dalle_jax.data import image_reader
 from dalle_jax.data.batches import batches, one_epoch
 from dalle_jax.data.sources import FolderSource, SourceError
 from dalle_jax.image.pixels import decode, encode_png
@@ -263,7 +264,7 @@ class Failing(Images):
 
 
 def test_a_disk_that_fails_for_a_moment_changes_no_batch(monkeypatch, caplog):
-    monkeypatch.setattr(batches_lib, "_RETRY_S", (0, 0, 0))
+    monkeypatch.setattr(image_reader, "_RETRY_S", (0, 0, 0))
     assert equal(take(Failing(errno.EIO, 3), 3), take(Images(4), 3))
     assert caplog.text.count("record 2 cannot be read ([Errno 5] Input/output error); trying") == 3
     assert "left out" not in caplog.text
@@ -271,7 +272,7 @@ def test_a_disk_that_fails_for_a_moment_changes_no_batch(monkeypatch, caplog):
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_disk_that_goes_on_failing_stops_the_run_by_name(monkeypatch, code):
-    monkeypatch.setattr(batches_lib, "_RETRY_S", (0, 0, 0))
+    monkeypatch.setattr(image_reader, "_RETRY_S", (0, 0, 0))
     with pytest.raises(SourceError, match=r"record 2 could not be read, tried 4 times .*Errno"):
         take(Failing(code, -1), 2)
     with pytest.raises(SourceError, match="record 2 could not be read"):
@@ -332,7 +333,7 @@ def test_what_fails_in_a_thread_is_raised_with_the_name_of_its_record(
 
 
 def test_waiting_for_data_is_said_with_what_is_read(monkeypatch, caplog):
-    monkeypatch.setattr(batches_lib, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(batches_lib, "_SLOW_S", 0.05)
     said = threading.Event()
 
     def listen(record):

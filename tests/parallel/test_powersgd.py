@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as Spec
 
 from dalle_jax.models.prior_config import PUBLISHED
 from dalle_jax.parallel import powersgd
+from dalle_jax.parallel.kernel_matrices import from_matrices, to_matrices
 from dalle_jax.parallel.mesh import DATA, FSDP, MeshConfig, make_mesh
-from dalle_jax.parallel.powersgd import PowerSGDConfig, PowerSGDState, from_matrices, to_matrices
+from dalle_jax.parallel.powersgd import PowerSGDConfig, PowerSGDState
 from dalle_jax.parallel.sharding_rules import PRIOR
 
 M, L, D, N, H, F = 2, 2, 4, 2, 2, 8
@@ -55,7 +56,7 @@ def drawn(seed):
 
 def begun(config, shards=1, error_seed=None):
     """States of M members: without errors, or with some."""
-    state = powersgd.create(parameters(), config=config, shards=shards)
+    state = powersgd.init(parameters(), config=config, shards=shards)
     error = {path: np.zeros((M, *e.shape), "f") for path, e in state.error.items()}
     if error_seed is not None:
         error = kernels_of(drawn(error_seed))
@@ -195,7 +196,7 @@ def shares_unsent(noise):
     """How much of the sum of all mean gradients is still unsent after 20 and after 400 updates."""
     rng = np.random.default_rng(0)
     params = {"layers": {"mlp_in": {"kernel": jax.ShapeDtypeStruct((1, 8, 16), jnp.float32)}}}
-    state = powersgd.create(params, config=THIN)
+    state = powersgd.init(params, config=THIN)
     state = state.replace(error=jax.tree.map(lambda e: np.zeros((M, *e.shape), "f"), state.error))
     grads = rng.normal(size=(1, M, 1, 8, 16)) + noise * rng.normal(size=(400, M, 1, 8, 16))
     sent = run(state, {"layers": {"mlp_in": {"kernel": grads.astype("f")}}})
@@ -297,9 +298,9 @@ def test_overflow_of_1_6_9_is_clamped_but_flagged():
 
 
 def test_q_is_redrawn_from_the_seed_alone():
-    again = powersgd.create(parameters(), config=THIN)
-    chex.assert_trees_all_equal(again.q, powersgd.create(parameters(), config=THIN).q)
-    other = powersgd.create(parameters(), config=PowerSGDConfig(rank=2, seed=1))
+    again = powersgd.init(parameters(), config=THIN)
+    chex.assert_trees_all_equal(again.q, powersgd.init(parameters(), config=THIN).q)
+    other = powersgd.init(parameters(), config=PowerSGDConfig(rank=2, seed=1))
     path = "layers/mlp_in/kernel"
     assert not np.allclose(other.q[path], again.q[path])
     assert not np.allclose(again.q[path][0], again.q[path][1])
@@ -331,12 +332,12 @@ def test_bytes_are_those_of_the_papers_tables(name, rank, rate):
 
 def test_what_cannot_be_compressed_is_refused():
     with pytest.raises(
-        ValueError, match=r"rank is 5, .*mlp_in.* matrices of 4 x 8 in 1 slices.* 4"
+        ValueError, match=r"rank is 5, .*mlp_in.* matrices of 4 x 8 in 1 shards.* 4"
     ):
-        powersgd.create(
+        powersgd.init(
             {"layers": {"mlp_in": parameters()["layers"]["mlp_in"]}}, config=PowerSGDConfig(rank=5)
         )
-    with pytest.raises(ValueError, match="axis 2 of the mlp_in kernel .* into 3 equal slices"):
+    with pytest.raises(ValueError, match="axis 2 of the mlp_in kernel .* into 3 equal shards"):
         to_matrices(jnp.zeros((L, D, F)), "mlp_in", shards=3)
     with pytest.raises(ValueError, match="kernel of 'router', only those of .*'qkv'"):
         powersgd.sent_bytes(parameters({"router": (L, D, 2)}), config=THIN)
@@ -345,7 +346,7 @@ def test_what_cannot_be_compressed_is_refused():
     with pytest.raises(ValueError, match="q_scale is 0.0, but must be positive"):
         PowerSGDConfig(q_scale=0.0)
     with pytest.raises(ValueError, match="rank is None, which stands for no compression"):
-        powersgd.create(parameters(), config=PowerSGDConfig())
+        powersgd.init(parameters(), config=PowerSGDConfig())
 
 
 def on_four_devices(file):

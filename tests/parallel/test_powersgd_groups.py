@@ -27,11 +27,13 @@ from dalle_jax.optim.optimizer import adamw
 from dalle_jax.parallel import powersgd
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig
-from dalle_jax.parallel.powersgd_groups import Groups
+from dalle_jax.parallel.powersgd_groups import PowerSGDGroups
 from dalle_jax.precision.grad_scale import ScaleState, leave
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.loop import LoopConfig, train
+from dalle_jax.train.stage import Stage
+from dalle_jax.train.train_step import make_train_step
 
 L, D, F, B = 2, 4, 8, 16
 
@@ -51,7 +53,7 @@ class Scaling:
         return state.replace(scale=state.scale * jnp.where(finite, 2, 0.5))
 
 
-class Layered(state_lib.Stage):
+class Layered(Stage):
     """Two kernels side by side, which Muon moves, and a head."""
 
     name = "layered"
@@ -109,20 +111,20 @@ def batch(seed):
 
 def begun(sizes, rank):
     mesh, stage = make_mesh(sizes), Layered()
-    groups = Groups(PowerSGDConfig(rank=rank), mesh) if rank else None
+    groups = PowerSGDGroups(PowerSGDConfig(rank=rank), mesh) if rank else None
 
     def create(key):
         return state_lib.init_state(stage, key, groups)
 
     key = jax.random.key(0)
-    places = state_lib.shardings(jax.eval_shape(create, key), mesh, stage.rules, groups)
-    return mesh, places, groups, jax.jit(create, out_shardings=places)(key)
+    shardings = state_lib.state_shardings(jax.eval_shape(create, key), mesh, stage.rules, groups)
+    return mesh, shardings, groups, jax.jit(create, out_shardings=shardings)(key)
 
 
 def three_updates(sizes, rank=None, accumulation_steps=1):
-    mesh, places, groups, state = begun(sizes, rank)
-    options = {"places": places, "groups": groups, "accumulation_steps": accumulation_steps}
-    update = state_lib.make_train_step(Layered(), **options)
+    mesh, shardings, groups, state = begun(sizes, rank)
+    options = {"shardings": shardings, "groups": groups, "accumulation_steps": accumulation_steps}
+    update = make_train_step(Layered(), **options)
     for seed in range(3):
         state, metrics = update(state, place_batch(mesh, batch(seed)))
     return {"params": state.params, "metrics": metrics, "scale": state.scales.scale}
@@ -130,8 +132,8 @@ def three_updates(sizes, rank=None, accumulation_steps=1):
 
 def broken():
     """Before and after an update in which one of four groups has no finite gradient."""
-    mesh, places, groups, state = begun(MeshConfig(data=4, fsdp=2), 1)
-    update = state_lib.make_train_step(Layered(), places=places, groups=groups)
+    mesh, shardings, groups, state = begun(MeshConfig(data=4, fsdp=2), 1)
+    update = make_train_step(Layered(), shardings=shardings, groups=groups)
     state, _ = update(state, place_batch(mesh, batch(0)))
     before = jax.tree.map(np.asarray, dataclasses.replace(state, key=()))
     bad = batch(1)
@@ -145,7 +147,7 @@ def program():
     """All of an update that is compiled for 8 groups."""
     mesh, _, groups, state = begun(MeshConfig(), 1)
     with jax.set_mesh(mesh):
-        update = state_lib.make_train_step(Layered(), groups=groups)
+        update = make_train_step(Layered(), groups=groups)
         return update.lower(state, place_batch(mesh, batch(0))).compile().as_text()
 
 
@@ -172,13 +174,13 @@ def continued(folder):
             folder / "four" / "checkpoints" / "000003", folder / name / "checkpoints" / "000003"
         )
         results[name] = trained(folder / name, sizes).params
-    _, places, groups, state = begun(two, 1)
-    wanted = state_lib.checkpoint_shapes(jax.eval_shape(lambda: state), places, groups)
+    _, shardings, groups, state = begun(two, 1)
+    wanted = state_lib.checkpoint_shapes(jax.eval_shape(lambda: state), shardings, groups)
     with Checkpoints(folder / "four" / "checkpoints") as checkpoints:
         _, kept, *_ = checkpoints.restore(wanted)
-    resumed = state_lib.from_checkpoint(kept, places, groups)
+    resumed = state_lib.from_checkpoint(kept, shardings, groups)
     chex.assert_trees_all_equal(resumed.powersgd.q, state.powersgd.q)
-    jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), resumed, places)
+    jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), resumed, shardings)
     of_two, of_four = (jax.tree.map(np.asarray, s.powersgd.error) for s in (resumed, unbroken))
     return results | {"errors of two": of_two, "errors of four": of_four}
 
@@ -294,13 +296,15 @@ def test_kernels_cut_by_heads_are_refused():
     with pytest.raises(
         ValueError, match="cannot compress kernels cut by tensor=2; set mesh.tensor"
     ):
-        Groups(PowerSGDConfig(rank=1), mesh)
+        PowerSGDGroups(PowerSGDConfig(rank=1), mesh)
 
 
 def test_a_model_without_layers_is_refused():
     mesh = AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(ValueError, match="stacked kernels below .* leave powersgd.rank out"):
-        Groups(PowerSGDConfig(rank=1), mesh).create({"encoder": {"kernel": jnp.zeros((2, 2))}})
+        PowerSGDGroups(PowerSGDConfig(rank=1), mesh).create(
+            {"encoder": {"kernel": jnp.zeros((2, 2))}}
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def images(count=8, px=16):
 
 def stage(run):
     return DVAEStage(
-        run, start_images=lambda: images(32), validation=lambda: iter([{"image": images()}])
+        run, init_images=lambda: images(32), validation=lambda: iter([{"image": images()}])
     )
 
 

@@ -4,12 +4,13 @@ import dataclasses
 import json
 
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train import checkpoint_diff
+from dalle_jax.train import checkpoint_diff, run_settings
 from dalle_jax.train.clip_stage import ClipRun
 from dalle_jax.train.dvae_stage import DVAERun
-from dalle_jax.train.experiment import MAY_CHANGE, _settings, _summary
 from dalle_jax.train.loop import LoopConfig
+from dalle_jax.train.model_card import stage_summary
 from dalle_jax.train.prior_stage import PriorRun
+from dalle_jax.train.run_settings import MAY_CHANGE
 from dalle_jax.train.run_tokenizer import run_tokenizer
 from dalle_jax.train.vqgan_stage import VQGANRun
 
@@ -31,11 +32,11 @@ def changed(settings, name):
 def test_a_run_goes_on_with_these_settings_changed_and_no_others():
     allowed = set()
     for run in (DVAERun(), VQGANRun(), PriorRun(), ClipRun()):
-        saved = json.loads(json.dumps(_settings(run)))
+        saved = json.loads(json.dumps(run_settings.settings(run)))
         for name in names(saved):
             now = checkpoint_diff.without(changed(saved, name), MAY_CHANGE)
-            if checkpoint_diff.setting_differences(saved, now):
-                (said,) = checkpoint_diff.setting_differences(saved, now)
+            if checkpoint_diff.setting_differences(saved, now, {}):
+                (said,) = checkpoint_diff.setting_differences(saved, now, {})
                 assert said.startswith(f"{name} was ")
             else:
                 allowed.add(name)
@@ -87,4 +88,6 @@ def test_a_tokenizer_is_learned_once_and_again_for_other_captions(tmp_path, monk
 
 def test_the_card_counts_updates_done_and_not_those_asked_for(tmp_path):
     run = PriorRun(loop=LoopConfig(steps=5))
-    assert _summary("prior", run, 20, tmp_path).startswith("- prior: 20 updates of 1024 examples")
+    assert stage_summary("prior", run, 20, tmp_path).startswith(
+        "- prior: 20 updates of 1024 examples"
+    )

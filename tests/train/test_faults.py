@@ -25,7 +25,7 @@ from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.log import MetricsLog
 from dalle_jax.train.loop import LoopConfig, train
 from dalle_jax.train.metrics_buffer import NonFiniteError
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 CONFIG = LoopConfig(steps=12, log_every=1, save_every=2, evaluate_every=1, sheet_every=1)
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dalle_jax.train.checkpoint import CheckpointError
+from dalle_jax.train.checkpoint_folder import CheckpointError
 from dalle_jax.train.lock import locked
 
 

@@ -20,7 +20,7 @@ from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import LoopConfig, train
 from dalle_jax.train.metrics_buffer import NonFiniteError
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 
 class Mlp(Stage):
@@ -214,9 +214,9 @@ def test_data_that_ends_is_an_error(tmp_path):
 
 
 def test_config_refuses_what_cannot_be():
-    with pytest.raises(ValueError, match="log_every is 0, but has to be at least 1"):
+    with pytest.raises(ValueError, match="log_every is 0, but must be at least 1"):
         LoopConfig(steps=3, log_every=0)
-    with pytest.raises(ValueError, match=r"ema_decay is 1.0, but has to be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"ema_decay is 1.0, but must lie in \[0, 1\)"):
         LoopConfig(steps=3, ema_decay=1.0)
     assert LoopConfig(steps=3, evaluate_every=None).evaluate_every is None
 

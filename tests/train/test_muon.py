@@ -14,7 +14,7 @@ from dalle_jax.train.state import init_state
 from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 LOOP = LoopConfig(steps=100)
-CODEC = {"start_images": lambda: None, "validation": lambda: iter(())}
+CODEC = {"init_images": lambda: None, "validation": lambda: iter(())}
 PRIOR = {"tokens": None, "tokenizer": None, "validation": lambda: iter(()), "captions": ()}
 
 

@@ -23,7 +23,7 @@ def stage(tokens, validation=lambda: iter(())):
     run = short_prior_run(model=tiny.parts()["prior"], loop=LoopConfig(steps=10), batch_size=4)
     return PriorStage(
         run,
-        tokens=tokens,
+        codec_model=tokens,
         tokenizer=tiny.tokenizer(),
         validation=validation,
         captions=["red apple", "crying cat " * 30],  # too long for the prior

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dalle_jax.generate.progressive_sampler import cells_filled
+from dalle_jax.generate.progressive import filled
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.progressive_prior import ProgressivePrior, init_params
 from dalle_jax.train.cell_orders import order_ranks, order_scores
@@ -33,7 +33,7 @@ def stage(validation=(), **changes):
     run = progressive_run(short_prior_run(model=tiny.parts()["prior"]), **(settings | changes))
     return ProgressiveStage(
         run,
-        tokens=tiny.model(prior=None, prior_params=None, tokenizer=None),
+        codec_model=tiny.model(prior=None, prior_params=None, tokenizer=None),
         tokenizer=tiny.tokenizer(),
         validation=lambda: iter(validation),
         captions=["red apple"],
@@ -88,7 +88,7 @@ def test_stages_are_those_of_the_schedule_in_the_order_of_the_ranks(key):
         number = int(row.max()) + 1
         numbers.add(number)
         counts = np.bincount(row, minlength=number).cumsum()
-        assert counts.tolist() == cells_filled(16, number, "cosine").tolist()
+        assert counts.tolist() == filled(16, number, "cosine").tolist()
     assert numbers == {2, 3, 4, 6, 8, 12, 16}
 
 

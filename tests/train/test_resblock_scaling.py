@@ -11,6 +11,7 @@ import pytest
 
 from dalle_jax.models.autoregressive_prior import PriorConfig
 from dalle_jax.train import state as state_lib
+from dalle_jax.train.train_step import make_train_step
 
 MODEL = PriorConfig(**eight.PRIOR, attention="dense")  # one kind of layer compiles in a third
 
@@ -26,7 +27,7 @@ def trained():
     state = jax.jit(lambda key: state_lib.init_state(stage, key))(jax.random.key(0))
     # On a CPU XLA leaves out conversions to float16 and back, and with them every overflow.
     update = (
-        state_lib.make_train_step(stage, ema_decay=0.5)
+        make_train_step(stage, ema_decay=0.5)
         .lower(state, batch())
         .compile(compiler_options={"xla_allow_excess_precision": False})
     )

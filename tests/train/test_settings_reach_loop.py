@@ -22,7 +22,7 @@ from dalle_jax.train import loop
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.state import Stage
+from dalle_jax.train.stage import Stage
 
 LOOP = LoopConfig(
     steps=6,
@@ -122,7 +122,7 @@ def test_a_setting_of_the_loop_changes_what_it_names_and_nothing_else(field, usu
     ("place", "config"),
     [
         ("make_mesh", LoopConfig(steps=1, mesh=MeshConfig(fsdp=2))),
-        ("Groups", LoopConfig(steps=1, powersgd=PowerSGDConfig(rank=3))),
+        ("PowerSGDGroups", LoopConfig(steps=1, powersgd=PowerSGDConfig(rank=3))),
     ],
 )
 def test_mesh_and_groups_are_made_as_the_loops_settings_say(place, config, tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def compressed(config):
     kernel = np.random.default_rng(0).normal(size=(2, 1, 4, 6)).astype(np.float32)
     grads = {"layers": {"mlp_in": {"kernel": jnp.asarray(kernel)}}}
     one = jax.tree.map(lambda x: x[0], grads)
-    state = powersgd.create(one, config=config)
+    state = powersgd.init(one, config=config)
     reduce = partial(powersgd.reduce, config=config, axis_name="data")
     reduce = jax.jit(jax.vmap(reduce, in_axes=(0, None), axis_name="data"))
     means, errors, *_ = reduce(grads, state)

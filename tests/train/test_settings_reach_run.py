@@ -57,7 +57,7 @@ def init(run):
 def start(run):
     """The parameters that a run starts from."""
     tokens = tiny.model() if getattr(run, "from_prior", False) else None
-    return jax.tree.leaves(stages.stage(run, tokens=tokens).init_from_data(drawn(run)))
+    return jax.tree.leaves(stages.stage(run, codec_model=tokens).init_from_data(drawn(run)))
 
 
 def batches(run):

@@ -10,7 +10,8 @@ from dalle_jax.losses import codebook_loss, hinge_loss, unused_code_pull
 from dalle_jax.models.discriminator import Discriminator, init_params
 from dalle_jax.models.vqgan import VQGANConfig, nearest
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.state import init_state, make_train_step
+from dalle_jax.train.state import init_state
+from dalle_jax.train.train_step import make_train_step
 from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 SIZES = VQGANConfig(
@@ -26,7 +27,7 @@ def stage(**changes):
     loop = LoopConfig(steps=100)
     run = VQGANRun(model=SIZES, loop=loop, px=8, batch_size=4, warmup_steps=5, **changes)
     return VQGANStage(
-        run, start_images=lambda: images(32), validation=lambda: iter([{"image": images()}])
+        run, init_images=lambda: images(32), validation=lambda: iter([{"image": images()}])
     )
 
 

@@ -4,7 +4,6 @@ Source: ours.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle_jax import atomic
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.studies import Row
 from dalle_jax.image.sheet import save_png
@@ -25,28 +25,28 @@ class Section:
     Attributes:
       key: its name in report.json.
       title: its heading.
-      note: explains it.
-      rows: the metrics.
-      plot_over: the column that all others are plotted over; "" for no plot.
-      sheet: images to look at.
+      note: what is to be known about it.
+      rows: the numbers.
+      plotted: the column along which all others are drawn; "" for no plot.
+      sheet: pictures to look at.
     """
 
     key: str
     title: str
     note: str = ""
     rows: list[Row] = field(default_factory=list)
-    plot_over: str = ""
+    plotted: str = ""
     sheet: UInt8[np.ndarray, "H W 3"] | None = None
 
 
 def write(out: Path, sections: Sequence[Section]) -> None:
-    """Writes the folder; the first section is the request."""
+    """Writes the folder; the first section is what was asked."""
     out.mkdir(parents=True, exist_ok=True)
     pages = []
     for section in sections:
         page = [f"## {section.title}", section.note, _table(section.rows)]
-        if section.plot_over and len(section.rows) > 1:
-            _plot(out / f"{section.key}.png", section.rows, section.plot_over)
+        if section.plotted and len(section.rows) > 1:
+            _plot(out / f"{section.key}.png", section.rows, section.plotted)
             page.append(f"![{section.title}]({section.key}.png)")
         if section.sheet is not None:
             save_png(out / f"{section.key}-sheet.png", section.sheet)
@@ -60,31 +60,31 @@ def write(out: Path, sections: Sequence[Section]) -> None:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Markdown; a single row with many columns has a line for each of them."""
+    """Markdown; a single row with many columns stands upright."""
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row))
     if len(rows) == 1:
-        head, body = ["", ""], [[name, _format(rows[0][name])] for name in names]
+        head, body = ["", ""], [[name, _shown(rows[0][name])] for name in names]
     else:
-        head, body = names, [[_format(row.get(name, "")) for name in names] for row in rows]
+        head, body = names, [[_shown(row.get(name, "")) for name in names] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _format(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):  # mean, and the ends of its interval
         mean, low, high = value
         return f"{mean:.3f}" if low == high else f"{mean:.3f} ({low:.3f}-{high:.3f})"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_format(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
     return str(value)
 
 
-def _plot(path: Path, rows: Sequence[Row], over: str) -> None:
-    columns = [name for name in rows[0] if name != over and not name.endswith("+-")]
+def _plot(path: Path, rows: Sequence[Row], along: str) -> None:
+    columns = [name for name in rows[0] if name != along and not name.endswith("+-")]
     figure_class, canvas_class = plotting()
     figure = figure_class(figsize=(3 * len(columns), 2.6))
     canvas_class(figure)
@@ -92,20 +92,19 @@ def _plot(path: Path, rows: Sequence[Row], over: str) -> None:
     for name, axes in zip(columns, figure.subplots(1, len(columns), squeeze=False)[0], strict=True):
         errors = [row.get(f"{name} +-", 0) for row in rows]
         axes.errorbar(
-            [row[over] for row in rows], [row[name] for row in rows], errors, marker=".", capsize=2
+            [row[along] for row in rows], [row[name] for row in rows], errors, marker=".", capsize=2
         )
         axes.set_title(name, fontsize=8)
-        axes.set_xlabel(over, fontsize=8)
+        axes.set_xlabel(along, fontsize=8)
         axes.tick_params(labelsize=7)
-        if over == "N":
+        if along == "N":
             axes.set_xscale("log", base=2)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
+    with atomic.replaced(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def plotting() -> tuple[type, type]:
-    """Matplotlib's figure and canvas; a UserError says what to install if it is missing."""
+    """Gives matplotlib's figure and canvas; UserError with what to install without it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -117,10 +116,5 @@ def plotting() -> tuple[type, type]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a text file, complete or not at all."""
+    atomic.write(path, text)

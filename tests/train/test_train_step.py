@@ -6,9 +6,11 @@ import optax
 import pytest
 
 from dalle_jax.train import state as state_lib
+from dalle_jax.train.stage import Stage
+from dalle_jax.train.train_step import make_train_step
 
 
-class Line(state_lib.Stage):
+class Line(Stage):
     """Fits y = x w + b by least squares."""
 
     name = "line"
@@ -44,7 +46,7 @@ def test_accumulated_update_equals_whole_batch(key):
     stage = Line(optax.adamw(1e-2))
     results = []
     for k in (1, 4):
-        step = state_lib.make_train_step(stage, accumulation_steps=k)
+        step = make_train_step(stage, accumulation_steps=k)
         state = state_lib.init_state(stage, key)
         for _ in range(3):
             state, metrics = step(state, batch_of(8))
@@ -56,18 +58,18 @@ def test_micro_batches_get_keys_of_their_own(key):
     state = state_lib.init_state(Noisy(), key)
     key_step = jax.random.fold_in(state.key, 0)
     expected = np.mean([jax.random.normal(jax.random.fold_in(key_step, i)) for i in range(2)])
-    _, metrics = state_lib.make_train_step(Noisy(), accumulation_steps=2)(state, batch_of(4))
+    _, metrics = make_train_step(Noisy(), accumulation_steps=2)(state, batch_of(4))
     np.testing.assert_allclose(metrics["noise"], expected, rtol=1e-6)
 
 
 def test_batch_that_does_not_split_evenly_is_refused(key):
-    step = state_lib.make_train_step(Line(), accumulation_steps=4)
+    step = make_train_step(Line(), accumulation_steps=4)
     with pytest.raises(ValueError, match="batch of 6 examples cannot be cut into 4 equal micro-ba"):
         step(state_lib.init_state(Line(), key), batch_of(6))
 
 
 def test_ema_is_the_written_out_formula_every_second_step(key):
-    step = state_lib.make_train_step(Line(), ema_every=2, ema_decay=0.75)
+    step = make_train_step(Line(), ema_every=2, ema_decay=0.75)
     state = state_lib.init_state(Line(), key)
     expected = np.array(state.params["w"])
     for n in range(1, 6):
@@ -80,7 +82,7 @@ def test_ema_is_the_written_out_formula_every_second_step(key):
 def test_step_counts_updates_and_keys_follow_it(key):
     state = state_lib.init_state(Noisy(), key)
     expected = [jax.random.normal(jax.random.fold_in(state.key, n)) for n in range(3)]
-    step = state_lib.make_train_step(Noisy())
+    step = make_train_step(Noisy())
     for n in range(3):
         state, metrics = step(state, batch_of(4))
         assert metrics["seen_step"] == n
@@ -92,7 +94,7 @@ def test_metrics_hold_loss_and_norms(key):
     state = state_lib.init_state(Line(), key)
     batch = batch_of(4)
     (loss, _), grads = jax.value_and_grad(Line().loss, has_aux=True)(state.params, batch, key, 0)
-    state, metrics = state_lib.make_train_step(Line())(state, batch)
+    state, metrics = make_train_step(Line())(state, batch)
     assert set(metrics) == {"loss", "worst", "grad_norm", "update_norm", "param_norm"}
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-6)
@@ -105,5 +107,5 @@ def test_optimizer_sees_the_loss_as_value(key):
         return jax.tree.map(jnp.zeros_like, grads), value
 
     stage = Line(optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update))
-    state, metrics = state_lib.make_train_step(stage)(state_lib.init_state(stage, key), batch_of(4))
+    state, metrics = make_train_step(stage)(state_lib.init_state(stage, key), batch_of(4))
     assert state.opt_state == metrics["loss"]
