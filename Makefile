@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make install   create $(VENV) with the tested packages (Python 3.11 or 3.12)"
 	@echo "make demo      draw a sheet of pictures with a shipped model into demo.png"
-	@echo "make test      lint, format check and every test"
+	@echo "make test      lint, format check, types and every test"
 	@echo "make clean     remove $(VENV), caches and demo.png; runs/ stays"
 
 install: $(INSTALLED)
@@ -38,8 +38,9 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile  # tests of a file share what is slow to make
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo.png
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

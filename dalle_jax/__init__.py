@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 from dalle_jax.generate.sampling import SamplingConfig
 
 if TYPE_CHECKING:
-    from dalle_jax.compiled import keep_programs
-    from dalle_jax.generate.clip import Clip
+    from dalle_jax.compilation_cache import enable_compilation_cache
+    from dalle_jax.generate.clip_scorer import Clip
     from dalle_jax.generate.model import Model
 
-__all__ = ["Clip", "Model", "SamplingConfig", "keep_programs", "load"]
+__version__ = "0.2.0"
+__all__ = ["Clip", "Model", "SamplingConfig", "enable_compilation_cache", "load"]
 
 
 def load(name_or_folder: str | os.PathLike) -> "Model":
@@ -26,11 +27,11 @@ def __getattr__(name):  # what needs jax is imported when it is first used
 
         return Model
     if name == "Clip":
-        from dalle_jax.generate.clip import Clip
+        from dalle_jax.generate.clip_scorer import Clip
 
         return Clip
-    if name == "keep_programs":
-        from dalle_jax.compiled import keep_programs
+    if name == "enable_compilation_cache":
+        from dalle_jax.compilation_cache import enable_compilation_cache
 
-        return keep_programs
+        return enable_compilation_cache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,11 +45,11 @@ def be_quiet() -> None:
 
 
 @contextmanager
-def bar(doing: str, *, of: str = "pictures") -> Iterator[Callable[[int, int], None]]:
+def bar(doing: str, *, of: str = "images") -> Iterator[Callable[[int, int], None]]:
     """Shows how far some work is; gives a function of what is done and of all there is to do.
 
     Args:
-      doing: what is done, such as "Drawing".
+      doing: what is done, such as "Sampling".
       of: what is counted.
     """
     columns = (

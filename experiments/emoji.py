@@ -17,7 +17,7 @@ from pathlib import Path
 from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
 from dalle_jax.data.paraphrase import Paraphrased
 from dalle_jax.data.sources import ConcatSource
-from dalle_jax.generate.folder import listed
+from dalle_jax.generate.model_folder import default_captions
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
@@ -53,7 +53,7 @@ class EmojiOptions:
         return Data(
             train=Paraphrased(ConcatSource(*map(split, self.splits))),
             validation=split("validation"),
-            captions=listed("emoji"),
+            captions=default_captions("emoji"),
             attribution=ATTRIBUTION,
             license=LICENSE,
         )

@@ -20,10 +20,10 @@ import tyro
 from curves import compare
 
 import dalle_jax
-from dalle_jax.compiled import keep_programs
+from dalle_jax.compilation_cache import enable_compilation_cache
 from dalle_jax.data.batches import batches
 from dalle_jax.data.shapes import ShapesSource
-from dalle_jax.memory import keep_memory
+from dalle_jax.malloc import reuse_freed_memory
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import state as state_lib
@@ -60,8 +60,8 @@ class OneOfMany(PriorStage):
 
 def main(options: Options) -> None:
     """Trains them all and compares them."""
-    keep_memory()
-    keep_programs()
+    reuse_freed_memory()
+    enable_compilation_cache()
     tokens = dalle_jax.load("emoji")
     source = ShapesSource("train", px=tokens.px)
     captions = [caption for i in range(len(source)) for caption in source[i]["captions"]]

@@ -24,15 +24,15 @@ import tyro
 from people import PeopleOptions, prior
 
 import dalle_jax
-from dalle_jax.compiled import keep_programs
+from dalle_jax.compilation_cache import enable_compilation_cache
 from dalle_jax.data.emoji import PeopleSource
 from dalle_jax.evaluate.distances import kernel_distance
 from dalle_jax.evaluate.features import efficientnet_network
-from dalle_jax.generate.grids import draw_grids
+from dalle_jax.generate.code_sampler import sample_codes
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image import pixels
-from dalle_jax.memory import keep_memory
+from dalle_jax.malloc import reuse_freed_memory
 from dalle_jax.models.progressive_prior import ProgressivePrior
 from dalle_jax.terminal import show_log_lines
 from dalle_jax.train.cell_orders import order_ranks, order_scores
@@ -177,11 +177,11 @@ def drawn(model, part, truth, options, **way):
     sampling = SamplingConfig(temperature=options.temperature, **way)
     counts = np.zeros(3)
     request = {"n": 1, "seed": options.seed, "sampling": sampling}
-    for some in draw_grids(config, params, model.tokenizer, truth.captions, **request):
+    for some in sample_codes(config, params, model.tokenizer, truth.captions, **request):
         passes = some.passes[:, :, 0]
         codes[some.prompts] = passes[-1]
         before, after, true = passes[:-1], passes[1:], own[some.prompts]
-        changed = (before != after) & (before < some.empty)
+        changed = (before != after) & (before < some.empty_code)
         ways = (changed, changed & (after == true), changed & (before == true))
         counts += [marks.sum() for marks in ways]
     revised, *rightly = counts.tolist()
@@ -246,8 +246,8 @@ def _short(value) -> str:
 if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).parent))  # or emoji.py there would hide the package `emoji`
     show_log_lines()
-    keep_memory()
-    keep_programs()
+    reuse_freed_memory()
+    enable_compilation_cache()
     chosen = tyro.cli(
         Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
         | Annotated[Draw, tyro.conf.subcommand("draw", prefix_name=False)],

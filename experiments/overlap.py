@@ -16,7 +16,7 @@ import numpy as np
 
 from dalle_jax.data.emoji_svgs import distinct_images, list_emoji, render
 from dalle_jax.evaluate.features import efficientnet_network
-from dalle_jax.evaluate.overlap import find_overlap, open_pictures
+from dalle_jax.evaluate.overlap import find_overlap, open_images
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.terminal import bar
 
@@ -30,39 +30,39 @@ def main() -> None:
     alone = [group[0] for group in looks if len(group) == 1]
     alone = [alone[i] for i in np.random.default_rng(0).permutation(len(alone))[: 2 * OTHERS]]
     training = {f"known{i:03d}": (group[0], 64) for i, group in enumerate(groups)}
-    held = {
+    held_out = {
         f"known{i:03d}-{j}": (drawing, 96)
         for i, group in enumerate(groups)
         for j, drawing in enumerate(group[1:])
     }
-    known = len(held)
+    known = len(held_out)
     training |= {f"other{i:03d}": (drawing, 64) for i, drawing in enumerate(alone[:OTHERS])}
-    held |= {f"new{i:03d}": (drawing, 96) for i, drawing in enumerate(alone[OTHERS:])}
+    held_out |= {f"new{i:03d}": (drawing, 96) for i, drawing in enumerate(alone[OTHERS:])}
 
     with tempfile.TemporaryDirectory() as folder, bar("Looking") as progress:
         sets = []
-        for name, chosen in {"training": training, "held": held}.items():
+        for name, chosen in {"training": training, "held": held_out}.items():
             path = Path(folder, name)
             path.mkdir()
             for file, (drawing, px) in chosen.items():
                 (path / f"{file}.png").write_bytes(encode_png(render(drawing.path, px)))
-            sets.append(open_pictures(path))
+            sets.append(open_images(path))
         network = efficientnet_network()
         found = find_overlap(*sets, lambda images: network(images)[0], progress=progress)
 
     print(found)
     nearest, right = {}, set()
     for pair in found.pairs:
-        nearest.setdefault(pair.held, pair.training)
-        if _group(pair.held) == _group(pair.training):
-            right.add(pair.held)
+        nearest.setdefault(pair.held_out, pair.training)
+        if _group(pair.held_out) == _group(pair.training):
+            right.add(pair.held_out)
     first = sum(_group(nearest[name]) == _group(name) for name in right)
     new = sum(name.startswith("new") for name in found.overlapping)
     print(
         f"{len(right)} of {known} known drawings found, {first} of them with their like as the "
         f"nearest; of {OTHERS} held-out drawings that look like no other, {new} called known"
     )
-    for name, (drawing, _) in held.items():
+    for name, (drawing, _) in held_out.items():
         if name.startswith("known") and f"{name}.png" not in right:
             print(f"missed: {drawing.name}")
 

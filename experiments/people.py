@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from dalle_jax.data.emoji import TWEMOJI, PeopleSource
-from dalle_jax.generate.folder import listed
+from dalle_jax.generate.model_folder import default_captions
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
@@ -50,7 +50,7 @@ class PeopleOptions:
         return Data(
             train=split("train"),
             validation=split("heldout_cell"),
-            captions=listed("people"),
+            captions=default_captions("people"),
             attribution=TWEMOJI,
             license=LICENSE,
         )

@@ -20,12 +20,12 @@ import tyro
 from curves import compare
 
 import dalle_jax
-from dalle_jax.compiled import keep_programs
+from dalle_jax.compilation_cache import enable_compilation_cache
 from dalle_jax.data.batches import batches
 from dalle_jax.data.emoji import emoji_source
 from dalle_jax.data.shapes import ShapesSource
 from dalle_jax.generate.model import Model
-from dalle_jax.memory import keep_memory
+from dalle_jax.malloc import reuse_freed_memory
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig, sent_bytes
@@ -66,8 +66,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Trains without compression and with each rank, and compares."""
-    keep_memory()
-    keep_programs()
+    reuse_freed_memory()
+    enable_compilation_cache()
     shipped = dalle_jax.load("emoji")
     tokens = Model(name="shapes", px=PX, codec=shipped.codec, codec_params=shipped.codec_params)
     source = SOURCES[options.data]("train", px=PX)

@@ -22,7 +22,7 @@ LOOP = "train/test_settings_reach_loop.py -k "
 BATCHES = "data/test_batches.py"
 DISTANCES = "evaluate/test_distances.py"
 PIXELS = "image/test_pixels.py"
-GOLDEN = "generate/test_golden.py::test_a_shipped_prior_draws_its_golden_codes"
+GOLDEN = "generate/test_golden.py::test_a_shipped_prior_samples_its_golden_codes"
 POWERSGD = "parallel/test_powersgd.py"
 
 MUTANTS = [
@@ -214,7 +214,7 @@ MUTANTS = [
     ),
     Mutant(
         "export-not-rounded",
-        "generate/folder.py",
+        "generate/model_folder.py",
         "np.float32 if exact else ml_dtypes.bfloat16",
         "np.float32",
         EXPERIMENT,
@@ -355,17 +355,17 @@ MUTANTS = [
     ),
     Mutant(
         "guidance-does-not-rise",
-        "generate/progressive.py",
+        "generate/progressive_sampler.py",
         "1 + (guidance - 1) * share",
         "guidance",
-        "generate/test_progressive.py -k guidance",
+        "generate/test_progressive_sampler.py -k guidance",
     ),
     Mutant(
         "revision-replaces-everything",
-        "generate/progressive.py",
-        "(doubt >= DOUBT)",
-        "(doubt >= 0)",
-        "generate/test_progressive.py -k revision",
+        "generate/progressive_sampler.py",
+        "(margin >= REVISION_MARGIN)",
+        "(margin >= 0)",
+        "generate/test_progressive_sampler.py -k revision",
     ),
     Mutant(
         "revision-sees-the-code-it-judges",
@@ -645,49 +645,49 @@ MUTANTS = [
     # Drawing
     Mutant(
         "top-k",
-        "generate/filters.py",
+        "generate/logits.py",
         "inside & (rank < top_k)",
         "inside & (rank <= top_k)",
-        "generate/test_filters.py",
+        "generate/test_logits.py",
     ),
     Mutant(
         "top-p",
-        "generate/filters.py",
+        "generate/logits.py",
         "jnp.cumsum(share, axis=-1) - share",
         "jnp.cumsum(share, axis=-1)",
-        "generate/test_filters.py",
+        "generate/test_logits.py",
     ),
     Mutant(
         "guidance",
-        "generate/autoregressive.py",
+        "generate/autoregressive_sampler.py",
         "without + guidance * (with_caption - without)",
         "with_caption + guidance * (with_caption - without)",
-        "generate/test_autoregressive.py -k greedy_codes",
+        "generate/test_autoregressive_sampler.py -k greedy_codes",
     ),
     Mutant(
         "temperature",
-        "generate/drawing.py",
+        "generate/logits.py",
         "logits / jnp.where(greedy, 1, temperature)",
         "logits * jnp.where(greedy, 1, temperature)",
-        "generate/test_autoregressive.py -k temperature",
+        "generate/test_autoregressive_sampler.py -k temperature",
     ),
     Mutant(
         "same-noise-everywhere",
-        "generate/autoregressive.py",
+        "generate/autoregressive_sampler.py",
         "jax.vmap(jax.random.fold_in, (0, None))(keys, position)",
         "jax.vmap(jax.random.fold_in, (0, None))(keys, 0 * position)",
         GOLDEN + "[people-prior]",
     ),
     Mutant(
         "one-row-more-is-kept",
-        "generate/autoregressive.py",
-        "position < kept",
-        "position <= kept",
-        "generate/test_autoregressive.py -k kept_rows",
+        "generate/autoregressive_sampler.py",
+        "position < prompt_length",
+        "position <= prompt_length",
+        "generate/test_autoregressive_sampler.py -k kept_rows",
     ),
     Mutant(
         "captions-share-their-noise",
-        "generate/grids.py",
+        "generate/code_sampler.py",
         'zlib.crc32(prompt.lower().encode("utf-8", "replace"))',
         "0",
         GOLDEN + "[people-prior]",
@@ -745,8 +745,8 @@ MUTANTS = [
     Mutant(
         "precision-and-recall-exchanged",
         "evaluate/distances.py",
-        "return _share_among(drawn, real, neighbours), _share_among(real, drawn, neighbours)",
-        "return _share_among(real, drawn, neighbours), _share_among(drawn, real, neighbours)",
+        "return _share_among(sampled, real, neighbours), _share_among(real, sampled, neighbours)",
+        "return _share_among(real, sampled, neighbours), _share_among(sampled, real, neighbours)",
         DISTANCES,
     ),
     Mutant(

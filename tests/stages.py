@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,7 +159,12 @@ def experiment_of(run, *, train_too=True):
         train=train_set, validation=validation, captions=["red apple"], attribution=""
     )
     known = {id(train_set): "images", id(validation): "validation images"}
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Reached):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.suppress(Reached),
+    ):
+        workdir = Path(folder)
         patch.setattr(trainers, "batches", batches)
         patch.setattr(trainers, "train", train)
         patch.setattr(trainers, "cached_codes", lambda x, *_: f"codes of {known[id(x)]}")
@@ -169,11 +175,10 @@ def experiment_of(run, *, train_too=True):
         patch.setattr(trainers, "run_tokenizer", lambda *_, **__: tiny.tokenizer())
         patch.setattr(trainers.Model, "save", lambda *_: None)
         patch.setattr(trainers.Clip, "save", lambda *_: None)
-        folder = Path("nowhere")
         if isinstance(run, ClipRun):
-            seen.model = trainers.train_clip(run, data, codec(), name="tiny", workdir=folder)
+            seen.model = trainers.train_clip(run, data, codec(), name="tiny", workdir=workdir)
         elif isinstance(run, PriorRun):
-            seen.model = trainers.train_prior(run, data, codec(), workdir=folder)
+            seen.model = trainers.train_prior(run, data, codec(), workdir=workdir)
         else:
-            seen.model = trainers.train_codec(run, data, name="tiny", workdir=folder)
+            seen.model = trainers.train_codec(run, data, name="tiny", workdir=workdir)
     return seen

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle_jax.cli import main
 from dalle_jax.commands import compare_models, evaluate_model, generate_images, inspect_data
-from dalle_jax.generate.folder import SHIPPED
+from dalle_jax.generate.model_folder import SHIPPED
 from dalle_jax.image.pixels import decode, encode_png
 
 
@@ -36,7 +36,7 @@ def dalle(capsys):
     return run
 
 
-def test_generate_draws_a_sheet_and_says_where(dalle, folder, tmp_path):
+def test_generate_samples_a_sheet_and_says_where(dalle, folder, tmp_path):
     sheet = tmp_path / "new" / "sheet.png"
     args = ("red apple", "crying cat", "--model", folder, "-n", 2, "--seed", 3, "--out", sheet)
     status, said, _ = dalle("generate", *args)
@@ -66,20 +66,20 @@ def test_the_best_of_many_are_kept_with_their_scores(dalle, folder, tmp_path):
     assert "has no CLIP to rank images with" in complained
 
 
-def test_a_picture_is_edited_and_drawings_are_traced(dalle, tmp_path):
+def test_an_image_is_edited_and_samples_are_traced(dalle, tmp_path):
     folder = tmp_path / "both"
     tiny.model(**tiny.progressive_parts()).save(folder)
-    picture, mask = np.full((tiny.PX, tiny.PX, 3), 200, np.uint8), np.zeros((16, 16, 3), np.uint8)
+    original, mask = np.full((tiny.PX, tiny.PX, 3), 200, np.uint8), np.zeros((16, 16, 3), np.uint8)
     mask[:8] = 255
-    for name, image in (("picture.png", picture), ("mask.png", mask)):
+    for name, image in (("image.png", original), ("mask.png", mask)):
         (tmp_path / name).write_bytes(encode_png(image))
-    args = ("edit", tmp_path / "picture.png", "red apple", "--model", folder, "-n", 2)
+    args = ("edit", tmp_path / "image.png", "red apple", "--model", folder, "-n", 2)
     args += ("--out", tmp_path / "edit.png", "--image-folder", tmp_path / "singles")
     status, said, _ = dalle(*args, "--mask", tmp_path / "mask.png")
     assert status == 0
     assert said.startswith("2 images in ")
     single = decode(tmp_path / "singles" / "000-red-apple-001.png")
-    np.testing.assert_array_equal(single[10:], picture[10:])
+    np.testing.assert_array_equal(single[10:], original[10:])
     assert dalle(*args)[0] == 2
 
     args = ("generate", "red apple", "--model", folder, "-n", 1, "--out", tmp_path / "a.png")
@@ -92,21 +92,21 @@ def test_a_picture_is_edited_and_drawings_are_traced(dalle, tmp_path):
     assert "--trace is steps.png; it is a GIF, so its name must end in .gif" in complained
 
 
-def test_without_captions_the_first_six_of_the_list_are_drawn(dalle, folder, tmp_path):
-    singles = tmp_path / "singles"
+def test_without_captions_the_first_six_of_the_list_are_sampled(dalle, folder, tmp_path):
+    first_of_each = tmp_path / "singles"
     status, said, _ = dalle(
-        *("generate", "--model", folder, "-n", 1, "--image-folder", singles),
+        *("generate", "--model", folder, "-n", 1, "--image-folder", first_of_each),
         *("--out", tmp_path / "sheet.png"),
     )
     assert status == 0
     assert said.startswith("6 images")
-    names = sorted(path.name for path in singles.iterdir())
+    names = sorted(path.name for path in first_of_each.iterdir())
     listed = (SHIPPED / "emoji" / "captions.txt").read_text().splitlines()[:6]
     assert names == [
         f"{row:03d}-{caption.lower().replace(' ', '-')}-000.png"
         for row, caption in enumerate(listed)
     ]
-    assert decode(singles / names[0]).shape == (tiny.PX, tiny.PX, 3)
+    assert decode(first_of_each / names[0]).shape == (tiny.PX, tiny.PX, 3)
 
 
 @pytest.mark.parametrize(("model", "many"), [("emoji", 40), ("people", 24)])
@@ -117,11 +117,11 @@ def test_listed_captions_are_plain_and_all_different(model, many):
 
 
 def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
-    picture = tmp_path / "alpha.png"
-    Image.new("RGBA", (30, 40), (255, 0, 0, 9)).save(picture)
+    original = tmp_path / "alpha.png"
+    Image.new("RGBA", (30, 40), (255, 0, 0, 9)).save(original)
     status, _, _ = dalle(
         *("generate", "red apple", "--model", folder, "-n", 1, "--out", tmp_path / "sheet.png"),
-        *("--image-prompt", picture, "--keep-rows", 2),
+        *("--image-prompt", original, "--keep-rows", 2),
     )
     assert status == 0
 
@@ -129,7 +129,7 @@ def test_image_prompt_is_read_from_a_file(dalle, folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ([" "], "caption 1 of 1 is empty; say what to draw"),
+        ([" "], "caption 1 of 1 is empty; describe an image"),
         (["-n", 0], "n is 0; at least 1 image per caption"),
         (["-n", 2, "--keep", 3], "keep is 3; it must be 1 to 2, the images per caption"),
         (["--clip", "none"], "--clip names the CLIP that ranks images; give --keep too"),
@@ -181,8 +181,8 @@ def test_a_file_that_is_not_there_is_named_before_work_begins(dalle, command):
         (["generate", "red apple"], "--out", ".png"),
         (["generate", "red apple"], "--trace", ".gif"),
         (["generate", "red apple"], "--image-folder", ""),
-        (["edit", "picture.png", "red apple"], "--out", ".png"),
-        (["edit", "picture.png", "red apple"], "--image-folder", ""),
+        (["edit", "image.png", "red apple"], "--out", ".png"),
+        (["edit", "image.png", "red apple"], "--image-folder", ""),
         (["evaluate"], "--out", ""),
         (["data", "overlap", "a", "b"], "--remove-list", ".txt"),
         (["data", "overlap", "a", "b"], "--sheet", ".png"),
@@ -208,7 +208,7 @@ def test_places_that_cannot_be_written_are_refused_before_work_begins(
     assert len(list(tmp_path.iterdir())) == 1 + bool(suffix)
 
 
-def test_a_trace_too_large_for_its_format_is_refused_before_drawing(dalle, folder, tmp_path):
+def test_a_trace_too_large_for_its_format_is_refused_before_sampling(dalle, folder, tmp_path):
     args = ("generate", "red apple", "--model", folder, "-n", 8000)
     args += ("--out", tmp_path / "a.png", "--trace", tmp_path / "a.gif")
     status, _, complained = dalle(*args)
@@ -228,8 +228,8 @@ def test_what_cannot_be_saved_in_its_place_is_saved_elsewhere(dalle, folder, tmp
     monkeypatch.setattr(sheet, "_write", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     args = ("generate", "red apple", "--model", folder, "-n", 1, "--trace", tmp_path / "a.gif")
-    out, singles = tmp_path / "full" / "a.png", tmp_path / "full" / "singles"
-    status, _, complained = dalle(*args, "--out", out, "--image-folder", singles)
+    out, first_of_each = tmp_path / "full" / "a.png", tmp_path / "full" / "singles"
+    status, _, complained = dalle(*args, "--out", out, "--image-folder", first_of_each)
     assert status == 2
     assert f"{out} could not be written (No space left on device); it is" in complained
     assert decode(complained.split()[-2]).ndim == 3
@@ -304,7 +304,7 @@ def test_data_check_lists_what_is_wrong(dalle, tmp_path):
     assert "1 have no caption:\n  dot.png" in said
 
 
-def test_data_check_of_a_folder_without_pictures_is_an_error(dalle, tmp_path):
+def test_data_check_of_a_folder_without_images_is_an_error(dalle, tmp_path):
     status, _, complained = dalle("data", "check", tmp_path)
     assert status == 2
     assert complained.startswith("dalle-jax: ")
@@ -313,12 +313,13 @@ def test_data_check_of_a_folder_without_pictures_is_an_error(dalle, tmp_path):
 
 def test_evaluate_hands_its_options_on(dalle, folder, tmp_path, monkeypatch):
     from dalle_jax.evaluate import features, report
+    from dalle_jax.evaluate.evaluation_config import quick_config
 
     asked = {}
 
     def evaluate(model, suite, **options):
         asked.update(options, model=model.name, captions=suite.captions)
-        rows = [{"pictures": "drawn", "FD X": 1.23456}]
+        rows = [{"images": "sampled", "FD X": 1.23456}]
         return [report.Section(key="distances", title="", rows=rows)]
 
     monkeypatch.setattr(report, "evaluate", evaluate)
@@ -330,10 +331,10 @@ def test_evaluate_hands_its_options_on(dalle, folder, tmp_path, monkeypatch):
         *("--num-captions", 7, "--guidance", 2, "--studies", "blur", "--out", tmp_path / "report"),
     )
     assert status == 0
-    assert said.startswith("pictures drawn, FD X 1.235\nmeasured in ")
+    assert said.startswith("images sampled, FD X 1.235\nmeasured in ")
     assert (asked["model"], asked["captions"]) == ("tiny", ("a red square",))
-    assert asked["plan"].captions == 7
-    assert asked["plan"].samples == report.quick_plan().samples
+    assert asked["config"].captions == 7
+    assert asked["config"].rerank_samples == quick_config().rerank_samples
     assert asked["sampling"].guidance == 2.0
     assert (asked["networks"], asked["chosen"], asked["judge"]) == (["network"], ("blur",), None)
 
@@ -365,7 +366,7 @@ def test_data_overlap_writes_what_to_leave_out(dalle, tmp_path, monkeypatch):
     )
     status, said, _ = dalle("data", "overlap", tmp_path / "a", tmp_path / "b", *args)
     assert status == 0
-    assert said.startswith("1 of 1 pictures (100.0 %) are nearly in the other 4")
+    assert said.startswith("1 of 1 images (100.0 %) are nearly in the other 4")
     assert (tmp_path / "out.txt").read_bytes() == b"\xe9.png\n"
     assert decode(tmp_path / "s.png").ndim == 3
 

@@ -7,9 +7,9 @@ PACKAGE = Path(__file__).parent.parent / "dalle_jax"
 
 # Each room, and the rooms above it in this table that it may import.
 ROOMS = {
-    "cache": set(),
-    "compiled": {"cache"},
-    "memory": set(),
+    "cache_folder": set(),
+    "compilation_cache": {"cache_folder"},
+    "malloc": set(),
     "terminal": set(),
     "image": set(),
     "text": set(),
@@ -18,22 +18,22 @@ ROOMS = {
     "optim": set(),
     "parallel": {"precision"},
     "models": {"image", "precision"},
-    "data": {"cache", "image", "text"},
+    "data": {"cache_folder", "image", "text"},
     "weights": {"text", "models"},
     "generate": {"image", "text", "precision", "parallel", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets are drawn, and models written, by what users call
-    | {"compiled", "memory", "terminal"},
+    | {"compilation_cache", "malloc", "terminal"},
     "planner": {"parallel", "models", "train"},
     "evaluate": {"image", "text", "precision", "losses", "models", "data", "generate", "weights"},
     "serve": {"image", "generate"},
-    "__init__": {"compiled", "memory", "generate"},
+    "__init__": {"compilation_cache", "malloc", "generate"},
 }
-ROOMS["options"] = set()
+ROOMS["option_checks"] = set()
 ROOMS["commands"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
 # What every room may import.
-BASE = {"errors": set(), "atomic": set()}
+BASE = {"errors": set(), "atomic": set(), "extras": set()}
 ROOMS = BASE | {room: below | set(BASE) for room, below in ROOMS.items()}
 
 # Slow or large to import: a user who only draws pictures should not wait for them.

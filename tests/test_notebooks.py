@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
+from dalle_jax.evaluate.evaluation_config import EvaluationConfig
 from dalle_jax.evaluate.features import Network
-from dalle_jax.evaluate.report import Plan, evaluate
+from dalle_jax.evaluate.report import evaluate
 from dalle_jax.evaluate.suites import Suite
 from dalle_jax.image.pixels import encode_png
 
@@ -59,8 +60,8 @@ def test_coarse_to_fine_runs(tmp_path, monkeypatch):
     names = run("coarse_to_fine", tmp_path / "tiny", monkeypatch)
     assert names["frames"].shape == (8, 1, 2, tiny.PX, tiny.PX, 3)
     below = names["edited"][0, :, -tiny.PX // 4 :]
-    np.testing.assert_array_equal(below, np.stack([names["picture"][-tiny.PX // 4 :]] * 5))
-    assert (names["varied"] != names["picture"]).any()
+    np.testing.assert_array_equal(below, np.stack([names["image"][-tiny.PX // 4 :]] * 5))
+    assert (names["varied"] != names["image"]).any()
 
 
 def test_evaluate_runs(tmp_path, monkeypatch):
@@ -82,8 +83,8 @@ def test_evaluate_runs(tmp_path, monkeypatch):
         prepare=lambda image: image,
         fingerprint="c",
     )
-    plan = Plan(temperatures=(0.5,), top_ps=(), guidances=())
-    options = {"plan": plan, "networks": [network], "show": lambda doing: nullcontext(print)}
+    config = EvaluationConfig(temperatures=(0.5,), top_ps=(), guidances=())
+    options = {"config": config, "networks": [network], "show": lambda doing: nullcontext(print)}
     evaluate(tiny.model(), suite, out=tmp_path, **options)
     monkeypatch.setenv("DALLE_JAX_REPORT", str(tmp_path))
     names = run("evaluate", tmp_path, monkeypatch)

@@ -7,7 +7,7 @@ from dalle_jax import terminal
 from dalle_jax.data.sources import SourceError
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.votes import VotesError
-from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate.model_folder import ModelError
 from dalle_jax.image.pixels import ImageError
 from dalle_jax.terminal import bar, complaints, show_log_lines
 from dalle_jax.text.bpe import TextError
@@ -26,7 +26,7 @@ def test_log_lines_go_to_the_terminal_once(capsys):
 
 
 def test_a_bar_counts_on_a_terminal_and_says_nothing_elsewhere(capsys, monkeypatch):
-    with bar("Drawing") as progress:
+    with bar("Sampling") as progress:
         progress(1, 4)
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("TERM", "xterm")

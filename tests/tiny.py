@@ -1,4 +1,4 @@
-"""A model with random weights that draws in milliseconds, for the tests of several rooms."""
+"""A model with random weights that samples in milliseconds, for the tests of several rooms."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.generate.clip import Clip
+from dalle_jax.generate.clip_scorer import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.models import progressive_prior
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior

@@ -7,7 +7,7 @@ from tyro.conf import Positional, arg
 
 from dalle_jax.commands.process import prepare_process
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.options import check_input, check_output, check_seed, save_outputs
+from dalle_jax.option_checks import check_input, check_output, check_seed, save_outputs
 from dalle_jax.terminal import bar
 
 
@@ -37,15 +37,17 @@ def page(
     check_output("--out", out, ".html")
     check_seed(seed)
     prepare_process()
-    from dalle_jax.evaluate.pairs import open_painter, shared_captions
+    from dalle_jax.evaluate.image_providers import open_image_provider, shared_captions
     from dalle_jax.evaluate.votes import write_page
-    from dalle_jax.generate.folder import CAPTIONS, SHIPPED
+    from dalle_jax.generate.model_folder import CAPTIONS, SHIPPED
 
-    painters = [open_painter(name, seed=seed, sampling=sampling) for name in (first, second)]
+    providers = [
+        open_image_provider(name, seed=seed, sampling=sampling) for name in (first, second)
+    ]
     file = captions or SHIPPED / "emoji" / CAPTIONS
-    shared = shared_captions(painters, file, must=captions is not None)
+    shared = shared_captions(providers, file, required=captions is not None)
     with bar("Generating") as progress:
-        images = [painter.paint(shared, progress) for painter in painters]
+        images = [provider.images(shared, progress) for provider in providers]
     names = first, second
     save_outputs([(out, lambda path: write_page(path, shared, *images, names=names, seed=seed))])
     key = out.with_suffix(".key.json")

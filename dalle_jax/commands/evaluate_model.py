@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from dalle_jax.commands.process import prepare_process
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.options import check_input, check_output_folder, check_seed
+from dalle_jax.option_checks import check_input, check_output_folder, check_seed
 from dalle_jax.terminal import bar
 
 
@@ -65,12 +65,13 @@ def evaluate(
     prepare_process()
     import dalle_jax
     from dalle_jax.evaluate import report
+    from dalle_jax.evaluate.evaluation_config import EvaluationConfig, quick_config
     from dalle_jax.evaluate.features import efficientnet_network, inception_network
     from dalle_jax.evaluate.suites import open_suite
 
-    plan = report.quick_plan() if quick else report.Plan()
+    config = quick_config() if quick else EvaluationConfig()
     if num_captions is not None:
-        plan = dataclasses.replace(plan, captions=num_captions)
+        config = dataclasses.replace(config, captions=num_captions)
     start = time.monotonic()
     loaded = dalle_jax.load(model)
     network = efficientnet_network() if inception is None else inception_network(inception)
@@ -78,7 +79,7 @@ def evaluate(
         loaded,
         open_suite(suite, data=data, split=split, px=loaded.px, seed=seed),
         out=out,
-        plan=plan,
+        config=config,
         networks=[network],
         chosen=studies,
         sampling=sampling,

@@ -2,15 +2,16 @@
 
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from dalle_jax.commands.process import prepare_process
 from dalle_jax.errors import UserError
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.options import (
+from dalle_jax.option_checks import (
     check_input,
     check_output,
     check_output_folder,
@@ -65,24 +66,25 @@ def generate(
     check_seed(seed)
     prepare_process()
     import dalle_jax
-    from dalle_jax.generate.folder import listed, shipped
+    from dalle_jax.generate.model_folder import default_captions, shipped_models
     from dalle_jax.image.sheet import check_gif, contact_sheet, save_gif, save_png
 
     if not captions:
-        captions = listed(model if model in shipped() else "emoji")
+        captions = default_captions(model if model in shipped_models() else "emoji")
     start = time.monotonic()
     loaded = dalle_jax.load(model)
     if trace is not None:
         check_gif(num_images, loaded.px, captions)
     ranker = None if clip is None else dalle_jax.Clip.load(clip)
-    request = {
+    request: dict[str, Any] = {
         "n": num_images,
         "seed": seed,
         "sampling": sampling,
         "image_prompt": image_prompt,
         "keep_rows": keep_rows,
     }
-    scores, frames = [], None
+    scores: Iterable[Iterable[float]] = []
+    frames = None
     with bar("Generating") as progress:
         if keep is not None:
             images, scores = loaded.rank(

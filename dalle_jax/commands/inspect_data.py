@@ -5,7 +5,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from dalle_jax.commands.process import prepare_process
-from dalle_jax.options import check_output, check_seed, save_outputs
+from dalle_jax.option_checks import check_output, check_seed, save_outputs
 from dalle_jax.terminal import bar
 
 
@@ -62,8 +62,8 @@ def overlap(
     else:
         from dalle_jax import Clip
 
-        embed = Clip.load(clip).images
-    sets = near_duplicates.open_pictures(training), near_duplicates.open_pictures(held_out)
+        embed = Clip.load(clip).encode_images
+    sets = near_duplicates.open_images(training), near_duplicates.open_images(held_out)
     with bar("Comparing") as progress:
         found = near_duplicates.find_overlap(
             *sets, embed, threshold=threshold, seed=seed, progress=progress

@@ -1,10 +1,10 @@
 """How a process that computes with JAX begins."""
 
-from dalle_jax.compiled import keep_programs
-from dalle_jax.memory import keep_memory
+from dalle_jax.compilation_cache import enable_compilation_cache
+from dalle_jax.malloc import reuse_freed_memory
 
 
 def prepare_process() -> None:
     """Turns on the cache of compiled programs and keeps freed memory; call it before jax."""
-    keep_memory()
-    keep_programs()
+    reuse_freed_memory()
+    enable_compilation_cache()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from dalle_jax.cache import cache_folder
+from dalle_jax.cache_folder import cache_folder
 from dalle_jax.data.emoji_splits import SPLITS, assign_splits
 from dalle_jax.data.emoji_svgs import DEFAULT_PX, EmojiImage, distinct_images, list_emoji, render
 from dalle_jax.data.record import Record, SourceError
@@ -59,7 +59,7 @@ def emoji_source(
         that training knows from the other designer alone); "heldout_cell" (a role, gender and
         skin tone that training knows only apart).
       px: side of the drawings, in pixels.
-      data_dir: where prepared sets are kept; by default `tfds` below `cache.cache_folder`.
+      data_dir: where prepared sets are kept; by default `tfds` below `cache_folder.cache_folder`.
     Raises:
       SourceError: unknown split, too small a side, no folder to keep them in, or the emoji packages
         are missing or are not the versions we know.

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from dalle_jax import atomic
-from dalle_jax.cache import cache_folder
+from dalle_jax.cache_folder import cache_folder
 from dalle_jax.data.folder_listing import FileStamp, Listing, list_folder, scan
 from dalle_jax.data.record import SourceError, printable
 from dalle_jax.image.pixels import read_size

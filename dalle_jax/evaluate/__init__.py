@@ -1,1 +1,1 @@
-"""How good a model is: features, distances between sets of pictures, studies and reports."""
+"""How good a model is: features, distances between sets of images, studies and reports."""

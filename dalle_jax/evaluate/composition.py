@@ -1,11 +1,11 @@
-"""Zero-shot composition, measured: is drawn right what training never showed together.
+"""Zero-shot composition: whether samples show what training never showed together.
 
-A *case* is a caption whose true picture was held out, and for each of its *axes* (style, role,
+A *case* is a caption whose true image was held out, and for each of its *axes* (style, role,
 gender, tone ...) the captions that differ from it in that axis alone. An independent judge has to
 rank the right one first. Beside it stand what could look like composition and is none: the training
-picture with the nearest caption, and how near training pictures come to the hidden one.
+image with the nearest caption, and how near training images come to the held-out one.
 
-Letters: M cases, n pictures of a case, R pixel side, E features, S training pictures. Source: ours,
+Letters: M cases, n images of a case, R pixel side, E features, S training images. Source: ours,
 after the claims of Ramesh et al. 2021, section 3.3.
 """
 
@@ -24,14 +24,14 @@ RESAMPLES = 2_000  # of the cases, for each interval
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A caption, what else it could have been, and the picture that is right."""
+    """A caption, what else it could have been, and the image that is right."""
 
     id: str
-    """Of the record that holds the true picture."""
+    """Of the record that holds the true image."""
     family: str
     """Which kind of combination it is: cases of a family have the same axes."""
     held_out: bool
-    """Whether training never saw the true picture."""
+    """Whether training never saw the true image."""
     caption: str
     alternatives: dict[str, tuple[str, ...]]
     """For each axis the captions that are wrong in it alone."""
@@ -41,24 +41,24 @@ class Case:
 class Judge(Protocol):
     """A contrastive model: unit features whose products are similarities."""
 
-    def images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B E"]:
-        """Features of pictures."""
+    def encode_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B E"]:
+        """Features of images."""
         ...
 
-    def texts(self, captions: list[str]) -> Float[np.ndarray, "B E"]:
+    def encode_texts(self, captions: list[str]) -> Float[np.ndarray, "B E"]:
         """Features of captions."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table: the cases of a family, shown as pictures of one kind."""
+    """One line of the table: the cases of a family, shown as images of one kind."""
 
     family: str
     held_out: bool
-    pictures: str
-    """Drawn; nearest caption: the training picture that retrieval would show; decoded: the true
-    one as the tokenizer shows it, which no drawing can surpass; or true."""
+    images: str
+    """samples; nearest caption: the training image that retrieval would show; reconstructions:
+    the true images encoded and decoded, which no sample can surpass; or true."""
     cases: int
     values: dict[str, tuple[float, float, float]]
     """Mean, lower and upper end of its interval, for each axis and for nearness."""
@@ -66,45 +66,46 @@ class Row:
 
 def table(
     cases: Sequence[Case],
-    drawn: UInt8[np.ndarray, "M n R R 3"],
+    samples: UInt8[np.ndarray, "M n R R 3"],
     *,
     truth: UInt8[np.ndarray, "M R R 3"],
-    decoded: UInt8[np.ndarray, "M R R 3"],
+    reconstructions: UInt8[np.ndarray, "M R R 3"],
     training: UInt8[np.ndarray, "S R R 3"],
     ids: Sequence[str],
     captions: Sequence[Sequence[str]],
     judge: Judge,
 ) -> list[Row]:
-    """Measures all kinds of pictures of all cases.
+    """Measures all kinds of images of all cases.
 
     Args:
       cases: M cases.
-      drawn: n pictures for each caption.
-      truth: the true picture of each.
-      decoded: the true pictures, encoded and decoded by the model's tokenizer.
-      training: the pictures that training saw.
+      samples: n images for each caption.
+      truth: the true image of each.
+      reconstructions: the true images, encoded and decoded by the model.
+      training: the images that training saw.
       ids: names of their records.
       captions: captions of each of them.
-      judge: never the model that chose among the drawn ones.
+      judge: another model than the one that chose among the samples.
     Returns:
-      For each family held-out and seen cases, each as drawn, decoded and true; held-out ones as
-      nearest caption too, since the nearest of a seen one is itself.
+      Rows for the held-out and the seen cases of each family and for each kind of images. Seen
+      cases have no nearest caption, since it is their own.
     """
-    M, n = drawn.shape[:2]
+    M, n = samples.shape[:2]
     numbers = {name: i for i, name in enumerate(ids)}
     own = np.asarray([-1 if case.held_out else numbers[case.id] for case in cases])
-    known = judge.images(training)
-    true = judge.images(truth)
-    found = nearest_captions([case.caption for case in cases], captions)
+    known = judge.encode_images(training)
+    true = judge.encode_images(truth)
+    of_samples = judge.encode_images(samples.reshape(M * n, *samples.shape[2:]))
+    nearest = nearest_captions([case.caption for case in cases], captions)
     kinds = {
-        "drawn": judge.images(drawn.reshape(M * n, *drawn.shape[2:])).reshape(M, n, -1),
-        "nearest caption": known[found][:, None],
-        "decoded": judge.images(decoded)[:, None],
+        "samples": of_samples.reshape(M, n, -1),
+        "nearest caption": known[nearest][:, None],
+        "reconstructions": judge.encode_images(reconstructions)[:, None],
         "true": true[:, None],
     }
     rows = []
     for kind, features in kinds.items():
-        values = verdicts(cases, features, judge.texts)
+        values = verdicts(cases, features, judge.encode_texts)
         if kind != "true":
             values |= nearness(features, true, known, own)
         for family, held_out in dict.fromkeys((case.family, case.held_out) for case in cases):
@@ -117,7 +118,7 @@ def table(
                 Row(
                     family=family,
                     held_out=held_out,
-                    pictures=kind,
+                    images=kind,
                     cases=sum(chosen),
                     values=means,
                 )
@@ -134,7 +135,7 @@ def verdicts(
 
     Args:
       cases: M cases.
-      features: the judge's, of n pictures for each case.
+      features: the judge's, of n images for each case.
       texts: the judge's features of captions.
     Returns:
       For each axis, and for "all" axes of a case together, 1 for right and 0 for wrong; NaN for
@@ -171,27 +172,27 @@ def nearness(
     training: Float[np.ndarray, "S E"],
     own: Int[np.ndarray, " M"],
 ) -> dict[str, Float[np.ndarray, "M 1"]]:
-    """How near the best of a case's pictures comes to the true one, by composition or memory.
+    """How near the best of a case's images comes to the true one, by composition or memory.
 
     Args:
-      features: of n pictures for each case.
-      truth: of the true pictures.
-      training: of all training pictures.
-      own: which training picture is the true one, left out of the comparison; -1 if none is.
+      features: of n images for each case.
+      truth: of the true images.
+      training: of all training images.
+      own: which training image is the true one, left out of the comparison; -1 if none is.
     Returns:
-      similarity: cosine of the true picture and the nearest of the n;
-      composed: 1 if that picture is nearer to the true one than to any training picture;
-      beyond memory: 1 if it is nearer to the true one than any training picture is.
+      similarity: cosine of the true image and the nearest of the n;
+      composed: 1 if that image is nearer to the true one than to any training image;
+      beyond memory: 1 if it is nearer to the true one than any training image is.
     """
     to_truth = np.einsum("MnE,ME->Mn", features, truth)
     best = features[np.arange(len(features)), to_truth.argmax(1)]  # M E
     similarity = to_truth.max(1)
-    found = {
+    nearest = {
         "similarity": similarity,
         "composed": similarity > _greatest(best, training, own),
         "beyond memory": similarity > _greatest(truth, training, own),
     }
-    return {name: value.astype(float)[:, None] for name, value in found.items()}
+    return {name: value.astype(float)[:, None] for name, value in nearest.items()}
 
 
 def nearest_captions(
@@ -219,13 +220,13 @@ def nearest_captions(
         for word, who in holders.items()
     }
     norm = np.asarray([math.sqrt(sum(weight[word] for word in words)) for _, words in texts])
-    found = []
+    nearest = []
     for caption in wanted:
         alike = np.zeros(len(texts))
         for word in _words(caption) & holders.keys():
             alike[holders[word]] += weight[word]
-        found.append(records[np.argmax(alike / np.maximum(norm, 1e-9))])
-    return np.asarray(found)
+        nearest.append(records[np.argmax(alike / np.maximum(norm, 1e-9))])
+    return np.asarray(nearest)
 
 
 def interval(
@@ -233,7 +234,7 @@ def interval(
 ) -> tuple[float, float, float]:
     """Mean over the cases that have a value, and its bootstrap interval over cases.
 
-    Pictures of a case are not independent, so whole cases are drawn again.
+    Images of a case are not independent, so whole cases are resampled.
 
     Args:
       values: numbers, or NaN for a case that has none.

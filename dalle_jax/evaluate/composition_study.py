@@ -1,4 +1,4 @@
-"""The composition suite as part of a report: draws its cases and measures them.
+"""The composition study of a report: samples its cases and measures them.
 
 Source: ours.
 """
@@ -11,9 +11,9 @@ from jaxtyping import UInt8
 
 from dalle_jax.data.sources import DataSource
 from dalle_jax.evaluate.composition import Case, Judge, Row, chance, table
-from dalle_jax.evaluate.drawing import drawn, gathered
 from dalle_jax.evaluate.emoji_cases import FAMILIES, emoji_cases
-from dalle_jax.evaluate.kept import Kept
+from dalle_jax.evaluate.image_sets import sampled_images, stack_images
+from dalle_jax.evaluate.result_cache import ResultCache
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import crop_center, decode
@@ -21,9 +21,9 @@ from dalle_jax.image.pixels import crop_center, decode
 NOTE = (
     "Held-out combinations, each beside a seen one: does the judge rank the right caption first "
     "among those that differ in one axis alone (ties are wrong); all: in every axis. Similarity: "
-    "cosine of the true picture and the nearest of the drawn ones, by the judge's features; "
-    "composed: that one is nearer to the true picture than to any of training; beyond memory: it "
-    "is nearer to the true picture than any of training is. Nearest caption: the training picture "
+    "cosine of the true image and the nearest sample, by the judge's features; "
+    "composed: that one is nearer to the true image than to any of training; beyond memory: it "
+    "is nearer to the true image than any of training is. Nearest caption: the training image "
     "that retrieval would show. Means with 95 % intervals over cases."
 )
 
@@ -35,64 +35,66 @@ def composition_study(
     *,
     sampling: SamplingConfig,
     n: int,
-    pairs: int | None,
+    num_cases: int | None,
     seed: int,
-    kept: Kept,
+    cache: ResultCache,
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Draws n pictures of each case and measures them and all that they are compared with.
+    """Generates n images of each case, and measures them and what they are compared with.
 
     Args:
       model: trained on the emoji's training split alone.
       judge: neither the reranker nor of its data alone.
       open_split: gives a split of the emoji by name.
-      sampling: how to draw.
-      n: pictures of each case.
-      pairs: held-out cases of each family, each with its seen partner; None for all.
-      seed: of the drawing.
-      kept: where drawn pictures are kept.
-      progress: called with the cases drawn so far and in all.
+      sampling: how to sample.
+      n: images of each case.
+      num_cases: held-out cases of each family, each with its seen partner; None for all.
+      seed: of the samples.
+      cache: for samples.
+      progress: called with the cases sampled so far and in all.
     Returns:
       Rows of a table, the numbers as [mean, lower end, upper end].
     """
-    cases = _first(emoji_cases(open_split), pairs)
+    cases = _first(emoji_cases(open_split), num_cases)
     sources = {split: open_split(split) for split in ("train", *FAMILIES.values())}
     records = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
     images = {r["id"]: r["image"] for found in records.values() for r in found}
-    parts = []
-    for part in drawn(model, [c.caption for c in cases], sampling, n=n, seed=seed, kept=kept):
-        part.images()
-        parts.append(part)
-        progress(sum(len(part.rows) for part in parts), len(cases))
-    truth = _pictures([images[case.id] for case in cases], model.px)
+    batches = []
+    for batch in sampled_images(
+        model, [c.caption for c in cases], sampling, n=n, seed=seed, cache=cache
+    ):
+        batch.images()
+        batches.append(batch)
+        progress(sum(len(batch.rows) for batch in batches), len(cases))
+    truth = _decode_images([images[case.id] for case in cases], model.px)
     rows = table(
         cases,
-        gathered(parts),
+        stack_images(batches),
         truth=truth,
-        decoded=model.decode(model.encode(truth)),
-        training=_pictures([record["image"] for record in records["train"]], model.px),
+        reconstructions=model.decode(model.encode(truth)),
+        training=_decode_images([record["image"] for record in records["train"]], model.px),
         ids=[record["id"] for record in records["train"]],
         captions=[record["captions"] for record in records["train"]],
         judge=judge,
     )
     return [_line(row) for row in rows] + [
-        {"family": family, "pictures": "chance"}
+        {"family": family, "images": "chance"}
         | {axis: [share] * 3 for axis, share in _chances(cases, family).items()}
         for family in FAMILIES
     ]
 
 
-def _first(cases: Sequence[Case], pairs: int | None) -> list[Case]:
+def _first(cases: Sequence[Case], num_cases: int | None) -> list[Case]:
     """The first held-out cases of each family, each with the seen one that follows it."""
     chosen, found = [], dict.fromkeys(FAMILIES, 0)
     for case in cases:
         found[case.family] += case.held_out
-        if pairs is None or found[case.family] <= pairs:
+        if num_cases is None or found[case.family] <= num_cases:
             chosen.append(case)
     return chosen
 
 
-def _pictures(files: Sequence[bytes], px: int) -> UInt8[np.ndarray, "B R R 3"]:
+def _decode_images(files: Sequence[bytes], px: int) -> UInt8[np.ndarray, "B R R 3"]:
     return np.stack([crop_center(decode(file), px) for file in files])
 
 
@@ -100,7 +102,7 @@ def _line(row: Row) -> dict[str, Any]:
     head = {
         "family": row.family,
         "cases": f"{row.cases} {'held out' if row.held_out else 'seen'}",
-        "pictures": row.pictures,
+        "images": row.images,
     }
     return head | {name: list(value) for name, value in row.values.items()}
 

@@ -1,8 +1,8 @@
-"""How far two sets of pictures are apart, and other numbers that are made of features alone.
+"""How far two sets of images are apart, and other numbers that are made of features alone.
 
 Everything is float64 on the host, in blocks, so that features may lie on disk.
 
-Letters: N, M pictures of a set, D width of the features, C classes, E width of an embedding.
+Letters: N, M images of a set, D width of the features, C classes, E width of an embedding.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ KID_SUBSETS, KID_SIZE = 100, 1000
 SCORE_SPLITS = 10
 NEIGHBOURS = 3
 
-_BLOCK = 2048  # pictures of either set that are compared at a time
+_BLOCK = 2048  # images of either set that are compared at a time
 
 
 class Moments:
@@ -44,7 +44,7 @@ class Moments:
         return moments
 
     def add(self, features: Features) -> None:
-        """Counts more pictures in."""
+        """Counts more images in."""
         features = features.astype(np.float64)
         mean = features.mean(axis=0)
         centred = features - mean[None]
@@ -59,7 +59,7 @@ class Moments:
     def covariance(self) -> Float[np.ndarray, "D D"]:
         """The unbiased estimate, divided by N - 1."""
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 pictures, got {self.count}")
+            raise UserError(f"a covariance needs at least 2 images, got {self.count}")
         return self._scatter / (self.count - 1)
 
 
@@ -68,7 +68,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which
     is symmetric: no complex numbers, and no offset where a covariance is singular. It depends on N
-    (fewer pictures give larger distances), so compare only at the same N.
+    (fewer images give larger distances), so compare only at the same N.
 
     Source: Heusel et al. 2017.
     """
@@ -105,11 +105,11 @@ def kernel_distance_of_subsets(
     """The KID as it is mostly published: mean and deviation over random subsets.
 
     Raises:
-      UserError: if a set holds fewer pictures than a subset.
+      UserError: if a set holds fewer images than a subset.
     """
     fewest = min(len(first), len(second))
     if fewest < size:
-        raise UserError(f"a KID over subsets of {size} needs as many pictures, got {fewest}")
+        raise UserError(f"a KID over subsets of {size} needs as many images, got {fewest}")
     rng = np.random.RandomState(seed)  # its stream is fixed for ever, and what peers use
     distances = []
     for _ in range(subsets):
@@ -123,7 +123,7 @@ def kernel_distance_and_error(
 ) -> tuple[float, float]:
     """The KID as a report gives it, and how far chance may move it.
 
-    With 1,000 pictures or more in both sets it is `kernel_distance_of_subsets` of the usual size.
+    With 1,000 images or more in both sets it is `kernel_distance_of_subsets` of the usual size.
     With fewer it is taken over all pairs; the error is the deviation over 50 random halves, which
     estimates the standard error of the whole.
     """
@@ -136,7 +136,7 @@ def kernel_distance_and_error(
 
 
 def _kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
-    """Sum of the kernel over all pairs; if x is y, over those of two different pictures."""
+    """Sum of the kernel over all pairs; if x is y, over those of two different images."""
     total = 0.0
     for i, rows in _blocks(x):
         for j, columns in _blocks(y):
@@ -148,18 +148,18 @@ def _kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
 def inception_score(
     logits: Float[np.ndarray, "N C"], *, splits: int = SCORE_SPLITS
 ) -> tuple[float, float]:
-    """The IS: exp of the mean KL of a picture's classes to those of all.
+    """The IS: exp of the mean KL of an image's classes to those of all.
 
-    The splits are parts of the rows in their order: pictures have to come in no order of kinds.
+    The splits are parts of the rows in their order: images have to come in no order of kinds.
 
     Returns:
       Mean and deviation over the splits.
     Raises:
-      UserError: if there are fewer pictures than splits.
+      UserError: if there are fewer images than splits.
     Source: Salimans et al. 2016.
     """
     if len(logits) < splits:
-        raise UserError(f"a score over {splits} splits needs as many pictures, got {len(logits)}")
+        raise UserError(f"a score over {splits} splits needs as many images, got {len(logits)}")
     scores = []
     for part in range(splits):
         split = logits[part * len(logits) // splits : (part + 1) * len(logits) // splits]
@@ -175,35 +175,35 @@ def inception_score(
 
 
 def precision_recall(
-    real: Features, drawn: Others, *, neighbours: int = NEIGHBOURS
+    real: Features, sampled: Others, *, neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """Share of drawn pictures among the real ones, and of real ones among the drawn.
+    """Share of sampled images among the real ones, and of real ones among the sampled.
 
-    A picture is among a set if it is no farther from one of its pictures than that one's k-th
+    An image is among a set if it is no farther from one of its images than that one's k-th
     neighbour in the set.
 
     Args:
-      real: features of real pictures.
-      drawn: features of drawn ones.
+      real: features of real images.
+      sampled: features of sampled ones.
       neighbours: k.
     Raises:
       UserError: if a set has no k neighbours.
     Source: Kynkäänniemi et al. 2019.
     """
-    fewest = min(len(real), len(drawn))
+    fewest = min(len(real), len(sampled))
     if fewest <= neighbours:
-        raise UserError(f"{neighbours} neighbours need more pictures than that, got {fewest}")
-    return _share_among(drawn, real, neighbours), _share_among(real, drawn, neighbours)
+        raise UserError(f"{neighbours} neighbours need more images than that, got {fewest}")
+    return _share_among(sampled, real, neighbours), _share_among(real, sampled, neighbours)
 
 
-def _share_among(pictures: np.ndarray, of: np.ndarray, k: int) -> float:
-    nearest = np.full((len(of), k + 1), np.inf)  # the picture itself is its nearest
+def _share_among(features: np.ndarray, of: np.ndarray, k: int) -> float:
+    nearest = np.full((len(of), k + 1), np.inf)  # the image itself is its nearest
     for rows, _, squared in _squared_distances(of, of):
         closest = np.concatenate([nearest[rows], squared], axis=1)
         nearest[rows] = np.partition(closest, k, axis=1)[:, : k + 1]
     reach = nearest.max(axis=1)[None] * (1 + 1e-9)  # equal up to rounding counts as inside
-    inside = np.zeros(len(pictures), bool)
-    for rows, columns, squared in _squared_distances(pictures, of):
+    inside = np.zeros(len(features), bool)
+    for rows, columns, squared in _squared_distances(features, of):
         inside[rows] |= (squared <= reach[:, columns]).any(axis=1)
     return float(inside.mean())
 
@@ -220,14 +220,14 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, sl
 
 
 def _blocks(features: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Places of some pictures and their features in float64."""
+    """Places of some images and their features in float64."""
     for start in range(0, len(features), _BLOCK):
         places = slice(start, start + _BLOCK)
         yield places, features[places].astype(np.float64)
 
 
 def clip_score(images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"]) -> float:
-    """100 times the mean of max(cosine, 0) of each picture with its caption.
+    """100 times the mean of max(cosine, 0) of each image with its caption.
 
     Source: Hessel et al. 2021, with the factor 100 of the libraries in place of 2.5.
     """

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from dalle_jax.evaluate.layers import Params, conv, depthwise, folded
+from dalle_jax.evaluate.feature_layers import Params, conv, depthwise, folded
 from dalle_jax.weights.torch_file import WeightsError
 
 SIDE = 224
@@ -34,7 +34,7 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-# The first of its stage may shrink the picture and change its channels; the others are residual.
+# The first of its stage may shrink the image and change its channels; the others are residual.
 _STRIDES = [stride if i == 0 else 1 for n, _, stride, _, _ in _STAGES for i in range(n)]
 _RESIDUAL = [i > 0 for n, *_ in _STAGES for i in range(n)]
 
@@ -76,7 +76,7 @@ def from_torch(state: Mapping[str, np.ndarray]) -> Params:
 def apply(
     params: Params, images: UInt8[Array | np.ndarray, "B R R 3"]
 ) -> tuple[Float[Array, "B 1280"], Float[Array, "B 1000"]]:
-    """Features (of the last average pooling) and class logits of pictures."""
+    """Features (of the last average pooling) and class logits of images."""
 
     def layer(x, name, how=conv, **options):
         return jnp.clip(how(params[name], x, **options), 0, 6)

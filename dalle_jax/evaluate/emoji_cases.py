@@ -16,7 +16,7 @@ from dalle_jax.evaluate.composition import Case
 _Cell = tuple[str, str, str, tuple[str, ...]]  # style, role, gender, tones
 
 FAMILIES = {"style": "heldout_style", "cell": "heldout_cell"}
-"""Families and the splits that hold their pictures."""
+"""Families and the splits that hold their images."""
 
 
 def emoji_cases(open_split: Callable[[str], DataSource]) -> list[Case]:

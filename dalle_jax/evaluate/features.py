@@ -1,4 +1,4 @@
-"""Features of pictures: what sets of pictures are compared by.
+"""Features of images: what sets of images are compared by.
 
 A network is a ruler: the name of a number says which one made it. FID, KID and IS without more are
 Inception's, by the weights they are defined with; those of another network carry its name.
@@ -18,7 +18,7 @@ from PIL import Image
 from dalle_jax.evaluate import efficientnet, inception
 from dalle_jax.weights.torch_file import read_torch
 
-BATCH = 16  # pictures at a time, about 0.2 GB
+BATCH = 16  # images at a time, about 0.2 GB
 
 Progress = Callable[[int, int], None]
 
@@ -31,7 +31,7 @@ class Network:
       name: "Inception" or "EfficientNet-Lite0".
       apply: parameters and uint8 [B, H, W, 3] to features [B, D] and class logits [B, C].
       params: its weights.
-      prepare: one picture, uint8 [R, R, 3], to the input of `apply`.
+      prepare: one image, uint8 [R, R, 3], to the input of `apply`.
       fingerprint: of the weights, so that features of others are not mistaken for its own.
     """
 
@@ -68,7 +68,7 @@ class Network:
 def inception_network(path: str | os.PathLike) -> Network:
     """The network of FID and IS, with weights from a file of the user.
 
-    Pictures larger than 299 px are first reduced to that with antialiasing (Lanczos, uint8), as
+    Images larger than 299 px are first reduced to that with antialiasing (Lanczos, uint8), as
     Parmar et al. 2022 ask for; what is smaller goes through the bilinear resizing of the graph.
 
     Args:
@@ -83,7 +83,7 @@ def inception_network(path: str | os.PathLike) -> Network:
 def efficientnet_network() -> Network:
     """EfficientNet-Lite0 on ImageNet, from its Python package.
 
-    Pictures are resized to 224 px (bicubic, antialiased where they shrink, uint8).
+    Images are resized to 224 px (bicubic, antialiased where they shrink, uint8).
 
     Raises:
       WeightsError: if the package is not installed.

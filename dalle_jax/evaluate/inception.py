@@ -3,7 +3,7 @@
 The weights are a file of the user: `pt_inception-2015-12-05-6726825d.pth`, which pytorch-fid and
 torch-fidelity publish, converted from the TensorFlow graph of the same date. It differs from
 torchvision's network by 1,008 classes, averages that leave the padding out, a maximum in the last
-block, and in how pictures are resized and scaled.
+block, and in how images are resized and scaled.
 
 Letters: B batch, H and W sides, R = 299 side of the input, C channels.
 Source: Szegedy et al. 2016; Heusel et al. 2017 for its use; Salimans et al. 2016 for the score.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from dalle_jax.evaluate.layers import Params, conv, folded, max_pool
+from dalle_jax.evaluate.feature_layers import Params, conv, folded, max_pool
 from dalle_jax.weights.torch_file import WeightsError
 
 SIDE = 299
@@ -44,7 +44,7 @@ def from_torch(state: Mapping[str, np.ndarray]) -> Params:
 def apply(
     params: Params, images: UInt8[Array | np.ndarray, "B H W 3"]
 ) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"]]:
-    """Features and class logits of pictures.
+    """Features and class logits of images.
 
     Returns:
       What the last average pooling gives (for FID and KID), and the logits without their bias, as
@@ -128,7 +128,7 @@ def resize(x: Float[Array, "B H W C"]) -> Float[Array, "B R R C"]:
     """Resizes to 299 px as the graph of 2015 does: bilinear, output i at input i * H / 299.
 
     This is TensorFlow 1's ResizeBilinear without aligned corners: neither half-pixel centres nor
-    antialiasing, so larger pictures are to be reduced with antialiasing before.
+    antialiasing, so larger images are to be reduced with antialiasing before.
     """
     rows, columns = (jnp.asarray(_bilinear(n)) for n in x.shape[1:3])
     exact = jax.lax.Precision.HIGHEST

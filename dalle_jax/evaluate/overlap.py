@@ -1,11 +1,11 @@
-"""Which held-out pictures training has seen, nearly: near-duplicates of two sets.
+"""Which held-out images training has seen, nearly: near-duplicates of two sets.
 
-Pictures are near if their features are. How near is near enough is learned from labelled pairs: a
-held-out picture and a changed copy of it are the same, that copy and the nearest other held-out
-picture are not. The threshold is the one that mistakes the smallest share of both. What it finds is
+Images are near if their features are. How near is near enough is learned from labelled pairs: a
+held-out image and a changed copy of it are the same, that copy and the nearest other held-out
+image are not. The threshold is the one that mistakes the smallest share of both. What it finds is
 to be looked at.
 
-Letters: S training pictures, M held-out pictures, E width of features.
+Letters: S training images, M held-out images, E width of features.
 Source: Ramesh et al. 2021, section 3.1; Radford et al. 2021, appendix C, for the changes.
 """
 
@@ -23,25 +23,25 @@ from PIL import Image, ImageOps
 
 from dalle_jax.data.sources import list_folder
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate.kept import on_disk
+from dalle_jax.evaluate.result_cache import temporary_array
 from dalle_jax.image.pixels import crop_center, decode
 from dalle_jax.image.sheet import contact_sheet
 
-PX = 224  # side that pictures are compared at
-DETAIL = 64  # after a reduction to this, or a picture and its small copy differ in sharpness
+PX = 224  # side that images are compared at
+DETAIL = 64  # after a reduction to this, or an image and its small copy differ in sharpness
 COPIES = 1000  # changed copies that the threshold is learned from
-LEAST = 20  # held-out pictures that it takes: the nearest of few others is too far away
-_BLOCK = 1024  # pictures of either set that are compared at a time
+LEAST = 20  # held-out images that it takes: the nearest of few others is too far away
+_BLOCK = 1024  # images of either set that are compared at a time
 
-Picture = UInt8[np.ndarray, "H W 3"]
+ImageArray = UInt8[np.ndarray, "H W 3"]
 Embed = Callable[[UInt8[np.ndarray, "B R R 3"]], Float[np.ndarray, "B E"]]
 Progress = Callable[[int, int], None]
 
 
 class Pair(NamedTuple):
-    """A held-out picture and a training picture that is nearly the same."""
+    """A held-out image and a training image that is nearly the same."""
 
-    held: str
+    held_out: str
     training: str
     similarity: float
 
@@ -51,15 +51,15 @@ class Overlap:
     """What was found.
 
     Attributes:
-      training, held: number of pictures of each set.
-      threshold: cosine from which on two pictures count as the same.
+      training, held_out: number of images of each set.
+      threshold: cosine from which on two images count as the same.
       missed: share of changed copies below it; None if the threshold was given.
-      mistaken: share of those copies whose nearest other picture is not below it; None as well.
+      mistaken: share of those copies whose nearest other image is not below it; None as well.
       pairs: nearest first.
     """
 
     training: int
-    held: int
+    held_out: int
     threshold: float
     missed: float | None
     mistaken: float | None
@@ -67,12 +67,12 @@ class Overlap:
 
     @property
     def overlapping(self) -> list[str]:
-        """Held-out pictures that training has seen."""
-        return sorted({pair.held for pair in self.pairs})
+        """Held-out images that training has seen."""
+        return sorted({pair.held_out for pair in self.pairs})
 
     @property
     def remove(self) -> list[str]:
-        """Training pictures to leave out."""
+        """Training images to leave out."""
         return sorted({pair.training for pair in self.pairs})
 
     def write_remove_list(self, path: Path) -> None:
@@ -82,26 +82,26 @@ class Overlap:
 
     def __str__(self) -> str:
         """Says the counts, and the first pairs by name."""
-        share = 100 * len(self.overlapping) / self.held
+        share = 100 * len(self.overlapping) / self.held_out
         learned = ""
         if self.missed is not None:
             learned = (
                 f" (that misses {100 * self.missed:.1f} % of changed copies and takes "
-                f"{100 * self.mistaken:.1f} % of other pictures for one)"
+                f"{100 * self.mistaken:.1f} % of other images for one)"
             )
         lines = [
-            f"{len(self.overlapping)} of {self.held} pictures ({share:.1f} %) are nearly in the "
+            f"{len(self.overlapping)} of {self.held_out} images ({share:.1f} %) are nearly in the "
             f"other {self.training}, at a cosine of {self.threshold:.4f}{learned}; "
             f"{len(self.remove)} of those are to be left out"
         ]
-        lines += [f"  {p.similarity:.4f} {p.held} = {p.training}" for p in self.pairs[:20]]
+        lines += [f"  {p.similarity:.4f} {p.held_out} = {p.training}" for p in self.pairs[:20]]
         if len(self.pairs) > 20:
             lines.append(f"  ... and {len(self.pairs) - 20} more pairs")
         return "\n".join(lines)
 
 
-class Pictures(Sequence):
-    """Named pictures of a set, squares of `PX` a side."""
+class LazyImages(Sequence):
+    """Named images of a set, squares of `PX` a side."""
 
     def __init__(self, names: Sequence[str], images: Sequence[Any]):
         self.names, self._images = names, images
@@ -109,12 +109,12 @@ class Pictures(Sequence):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> ImageArray:
         return crop_center(decode(self._images[index]), PX)
 
 
-def open_pictures(name: str | os.PathLike) -> Pictures:
-    """Opens a folder of pictures, with or without captions, or a split as "emoji:train".
+def open_images(name: str | os.PathLike) -> LazyImages:
+    """Opens a folder of images, with or without captions, or a split as "emoji:train".
 
     Raises:
       SourceError: if there is no such folder or split.
@@ -125,56 +125,56 @@ def open_pictures(name: str | os.PathLike) -> Pictures:
 
         source = emoji_source(split)
         records = [source[i] for i in range(len(source))]
-        return Pictures([r["id"] for r in records], [r["image"] for r in records])
+        return LazyImages([r["id"] for r in records], [r["image"] for r in records])
     root = Path(name)
     names = list(list_folder(root).captions)
-    return Pictures(names, [root / name for name in names])
+    return LazyImages(names, [root / name for name in names])
 
 
 def find_overlap(
-    training: Pictures,
-    held: Pictures,
+    training: LazyImages,
+    held_out: LazyImages,
     embed: Embed,
     *,
     threshold: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Overlap:
-    """Finds the pairs of a held-out and a training picture that are nearly the same.
+    """Finds the pairs of a held-out and a training image that are nearly the same.
 
-    Features are taken relative to their mean over training, without which all pictures of a kind
+    Features are taken relative to their mean over training, without which all images of a kind
     (drawings on white) are alike.
 
     Args:
-      training: the pictures of which some may have to go.
-      held: the pictures that should be new.
+      training: the images of which some may have to go.
+      held_out: the images that should be new.
       embed: gives features.
       threshold: least cosine of a pair; None to learn it from changed copies.
       seed: of those copies.
-      progress: called with pictures done and in all.
+      progress: called with images done and in all.
     Raises:
-      UserError: if the threshold is not a cosine, or there are too few pictures to learn one from.
+      UserError: if the threshold is not a cosine, or there are too few images to learn one from.
     """
     if threshold is not None and not -1 <= threshold <= 1:
         raise UserError(f"the threshold is {threshold}; it is a cosine and lies in [-1, 1]")
-    if threshold is None and len(held) < LEAST:
+    if threshold is None and len(held_out) < LEAST:
         raise UserError(
-            f"{len(held)} held-out pictures are too few to learn a threshold from, which takes "
+            f"{len(held_out)} held-out images are too few to learn a threshold from, which takes "
             f"{LEAST}; give one with --threshold, a cosine such as 0.9, and look at what it finds"
         )
     rng = np.random.default_rng(seed)
-    originals = rng.integers(len(held), size=0 if threshold is not None else COPIES)
-    total = len(training) + len(held) + len(originals)
+    originals = rng.integers(len(held_out), size=0 if threshold is not None else COPIES)
+    total = len(training) + len(held_out) + len(originals)
     done = 0
 
-    def features(pictures: Iterable[Picture], count: int) -> np.ndarray:
+    def features(images: Iterable[ImageArray], count: int) -> np.ndarray:
         nonlocal done
         found, start = None, 0
-        for images in _batched(pictures):
-            images = np.stack([crop_center(crop_center(image, DETAIL), PX) for image in images])
-            part = np.asarray(embed(images), np.float32)
+        for batch in _batched(images):
+            squares = [crop_center(crop_center(image, DETAIL), PX) for image in batch]
+            part = np.asarray(embed(np.stack(squares)), np.float32)
             if found is None:
-                found = on_disk(count, part.shape[1])
+                found = temporary_array(count, part.shape[1])
             found[start : start + len(part)] = part
             start += len(part)
             done += len(part)
@@ -182,23 +182,23 @@ def find_overlap(
                 progress(done, total)
         return found
 
-    seen, new = features(training, len(training)), features(held, len(held))
+    seen, new = features(training, len(training)), features(held_out, len(held_out))
     mean = seen.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
     _make_units(seen, mean)
     _make_units(new, mean)
     missed = mistaken = None
     if threshold is None:
-        copies = features((changed(held[int(i)], rng) for i in originals), len(originals))
+        copies = features((changed(held_out[int(i)], rng) for i in originals), len(originals))
         _make_units(copies, mean)
         threshold, missed, mistaken = _learned(copies, new, originals)
     pairs = [
-        Pair(held.names[m], training.names[s], similarity)
+        Pair(held_out.names[m], training.names[s], similarity)
         for m, s, similarity in _near(new, seen, threshold)
     ]
-    pairs.sort(key=lambda pair: (-pair.similarity, pair.held, pair.training))
+    pairs.sort(key=lambda pair: (-pair.similarity, pair.held_out, pair.training))
     return Overlap(
         training=len(training),
-        held=len(held),
+        held_out=len(held_out),
         threshold=threshold,
         missed=missed,
         mistaken=mistaken,
@@ -221,8 +221,8 @@ def _learned(copies, new, originals) -> tuple[float, float, float]:
     return float(candidates[best]), float(missed[best]), float(mistaken[best])
 
 
-def changed(image: Picture, rng: np.random.Generator) -> UInt8[np.ndarray, "R R 3"]:
-    """A copy that people would call the same picture, [PX, PX, 3].
+def changed(image: ImageArray, rng: np.random.Generator) -> UInt8[np.ndarray, "R R 3"]:
+    """A copy that people would call the same image, [PX, PX, 3].
 
     Each change is made half of the time, at least one: a crop to 80 % of the sides or more, sides
     stretched by up to 15 %, reduced to half and more by any of four resizings, turned by up to 5
@@ -279,8 +279,8 @@ def _jitter(image, rng):
     return Image.fromarray(hsv.clip(0, 255).astype(np.uint8), "HSV").convert("RGB")
 
 
-def _batched(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
-    waiting = iter(pictures)
+def _batched(images: Iterable[ImageArray]) -> Iterator[list[ImageArray]]:
+    waiting = iter(images)
     while batch := list(itertools.islice(waiting, 16)):
         yield batch
 
@@ -302,11 +302,13 @@ def _near(new, seen, threshold) -> Iterator[tuple[int, int, float]]:
                 yield start + int(m), other + int(s), float(similar[m, s])
 
 
-def sheet(overlap: Overlap, training: Pictures, held: Pictures, *, count: int = 16) -> Picture:
+def sheet(
+    overlap: Overlap, training: LazyImages, held_out: LazyImages, *, count: int = 16
+) -> ImageArray:
     """The least similar pairs, where the threshold decides: held-out above, training below."""
-    places = [{name: i for i, name in enumerate(of.names)} for of in (held, training)]
+    places = [{name: i for i, name in enumerate(of.names)} for of in (held_out, training)]
     shown = overlap.pairs[-count:]
-    above = np.stack([held[places[0][pair.held]] for pair in shown])
+    above = np.stack([held_out[places[0][pair.held_out]] for pair in shown])
     below = np.stack([training[places[1][pair.training]] for pair in shown])
     labels = [f"held out, cosine {shown[0].similarity:.4f} down to {shown[-1].similarity:.4f}"]
     return contact_sheet(np.stack([above, below])[:, :, ::2, ::2], [*labels, "training"])

@@ -1,4 +1,4 @@
-"""Whether a sampled image shows what its caption says: its own true image is the nearest of all.
+"""Whether a sample shows what its caption says: its true image is the nearest of all.
 
 Letters: M captions, n images of each, A true images of all splits, R image side. Source: ours.
 """
@@ -16,8 +16,8 @@ from jaxtyping import Bool, Int, UInt8
 from dalle_jax.data.paraphrase import official_names
 from dalle_jax.data.sources import DataSource
 from dalle_jax.evaluate.composition import Judge, interval, nearest_captions
-from dalle_jax.evaluate.drawing import drawn, gathered
-from dalle_jax.evaluate.kept import Kept
+from dalle_jax.evaluate.image_sets import sampled_images, stack_images
+from dalle_jax.evaluate.result_cache import ResultCache
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import crop_center, decode
@@ -32,10 +32,10 @@ BLOCK = 64  # images that are compared at a time
 NOTE = (
     "An image is right if, of the true images of all splits and both styles, none is nearer in its "
     "pixels (mean squared difference) than the one its caption belongs to. Best of n: the image "
-    "that the model's CLIP scores highest. Decoded: the true image through the tokenizer, which no "
-    "sample can surpass. Nearest caption: the training image that retrieval would show. Shares "
-    "with 95 % intervals over captions. Free-form captions, as people type them, name no style, so "
-    "both styles are right."
+    "that the model's CLIP scores highest. Reconstructions: the true images encoded and decoded, "
+    "which no sample can surpass. Nearest caption: the training image that retrieval would show. "
+    "Shares with 95 % intervals over captions. Free-form captions, as people type them, name no "
+    "style, so both styles are right."
 )
 
 
@@ -47,7 +47,7 @@ def retrieval_study(
     n: int,
     captions: int | None,
     seed: int,
-    kept: Kept,
+    cache: ResultCache,
     reranker: Judge | None,
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def retrieval_study(
       n: images of each caption.
       captions: of each group, chosen by `seed`; None for all.
       seed: of the choice and of the sampling.
-      kept: where sampled images are cached.
+      cache: for samples.
       reranker: chooses the best of n; None to leave that out.
       progress: called with the captions sampled so far and in all.
     Returns:
@@ -74,21 +74,21 @@ def retrieval_study(
     groups.append(_free_form(records, captions))
     total, done, rows = sum(len(group.captions) for group in groups), 0, []
     for group in groups:
-        parts = []
-        for part in drawn(model, group.captions, sampling, n=n, seed=seed, kept=kept):
-            part.images()
-            parts.append(part)
-            done += len(part.rows)
+        batches = []
+        for batch in sampled_images(model, group.captions, sampling, n=n, seed=seed, cache=cache):
+            batch.images()
+            batches.append(batch)
+            done += len(batch.rows)
             progress(done, total)
-        images = gathered(parts)
-        found = {"sampled": group.is_right(nearest(images, true))}
+        images = stack_images(batches)
+        found = {"samples": group.is_right(nearest(images, true))}
         if reranker is not None and n > 1:
             best = _best(reranker, images, group.captions)
-            found[f"best of {n}"] = np.take_along_axis(found["sampled"], best[:, None], axis=1)
+            found[f"best of {n}"] = np.take_along_axis(found["samples"], best[:, None], axis=1)
         if group.title in GROUPS.values():
             own = true[[min(right) for right in group.right]]
-            through = model.decode(model.encode(own))
-            found["decoded"] = group.is_right(nearest(through[:, None], true))
+            reconstructed = model.decode(model.encode(own))
+            found["reconstructions"] = group.is_right(nearest(reconstructed[:, None], true))
         if group.title != GROUPS["train"]:
             retrieved = true[nearest_captions(group.captions, known)]  # training comes first
             found["nearest caption"] = group.is_right(nearest(retrieved[:, None], true))
@@ -168,9 +168,10 @@ def nearest(
 
 
 def _best(reranker: Judge, images, captions: Sequence[str]) -> Int[np.ndarray, " M"]:
-    texts = np.asarray(reranker.texts(list(captions)))
+    texts = np.asarray(reranker.encode_texts(list(captions)))
     scores = [
-        np.asarray(reranker.images(some)) @ text for some, text in zip(images, texts, strict=True)
+        np.asarray(reranker.encode_images(some)) @ text
+        for some, text in zip(images, texts, strict=True)
     ]
     return np.stack(scores).argmax(1)
 

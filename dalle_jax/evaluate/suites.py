@@ -1,4 +1,4 @@
-"""What a model is asked to draw, and which real pictures its drawings are compared with."""
+"""Suites: captions to generate images for, and real images to compare them with."""
 
 import hashlib
 import os
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dalle_jax.data.sources import DataSource, FolderSource, SourceError
+from dalle_jax.extras import require
 from dalle_jax.image.pixels import crop_center, decode
 
 COCO_CAPTIONS = 30_000
@@ -18,15 +19,15 @@ NAMES = ("emoji", "coco", "cub", "folder")
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Captions in an order of no kinds, and real pictures.
+    """Captions in random order, and real images.
 
     Attributes:
       name: shown to people.
-      source: records with pictures.
-      captions: what to draw.
+      source: records with images.
+      captions: to generate images for.
       truth: for each caption the record that it belongs to.
-      families: for each caption the kind of thing that it asks for.
-      real: the records that drawings are compared with, as a set.
+      families: for each caption its kind, such as a style.
+      real: the records whose images samples are compared with.
     """
 
     name: str
@@ -41,8 +42,8 @@ class Suite:
         parts = {field: getattr(self, field)[:count] for field in ("captions", "truth", "families")}
         return Suite(name=self.name, source=self.source, real=self.real, **parts)
 
-    def pictures(self, records: Sequence[int], px: int) -> UInt8[np.ndarray, "B R R 3"]:
-        """Pictures of records: short side scaled to `px` (Lanczos), middle square."""
+    def images(self, records: Sequence[int], px: int) -> UInt8[np.ndarray, "B R R 3"]:
+        """Images of records: short side scaled to `px` (Lanczos), middle square."""
         return np.stack([crop_center(decode(self.source[i]["image"]), px) for i in records])
 
 
@@ -58,13 +59,13 @@ def open_suite(
 
     Args:
       name: "emoji": the first caption of each emoji whose concept training never saw. "coco":
-        30,000 captions of the set, drawn at random. "cub": every caption once. "folder": the first
-        caption of each picture.
-      data: for all but the emoji a folder of captioned pictures, see `data.sources`, or one that
+        30,000 random captions of the set. "cub": every caption once. "folder": the first caption
+        of each image.
+      data: for all but the emoji a folder of captioned images, see `data.sources`, or one that
         TensorFlow Datasets prepared, see `data.prepared`.
       split: of the data; None for all of a folder, "validation" of COCO and of the emoji, "test"
         of CUB.
-      px: side that the emoji are drawn at, in pixels.
+      px: side that the emoji are rendered at, in pixels.
       seed: of the order of captions.
     Raises:
       SourceError: if there is no such suite, or its data is missing or holds nothing.
@@ -74,15 +75,15 @@ def open_suite(
         raise SourceError(f"there is no suite {name!r}; choose from {', '.join(NAMES)}")
     if name == "emoji":
         if data is not None:
-            raise SourceError("the emoji need no --data; choose --suite folder for your pictures")
+            raise SourceError("the emoji need no --data; choose --suite folder for your images")
         source = open_emoji(split or "validation", px=px)
     elif data is None:
-        raise SourceError(f"suite {name} needs --data: the folder that holds its pictures")
+        raise SourceError(f"suite {name} needs --data: the folder that holds its images")
     else:
         source = _open(Path(data), split, {"coco": "validation", "cub": "test"}.get(name))
 
-    records = [_without_picture(source[i]) for i in range(len(source))]
-    rows = list(_asked(name, records))
+    records = [_without_image(source[i]) for i in range(len(source))]
+    rows = list(_captions_with_records(name, records))
     order = np.random.default_rng(seed).permutation(len(rows))
     if name == "coco":
         order = order[:COCO_CAPTIONS]
@@ -100,6 +101,7 @@ def open_suite(
 
 def open_emoji(split: str, *, px: int) -> DataSource:
     """Opens a split of the emoji; see `data.emoji`, which takes a while to import."""
+    require("emoji")
     from dalle_jax.data.emoji import emoji_source
 
     return emoji_source(split, px=px)
@@ -107,18 +109,19 @@ def open_emoji(split: str, *, px: int) -> DataSource:
 
 def _open(folder: Path, split: str | None, usual: str | None) -> DataSource:
     if (folder / "dataset_info.json").is_file():
+        require("train")
         from dalle_jax.data.tfds_source import PreparedSource
 
         return PreparedSource(folder, split or usual or "validation")
     return FolderSource(folder, split=split)
 
 
-def _without_picture(record: dict) -> dict:
-    """What fits into memory of a record."""
+def _without_image(record: dict) -> dict:
+    """The rest of a record, which fits in memory."""
     return {name: value for name, value in record.items() if name != "image"}
 
 
-def _asked(name: str, records: Sequence[dict]) -> Iterator[tuple[str, int]]:
+def _captions_with_records(name: str, records: Sequence[dict]) -> Iterator[tuple[str, int]]:
     """Captions with the number of their record."""
     pairs = [(caption, i) for i, record in enumerate(records) for caption in record["captions"]]
     if name == "coco":
@@ -130,6 +133,6 @@ def _asked(name: str, records: Sequence[dict]) -> Iterator[tuple[str, int]]:
 
 
 def digest_of(images: UInt8[np.ndarray, "B R R 3"]) -> str:
-    """A name for pictures by what they show."""
+    """A name for images by what they show."""
     head = repr(images.shape).encode()
     return hashlib.sha256(head + np.ascontiguousarray(images).tobytes()).hexdigest()[:32]

@@ -1,7 +1,7 @@
 """Human votes: a page that shows two models blind, and the count of what people said.
 
 The page is one file that needs no server and asks nothing of the network. It knows neither which
-model a picture is of nor their names: left and right are drawn for each pair, and the key to that
+model an image is of nor their names: the sides of each pair are random, and the key to them
 stays with whoever made the page. Whoever votes saves a small JSON file and sends it back.
 
 Source: Ramesh et al. 2021, section 3.1 and appendix E (figure 7), for the questions and the count.
@@ -22,14 +22,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate.kept import digest
-from dalle_jax.evaluate.page import write_text
+from dalle_jax.evaluate.report_files import write_text
+from dalle_jax.evaluate.result_cache import digest
 from dalle_jax.evaluate.suites import digest_of
 from dalle_jax.image.pixels import encode_png
 
 QUESTIONS = {
-    "realism": "Which picture looks more realistic?",
-    "caption": "Which picture matches the caption better?",
+    "realism": "Which image looks more realistic?",
+    "caption": "Which image matches the caption better?",
 }
 SIDES = ("left", "right")
 NEITHER = {"caption"}  # may be answered with "neither"
@@ -96,7 +96,7 @@ def write_page(
     Args:
       path: of the page, ending in .html; the key goes to the same name with .key.json.
       captions: of M pairs.
-      first: a picture of each, by the first model.
+      first: an image of each, by the first model.
       second: by the second.
       names: of the models, for the key.
       seed: of the order of pairs and of left and right.
@@ -109,7 +109,7 @@ def write_page(
     if path.suffix.lower() != ".html":
         raise VotesError(f"the page is {path}; its name must end in .html")
     if not captions:
-        raise VotesError("a page needs at least one pair of pictures, got none")
+        raise VotesError("a page needs at least one pair of images, got none")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(captions))
     flipped = rng.random(len(captions)) < 0.5

@@ -1,1 +1,1 @@
-"""New pictures from captions: models, their folders, and drawing from them."""
+"""New images from captions: models, their folders, and sampling from them."""

@@ -1,6 +1,6 @@
-"""Which cells of a picture are drawn again, and how what is new joins what was there.
+"""Edits: which cells of an image are sampled again, and how the result is blended in.
 
-Letters: R pixel side, G grid side, B pictures. Source: ours; Chang et al. 2022, section 4.3, for
+Letters: R pixel side, G grid side, B images. Source: ours; Chang et al. 2022, section 4.3, for
 editing by masked cells.
 """
 
@@ -23,10 +23,10 @@ def masked_cells(
     """Reads a mask: the cells of which it marks a pixel.
 
     Args:
-      mask: a picture without colours, brighter than middle grey where the other one is to be drawn
-        again; what is transparent is not marked. A file, a picture of Pillow, or an array: bool
+      mask: an image without colours, brighter than middle grey where the image is to be sampled
+        again; what is transparent is not marked. A file, an image of Pillow, or an array: bool
         [H, W], True there, or uint8 [H, W], [H, W, 3] or [H, W, 4].
-      size: height and width of that picture, which is scaled and cut to px as the mask will be.
+      size: height and width of that image, which is scaled and cut to px as the mask will be.
       px: side R that codes stand for.
       grid: G.
     Raises:
@@ -39,12 +39,12 @@ def masked_cells(
     marked = _marked(mask, name)
     if marked.shape != size:
         sides = [f"{W} x {H}" for H, W in (marked.shape, size)]
-        raise UserError(f"{name} has {sides[0]} pixels and its picture {sides[1]}; make them one")
+        raise UserError(f"{name} has {sides[0]} pixels and its image {sides[1]}; make them one")
     white = np.repeat(np.where(marked, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
     pixels = square(white, px)[..., 0] > 127
     cells = pixels.reshape(grid, px // grid, grid, px // grid).any(axis=(1, 3))
     if not cells.any():
-        raise UserError(f"{name} marks nothing to be drawn; paint that part of it white")
+        raise UserError(f"{name} marks nothing; paint white what is to be sampled again")
     return cells
 
 
@@ -69,26 +69,26 @@ def _marked(mask, name) -> Bool[np.ndarray, "H W"]:
         y, x = coloured[0]
         raise UserError(
             f"{name} has the colour {tuple(colours[y, x].tolist())} at x={x}, y={y}; paint white "
-            "what is to be drawn again, and leave the rest black or transparent"
+            "what is to be sampled again, and leave the rest black or transparent"
         )
     return colours.mean(axis=-1) > 127.5
 
 
-def some_cells(strength: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray, "n G G"]:
-    """Draws which cells each of n variations draws again: as many, at other places.
+def random_cells(strength: float, grid: int, *, n: int, seed: int) -> Bool[np.ndarray, "n G G"]:
+    """Random cells to sample again, the same number for each of n variations.
 
     Args:
-      strength: share of the cells, above 0 and at most 1; at least one is drawn again.
+      strength: share of the cells, above 0 and at most 1; at least one is sampled again.
       grid: G.
-      n: pictures; the cells of picture j depend on seed and j alone.
-      seed: as for drawing.
+      n: images; the cells of image j depend on seed and j alone.
+      seed: as for `Model.generate`.
     Raises:
       UserError: if the strength is out of its range.
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}, but must be above 0 and at most 1, of the cells")
     count = max(1, round(strength * grid**2))
-    cells = np.zeros((n, grid**2), bool)
+    cells: np.ndarray = np.zeros((n, grid**2), bool)
     for j in range(n):
         cells[j, np.random.default_rng((seed, j)).permutation(grid**2)[:count]] = True
     return cells.reshape(n, grid, grid)
@@ -97,16 +97,16 @@ def some_cells(strength: float, grid: int, *, n: int, seed: int) -> Bool[np.ndar
 def blend(
     old: UInt8[np.ndarray, "R R 3"],
     new: UInt8[np.ndarray, "*B R R 3"],
-    anew: Bool[np.ndarray, "G G"],
+    edited: Bool[np.ndarray, "G G"],
 ) -> UInt8[np.ndarray, "*B R R 3"]:
-    """Lays the cells that were drawn again over the old picture.
+    """Blends the edited cells into the old image.
 
-    Around them the pixels pass from new to old over half a cell; further away they are the old ones
-    exactly, which no code has coarsened.
+    Around them the pixels change from new to old over half a cell; further away they are exactly
+    the old ones.
     """
-    factor = len(old) // len(anew)
+    factor = len(old) // len(edited)
     border = factor // 2
-    inside = Image.fromarray(np.kron(anew, np.full((factor, factor), 255)).astype(np.uint8))
+    inside = Image.fromarray(np.kron(edited, np.full((factor, factor), 255)).astype(np.uint8))
     share = np.asarray(inside) / 255
     for step in range(1, border + 1):
         inside = inside.filter(ImageFilter.MaxFilter(3))  # one pixel further on every side

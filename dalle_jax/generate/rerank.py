@@ -1,4 +1,4 @@
-"""The best of many pictures, of which only the best so far are kept.
+"""Reranking: the best of many images by their CLIP scores.
 
 Letters: U captions, R pixel side, E features.
 """
@@ -9,42 +9,42 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from dalle_jax.generate.clip import Clip
+from dalle_jax.generate.clip_scorer import Clip
 
 
 class Ranked(NamedTuple):
-    """The best pictures of each caption, best first."""
+    """The best images of each caption, best first."""
 
     images: UInt8[np.ndarray, "U keep R R 3"]
     scores: Float[np.ndarray, "U keep"]
-    """Cosine similarities of picture and caption, in [-1, 1]."""
+    """Cosine similarities of image and caption, in [-1, 1]."""
 
 
-class Best:
-    """Keeps the best pictures of each caption while others come and go.
+class RunningBest:
+    """The best images of each caption so far; only these are in memory.
 
     Args:
       captions: U of them.
-      keep: pictures to keep for each.
-      px: side R of the pictures.
-      clip: says how well an image fits its caption.
+      keep: images to keep for each.
+      px: side R of the images.
+      clip: scores how well an image fits its caption.
     """
 
     def __init__(self, captions: Sequence[str], *, keep: int, px: int, clip: Clip):
         U = len(captions)
-        self._clip, self._texts, self._keep = clip, clip.texts(captions), keep
-        self._images = np.zeros((U, keep, px, px, 3), np.uint8)
-        self._scores = np.full((U, keep), -np.inf, np.float32)
+        self._clip, self._texts, self._keep = clip, clip.encode_texts(captions), keep
+        self._images: np.ndarray = np.zeros((U, keep, px, px, 3), np.uint8)
+        self._scores: np.ndarray = np.full((U, keep), -np.inf, np.float32)
 
     def add(self, rows: Int[np.ndarray, " u"], images: UInt8[np.ndarray, "u w R R 3"]) -> None:
-        """Looks at w more pictures of each of some captions.
+        """Scores w more images of each of some captions.
 
         Args:
-          rows: numbers of the captions, all different.
-          images: their pictures; of equally good ones the first to come is kept.
+          rows: indices of the captions, all different.
+          images: their images; of equal scores the earlier image is kept.
         """
         u, w = images.shape[:2]
-        seen = self._clip.images(images.reshape(u * w, *images.shape[2:])).reshape(u, w, -1)
+        seen = self._clip.encode_images(images.reshape(u * w, *images.shape[2:])).reshape(u, w, -1)
         scores = np.einsum("uE,uwE->uw", self._texts[rows], seen)
         scores = np.concatenate([self._scores[rows], scores], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, : self._keep]
@@ -53,5 +53,5 @@ class Best:
         self._images[rows] = np.take_along_axis(images, best[..., None, None, None], axis=1)
 
     def ranked(self) -> Ranked:
-        """Gives the best of all pictures so far."""
+        """The best of all images so far."""
         return Ranked(self._images, self._scores)

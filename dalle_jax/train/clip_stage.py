@@ -14,7 +14,7 @@ import optax
 import tyro
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.clip import retrieval_accuracy
+from dalle_jax.generate.clip_scorer import retrieval_accuracy
 from dalle_jax.losses import contrastive_loss
 from dalle_jax.models.clip import CLIP, LOG_SCALE_MAX, CLIPConfig
 from dalle_jax.models.layers import matrices
@@ -155,7 +155,7 @@ class ClipStage(Stage):
         return loss, metrics | {"scale": scale}
 
     def evaluate(self, params) -> dict[str, float]:
-        """Measures retrieval on the validation sets; see `generate.clip.retrieval_accuracy`."""
+        """Measures retrieval on the validation sets; see `retrieval_accuracy`."""
         measured = {}
         for beginning, batches in self._validation.items():
             features, captions = [], []

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Protocol, Union, runtime_checkable
 
 import tyro
 
-from dalle_jax.compiled import keep_programs
+from dalle_jax.compilation_cache import enable_compilation_cache
 from dalle_jax.errors import UserError
-from dalle_jax.generate.folder import CLIP_FOLDER, CONFIG, replacing, take_over
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.model_folder import CLIP_FOLDER, CONFIG, copy_other_priors, replace_folder
 from dalle_jax.image.sheet import contact_sheet, save_png
-from dalle_jax.memory import keep_memory
+from dalle_jax.malloc import reuse_freed_memory
 from dalle_jax.models.codec import TITLES, CodecConfig
 from dalle_jax.parallel.processes import ProcessConfig, is_leader, join, leader_first
 from dalle_jax.terminal import be_quiet, complaints, show_log_lines
@@ -92,8 +92,8 @@ def main(
         ),
     )
     show_log_lines()
-    keep_memory()
-    keep_programs()
+    reuse_freed_memory()
+    enable_compilation_cache()
     with complaints(f"{name}.py"):
         options = tyro.cli(Union[commands], prog=f"{name}.py", args=args)  # noqa: UP007
         join(options.processes)
@@ -157,7 +157,7 @@ def _run(name: str, options: Any) -> None:
         train_clip(clip, data, codec_model, name=name, workdir=workdir / clip.folder)
         log.info("the CLIP is in %s", workdir / clip.folder / "model")
         if is_leader() and clip.folder == CLIP_FOLDER and (workdir / "model" / CONFIG).is_file():
-            with replacing(workdir / "model") as new:
+            with replace_folder(workdir / "model") as new:
                 shutil.copytree(workdir / "model", new, dirs_exist_ok=True)
                 _add_clip(workdir, new)
 
@@ -173,10 +173,10 @@ def _save(model: Model, workdir: Path) -> None:
     if not is_leader():
         model.write(None)
         return
-    with replacing(workdir / "model") as new:
+    with replace_folder(workdir / "model") as new:
         model.write(new)
         if (workdir / "model" / CONFIG).is_file():
-            take_over(workdir / "model", new)
+            copy_other_priors(workdir / "model", new)
         _add_clip(workdir, new)
 
 

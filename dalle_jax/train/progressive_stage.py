@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from dalle_jax.generate.progressive import DOUBT, doubts, filled
+from dalle_jax.generate.progressive_sampler import REVISION_MARGIN, cells_filled, revision_margins
 from dalle_jax.losses import cross_entropy
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, init_params
 from dalle_jax.train.cell_orders import Order, order_ranks, order_scores
@@ -85,10 +85,10 @@ class ProgressiveStage(PriorStage):
             other = (codes + jax.random.randint(key_code, codes.shape, 1, K)) % K
             shown = jnp.where(wrong, other, codes)
             prior = self.model.bind({"params": params})
-            likeliest, doubt = doubts(
+            likeliest, doubt = revision_margins(
                 prior.predict_left_out(prior.prefill(batch["text"]), shown), shown
             )
-            changed = doubt >= DOUBT
+            changed = doubt >= REVISION_MARGIN
             repaired = wrong & changed & (likeliest == codes)
             return jnp.stack([x.sum() for x in (repaired, wrong, ~wrong & changed, ~wrong)])
 
@@ -127,7 +127,7 @@ def sample_stages(key: Key[Array, ""], rank: Int[Array, "B I"]) -> Int[Array, "B
     numbers = [n for n in STAGES if n <= cells]
     places = np.arange(cells)
     table = np.stack(
-        [np.searchsorted(filled(cells, n, "cosine"), places, side="right") for n in numbers]
+        [np.searchsorted(cells_filled(cells, n, "cosine"), places, side="right") for n in numbers]
     )
     number = jax.random.randint(key, (images,), 0, len(numbers))
     return jnp.take_along_axis(jnp.asarray(table)[number], rank, axis=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dalle_jax import atomic
 from dalle_jax.data.sources import DataSource
-from dalle_jax.generate.folder import TOKENIZER
+from dalle_jax.generate.model_folder import TOKENIZER
 from dalle_jax.parallel.processes import is_leader, leader_first
 from dalle_jax.terminal import bar
 from dalle_jax.text.bpe import Tokenizer

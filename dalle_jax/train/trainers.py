@@ -17,7 +17,7 @@ import jax
 
 from dalle_jax.data.batches import batches, one_epoch
 from dalle_jax.data.sources import ConcatSource, DataSource
-from dalle_jax.generate.clip import Clip
+from dalle_jax.generate.clip_scorer import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.parallel.mesh import gather_to_host
 from dalle_jax.parallel.processes import is_leader

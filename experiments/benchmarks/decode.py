@@ -17,7 +17,7 @@ import tyro
 from measure import PeerOptions, Report, drawn, median_time, own_read_gbs, peer_rates
 from train_step import SHIPPED, SMALL, WIDE, prior_batch
 
-from dalle_jax.generate.autoregressive import sample
+from dalle_jax.generate.autoregressive_sampler import sample
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.memory import keep_memory
+from dalle_jax.malloc import reuse_freed_memory
 
 THREADS = os.cpu_count()
 
@@ -58,7 +58,7 @@ class Report:
     """
 
     def __init__(self, bench: str, *, as_json: bool):
-        keep_memory()
+        reuse_freed_memory()
         self._bench, self._as_json = bench, as_json
         if not as_json:
             print(f"{'case':<34}{'metric':<32}{'value':>10} {'unit':<16}target", flush=True)

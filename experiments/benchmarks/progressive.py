@@ -15,7 +15,7 @@ import tyro
 from measure import Options, Report, drawn, median_time
 from train_step import SHIPPED, SMALL, WIDE, prior_batch
 
-from dalle_jax.generate import autoregressive, progressive
+from dalle_jax.generate import autoregressive_sampler, progressive_sampler
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models import autoregressive_prior, progressive_prior
 from dalle_jax.models.prior_config import PriorConfig
@@ -60,14 +60,14 @@ def compare(report, label, case, batch):
     text = jnp.asarray(prior_batch(config, batch)["text"])
     keys = jax.random.split(jax.random.key(0), batch)
     params = drawn(partial(autoregressive_prior.init_params, config))
-    each = seconds(partial(autoregressive.sample, config), params, text, keys) / batch
+    each = seconds(partial(autoregressive_sampler.sample, config), params, text, keys) / batch
     report.add(label, "autoregressive", each, "s/image")
     config = ProgressiveConfig(**case.sizes, query_depth=config.depth // 2)
     params = drawn(partial(progressive_prior.init_params, config))
     for order in ("random", "dynamic", "confidence"):
         for stages in case.stages:
             sampling = SamplingConfig(stages=stages, order=order)
-            sample = partial(progressive.sample, config, sampling=sampling)
+            sample = partial(progressive_sampler.sample, config, sampling=sampling)
             took = seconds(sample, params, text, keys) / batch
             report.add(label, f"{stages} stages, {order}", took, "s/image")
             target = case.target if (batch, stages, order) == (1, 16, "random") else None

@@ -37,16 +37,16 @@ def texts(captions):
 
 
 class Colours:
-    """A judge whose features of a picture are those that its first pixel names."""
+    """A judge whose features of an image are those that its first pixel names."""
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         return texts(captions)
 
-    def images(self, images):
+    def encode_images(self, images):
         return np.eye(6)[images[:, 0, 0, 0]]
 
 
-def pictures(*features):
+def images(*features):
     return np.asarray(features, np.uint8)[..., None, None, None] * np.ones((2, 2, 3), np.uint8)
 
 
@@ -80,14 +80,14 @@ def close(found, similarity, composed, beyond):
     assert {name: float(value.item()) for name, value in found.items()} == pytest.approx(wanted)
 
 
-def test_a_copy_of_a_training_picture_is_no_composition():
+def test_a_copy_of_a_training_image_is_no_composition():
     def at(degrees):
         return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
 
     truth, training, nobody = np.asarray([at(0)]), np.asarray([at(40), at(200)]), np.asarray([-1])
 
-    def near(*pictures):
-        return composition.nearness(np.asarray([pictures]), truth, training, nobody)
+    def near(*images):
+        return composition.nearness(np.asarray([images]), truth, training, nobody)
 
     close(near(at(40)), math.cos(math.radians(40)), 0, 0)  # a copy
     close(near(at(25)), math.cos(math.radians(25)), 0, 1)  # nearer to memory than to the truth
@@ -96,7 +96,7 @@ def test_a_copy_of_a_training_picture_is_no_composition():
     close(near(at(40), at(0)), 1, 1, 1)  # the best counts
 
 
-def test_the_own_picture_of_a_seen_case_is_left_out():
+def test_the_own_image_of_a_seen_case_is_left_out():
     truth = np.asarray([[1.0, 0]])
     training = np.asarray([[1.0, 0], [0.6, 0.8]])
     close(composition.nearness(truth[None], truth, training, np.asarray([0])), 1, 1, 1)
@@ -104,8 +104,8 @@ def test_the_own_picture_of_a_seen_case_is_left_out():
 
 def test_the_nearest_caption_shares_the_rarest_words():
     captions = [
-        ["a picture of a pear", "pear, flat"],
-        ["a picture of a red apple", "red apple, drawn"],
+        ["an image of a pear", "pear, flat"],
+        ["an image of a red apple", "red apple, drawn"],
         ["red car, flat"],
         ["blue car, flat"],
     ]
@@ -114,37 +114,37 @@ def test_the_nearest_caption_shares_the_rarest_words():
     assert found.tolist() == [1, 0, 0]
 
 
-def test_the_interval_draws_whole_cases_again():
+def test_the_interval_samples_whole_cases_again():
     certain = np.ones((5, 3))
     assert composition.interval(certain) == (1, 1, 1)
-    halves = np.repeat([[1.0], [0.0]], 50, axis=0).repeat(100, axis=1)  # 100 pictures of each case
+    halves = np.repeat([[1.0], [0.0]], 50, axis=0).repeat(100, axis=1)  # 100 images of each case
     mean, low, high = composition.interval(halves)
     assert mean == 0.5
-    # of 100 cases, not of 10,000 pictures: 1.96 * sqrt(0.25 / 100) = 0.098
+    # of 100 cases, not of 10,000 images: 1.96 * sqrt(0.25 / 100) = 0.098
     assert low == pytest.approx(0.402, abs=0.02)
     assert high == pytest.approx(0.598, abs=0.02)
     assert composition.interval(halves) == (mean, low, high)
     assert math.isnan(composition.interval(np.full((3, 2), np.nan))[0])
 
 
-def test_the_table_has_all_kinds_of_pictures_with_their_numbers():
+def test_the_table_has_all_kinds_of_images_with_their_numbers():
     rows = composition.table(
         CASES,
-        pictures([0, 3], [2, 2]),  # an apple and a plum; two pears
-        truth=pictures(0, 2),
-        decoded=pictures(0, 4),  # the tokenizer spoils the pear's style
-        training=pictures(2, 1),
+        images([0, 3], [2, 2]),  # an apple and a plum; two pears
+        truth=images(0, 2),
+        reconstructions=images(0, 4),  # the tokenizer spoils the pear's style
+        training=images(2, 1),
         ids=["b", "c"],
         captions=[["pear, flat"], ["red apple, drawn"]],
         judge=Colours(),
     )
-    assert [(row.held_out, row.pictures) for row in rows] == [
-        (True, "drawn"),
+    assert [(row.held_out, row.images) for row in rows] == [
+        (True, "samples"),
         (True, "nearest caption"),
-        (True, "decoded"),
+        (True, "reconstructions"),
         (True, "true"),
-        (False, "drawn"),
-        (False, "decoded"),
+        (False, "samples"),
+        (False, "reconstructions"),
         (False, "true"),
     ]
     means = [{name: value[0] for name, value in row.values.items()} for row in rows]

@@ -47,7 +47,7 @@ def test_with_equal_covariances_only_the_means_count(sets):
     assert frechet_distance(flat, flat) == 0
 
 
-def test_moments_do_not_depend_on_how_the_pictures_come(sets):
+def test_moments_do_not_depend_on_how_the_images_come(sets):
     shifted = sets[0] + 1e6  # where a sum of squares would lose half of its digits
     parts = Moments(24)
     for part in np.split(shifted, [1, 7, 100]):
@@ -55,7 +55,7 @@ def test_moments_do_not_depend_on_how_the_pictures_come(sets):
     assert parts.count == 300
     np.testing.assert_allclose(parts.mean, shifted.mean(0), rtol=1e-12)
     np.testing.assert_allclose(parts.covariance, np.cov(sets[0], rowvar=False), atol=1e-6)
-    with pytest.raises(ValueError, match="a covariance needs at least 2 pictures, got 1"):
+    with pytest.raises(ValueError, match="a covariance needs at least 2 images, got 1"):
         _ = Moments.of(sets[0][:1]).covariance
 
 
@@ -63,7 +63,7 @@ def test_kernel_distance_of_subsets_equals_the_reference(sets):
     mean, deviation = kernel_distance_of_subsets(*sets[:2], subsets=7, size=200, seed=3)
     assert mean == pytest.approx(71.48607979853445, rel=1e-9)
     assert deviation == pytest.approx(29.516372144302565, rel=1e-9)
-    with pytest.raises(ValueError, match="subsets of 1000 needs as many pictures, got 260"):
+    with pytest.raises(ValueError, match="subsets of 1000 needs as many images, got 260"):
         kernel_distance_of_subsets(*sets[:2])
 
 
@@ -91,7 +91,7 @@ def test_inception_score_equals_the_reference(sets):
     mean, deviation = inception_score(sets[2])
     assert (mean, deviation) == pytest.approx((3.8344596530094663, 0.29481900060721106), rel=1e-9)
     assert inception_score(sets[2], splits=1)[0] == pytest.approx(4.166441478612471, rel=1e-9)
-    with pytest.raises(ValueError, match="a score over 10 splits needs as many pictures, got 9"):
+    with pytest.raises(ValueError, match="a score over 10 splits needs as many images, got 9"):
         inception_score(sets[2][:9])
 
 
@@ -106,7 +106,7 @@ def test_precision_and_recall_equal_the_reference(sets, monkeypatch):
         monkeypatch.setattr(distances, "_BLOCK", block)
         found = precision_recall(*sets[:2])
         assert found == pytest.approx((0.7346153855323792, 0.7866666913032532), abs=1e-6)
-    with pytest.raises(ValueError, match="3 neighbours need more pictures than that, got 3"):
+    with pytest.raises(ValueError, match="3 neighbours need more images than that, got 3"):
         precision_recall(sets[0], sets[1][:3])
 
 

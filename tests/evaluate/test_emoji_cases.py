@@ -7,7 +7,7 @@ import tiny
 
 from dalle_jax.evaluate.composition_study import composition_study
 from dalle_jax.evaluate.emoji_cases import emoji_cases
-from dalle_jax.evaluate.kept import Kept
+from dalle_jax.evaluate.result_cache import ResultCache
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import encode_png
 
@@ -15,7 +15,7 @@ _greys = itertools.count(10, 30)
 
 
 def record(style, codes, *names):
-    """Every picture is of another grey."""
+    """Every image is of another grey."""
     captions = [form for name in names for form in (name, f"{name}, {style} style")]
     return {
         "id": f"{style}/{codes}",
@@ -79,7 +79,7 @@ def test_a_person_could_have_another_style_role_gender_or_tone(cases):
 
 
 def test_a_caption_that_is_right_too_is_no_alternative():
-    twins = record("twemoji", "1f34e", "red apple", "green apple")  # drawn alike, say
+    twins = record("twemoji", "1f34e", "red apple", "green apple")  # sampled alike, say
     alike = {"train": [], "heldout_style": [twins], "heldout_cell": []}
     (case,) = emoji_cases(alike.get)
     assert "green apple, twemoji style" not in case.alternatives["concept"]
@@ -92,15 +92,15 @@ class Connoisseur:
         records = itertools.chain(*SPLITS.values())
         self._number = {r["captions"][1]: i for i, r in enumerate(records)}
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         numbers = [self._number.get(c, 6 + zlib.crc32(c.encode()) % 50) for c in captions]
         return np.eye(56)[numbers]
 
-    def images(self, images):
+    def encode_images(self, images):
         return np.eye(56)[(images[:, 0, 0, 0].astype(int) - 10) // 30]
 
 
-def test_the_study_draws_each_case_and_finds_true_pictures_right():
+def test_the_study_samples_each_case_and_finds_true_images_right():
     done = []
     rows = composition_study(
         tiny.model(),
@@ -108,22 +108,23 @@ def test_the_study_draws_each_case_and_finds_true_pictures_right():
         SPLITS.get,
         sampling=SamplingConfig(),
         n=2,
-        pairs=1,
+        num_cases=1,
         seed=0,
-        kept=Kept(None),
+        cache=ResultCache(None),
         progress=lambda *counts: done.append(counts),
     )
     assert done == [(4, 4)]
-    held_out, seen = ("drawn", "nearest caption", "decoded", "true"), ("drawn", "decoded", "true")
-    assert [(row["family"], row.get("cases"), row["pictures"]) for row in rows] == [
-        (family, cases, pictures)
+    seen = ("samples", "reconstructions", "true")
+    held_out = ("samples", "nearest caption", "reconstructions", "true")
+    assert [(row["family"], row.get("cases"), row["images"]) for row in rows] == [
+        (family, cases, images)
         for family in ("cell", "style")
         for cases, kinds in (("1 held out", held_out), ("1 seen", seen))
-        for pictures in kinds
+        for images in kinds
     ] + [("style", None, "chance"), ("cell", None, "chance")]
     for row in rows:
-        if row["pictures"] == "true":
+        if row["images"] == "true":
             assert row["all"] == [1, 1, 1]
-        if row["pictures"] == "nearest caption":
+        if row["images"] == "nearest caption":
             assert row["all"] == [0, 0, 0]
     assert rows[-2]["style"] == [0.5] * 3

@@ -21,7 +21,7 @@ def inception_weights():
     return inception_state()
 
 
-def test_inception_equals_the_reference_from_small_pictures_to_logits(inception_weights):
+def test_inception_equals_the_reference_from_small_images_to_logits(inception_weights):
     params = inception.from_torch(inception_weights)
     pooled, logits = jax.jit(inception.apply)(params, pictures(64))
     assert (pooled.shape, logits.shape) == ((2, 2048), (2, 1008))
@@ -118,7 +118,7 @@ def test_only_inceptions_numbers_have_the_plain_names():
     assert [network("X").title(kind) for kind in ("FID", "KID", "IS")] == ["FD X", "KID X", "IS X"]
 
 
-def test_pictures_are_reduced_with_antialiasing_and_small_ones_left_to_the_graph():
+def test_images_are_reduced_with_antialiasing_and_small_ones_left_to_the_graph():
     fine = np.zeros((600, 600, 3), np.uint8)
     fine[::2] = 255  # stripes that a plain bilinear resize would turn into moiré
     reduced = features._at_most(299)(fine)

@@ -7,7 +7,7 @@ from PIL import Image
 from dalle_jax.data.emoji_svgs import distinct_images, list_emoji, render
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import overlap
-from dalle_jax.evaluate.overlap import PX, Pictures, changed, find_overlap, open_pictures, sheet
+from dalle_jax.evaluate.overlap import PX, LazyImages, changed, find_overlap, open_images, sheet
 from dalle_jax.image.pixels import encode_png
 
 
@@ -31,12 +31,12 @@ def written(folder, images):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Twelve pictures to train on, of which two of twenty are held out too, one of another size."""
+    """Twelve images to train on, of which two of twenty are held out too, one of another size."""
     path = tmp_path_factory.mktemp("overlap")
     training = {f"t{i:02d}": blobs(i) for i in range(12)}
     other_size = np.asarray(Image.fromarray(blobs(5)).resize((90, 90), Image.BICUBIC))
-    held = {"a": blobs(3), "b": other_size} | {f"c{i}": blobs(100 + i) for i in range(18)}
-    return written(path / "training", training), written(path / "held", held)
+    held_out = {"a": blobs(3), "b": other_size} | {f"c{i}": blobs(100 + i) for i in range(18)}
+    return written(path / "training", training), written(path / "held", held_out)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +47,7 @@ def few_copies():
 
 
 def test_copies_and_other_sizes_are_found_and_nothing_else(folders):
-    sets = [open_pictures(folder) for folder in folders]
+    sets = [open_images(folder) for folder in folders]
     found = find_overlap(*sets, embed)
     assert found.overlapping == ["a.png", "b.png"]
     assert found.remove == ["t03.png", "t05.png"]
@@ -55,13 +55,13 @@ def test_copies_and_other_sizes_are_found_and_nothing_else(folders):
     assert found.missed + found.mistaken < 0.1
     assert find_overlap(*sets, embed) == found
     text = str(found)
-    assert text.startswith("2 of 20 pictures (10.0 %) are nearly in the other 12, at a cosine of ")
+    assert text.startswith("2 of 20 images (10.0 %) are nearly in the other 12, at a cosine of ")
     assert "\n  1.0000 a.png = t03.png" in text
     assert sheet(found, *sets).ndim == 3
 
 
 def test_what_is_found_does_not_depend_on_the_blocks(folders, monkeypatch):
-    sets = [open_pictures(folder) for folder in folders]
+    sets = [open_images(folder) for folder in folders]
     found = find_overlap(*sets, embed)
     monkeypatch.setattr(overlap, "_BLOCK", 5)
     again = find_overlap(*sets, embed)
@@ -83,10 +83,10 @@ def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
         tracemalloc.stop()
 
 
-def test_too_few_pictures_to_learn_a_threshold_ask_for_one(folders):
-    training, held = map(open_pictures, folders)
-    few = Pictures(held.names[:19], [folders[1] / name for name in held.names[:19]])
-    with pytest.raises(UserError, match="19 held-out pictures are too few to learn a threshold"):
+def test_too_few_images_to_learn_a_threshold_ask_for_one(folders):
+    training, held_out = map(open_images, folders)
+    few = LazyImages(held_out.names[:19], [folders[1] / name for name in held_out.names[:19]])
+    with pytest.raises(UserError, match="19 held-out images are too few to learn a threshold"):
         find_overlap(training, few, lambda images: pytest.fail("work began"))
     assert find_overlap(training, few, embed, threshold=0.9).overlapping == ["a.png", "b.png"]
 
@@ -101,7 +101,7 @@ def test_the_threshold_mistakes_the_fewest_of_written_out_pairs():
 
 
 def test_a_given_threshold_needs_no_copies(folders):
-    sets = [open_pictures(folder) for folder in folders]
+    sets = [open_images(folder) for folder in folders]
     done = []
     found = find_overlap(*sets, embed, threshold=-1.0, progress=lambda *at: done.append(at))
     assert len(found.pairs) == 20 * 12
@@ -112,7 +112,7 @@ def test_a_given_threshold_needs_no_copies(folders):
         find_overlap(*sets, embed, threshold=1.5)
 
 
-def test_changes_repeat_for_a_seed_and_keep_the_picture():
+def test_changes_repeat_for_a_seed_and_keep_the_image():
     image = np.asarray(Image.fromarray(blobs(0)).resize((PX, PX)))
     copies = [changed(image, np.random.default_rng(seed)) for seed in (*range(20), 0)]
     assert {copy.shape for copy in copies} == {(PX, PX, 3)}
@@ -131,8 +131,8 @@ def test_every_exact_duplicate_among_emoji_is_found_at_another_size(tmp_path):
     groups = [p.svgs for p in distinct_images(some) if len(p.svgs) > 1]
     assert len(groups) > 10  # the neutral figure is mostly the man's
     training = {f"g{i}": render(group[0].path, 64) for i, group in enumerate(groups)}
-    held = {f"g{i}": render(group[1].path, 96) for i, group in enumerate(groups)}
-    sets = [open_pictures(written(tmp_path / k, v)) for k, v in (("t", training), ("h", held))]
+    held_out = {f"g{i}": render(group[1].path, 96) for i, group in enumerate(groups)}
+    sets = [open_images(written(tmp_path / k, v)) for k, v in (("t", training), ("h", held_out))]
     found = find_overlap(*sets, embed, threshold=0.98)
-    same = {pair.held for pair in found.pairs if pair.held == pair.training}
+    same = {pair.held_out for pair in found.pairs if pair.held_out == pair.training}
     assert same == set(sets[1].names)

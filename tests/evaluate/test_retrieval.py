@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from dalle_jax.evaluate import retrieval
-from dalle_jax.evaluate.kept import Kept
+from dalle_jax.evaluate.result_cache import ResultCache
 from dalle_jax.evaluate.retrieval import nearest, retrieval_study
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import decode, encode_png
@@ -53,10 +53,10 @@ def test_blocks_do_not_change_which_is_nearest():
 class Darkest:
     """A judge to whom the darkest image of any caption is the best."""
 
-    def images(self, images):
+    def encode_images(self, images):
         return -images.mean((1, 2))
 
-    def texts(self, captions):
+    def encode_texts(self, captions):
         return np.ones((len(captions), 3))
 
 
@@ -76,7 +76,7 @@ def study(monkeypatch, samples, reranker=None):
         n=len(samples),
         captions=None,
         seed=0,
-        kept=Kept(None),
+        cache=ResultCache(None),
         reranker=reranker,
         progress=lambda *counts: done.append(counts),
     )
@@ -87,15 +87,15 @@ def test_the_study_asks_for_one_style_and_says_what_retrieval_would_reach(monkey
     rows, done = study(monkeypatch, samples=(0,))
     assert done[-1] == (104, 104)
     assert [(row["captions"], row["images"]) for row in rows] == [
-        ("2 seen", "sampled"),
-        ("2 seen", "decoded"),
-        ("1 held-out cell", "sampled"),
-        ("1 held-out cell", "decoded"),
+        ("2 seen", "samples"),
+        ("2 seen", "reconstructions"),
+        ("1 held-out cell", "samples"),
+        ("1 held-out cell", "reconstructions"),
         ("1 held-out cell", "nearest caption"),
-        ("1 held-out style", "sampled"),
-        ("1 held-out style", "decoded"),
+        ("1 held-out style", "samples"),
+        ("1 held-out style", "reconstructions"),
         ("1 held-out style", "nearest caption"),
-        ("100 free-form", "sampled"),
+        ("100 free-form", "samples"),
         ("100 free-form", "nearest caption"),
     ]
     retrieved = [row["right"][0] for row in rows if row["images"] == "nearest caption"]
@@ -107,7 +107,7 @@ def test_the_best_of_n_is_the_one_that_the_reranker_scores_highest(monkeypatch):
     monkeypatch.setitem(SPLITS, "train", [apple])
     rows, _ = study(monkeypatch, samples=(255, 50), reranker=Darkest())
     right = {row["images"]: row["right"][0] for row in rows if row["captions"] == "1 seen"}
-    assert right["sampled"] == 0.5, "of two samples the second is right"
+    assert right["samples"] == 0.5, "of two samples the second is right"
     assert right["best of 2"] == 1
 
 
@@ -119,4 +119,4 @@ def test_free_form_captions_are_right_in_either_style(style, monkeypatch, tmp_pa
     pear = next(r for r in SPLITS["train"] if r["id"] == f"{style}/pear")
     rows, _ = study(monkeypatch, samples=(int(decode(pear["image"])[0, 0, 0]),))
     shares = {(row["captions"], row["images"]): row["right"][0] for row in rows}
-    assert shares["2 free-form", "sampled"] == 0.5
+    assert shares["2 free-form", "samples"] == 0.5

@@ -36,25 +36,25 @@ def pairs(suite):
     return sorted(zip(suite.captions, suite.truth, strict=True))
 
 
-def test_a_folder_is_asked_for_the_first_caption_of_each_picture(folder):
+def test_a_folder_is_asked_for_the_first_caption_of_each_image(folder):
     suite = open_suite("folder", data=folder)
     assert pairs(suite) == [("blue heart", 1), ("red apple", 0), ("red apple", 2)]
     assert suite.real == (0, 1, 2)
     assert set(suite.families) == {"all"}
     assert pairs(suite.head(2)) == sorted(zip(suite.captions[:2], suite.truth[:2], strict=True))
     assert suite.head(None) == suite
-    pictures = suite.pictures([2, 0], 16)
-    assert pictures.shape == (2, 16, 16, 3)
-    assert (pictures[0] == 120).all()
+    images = suite.images([2, 0], 16)
+    assert images.shape == (2, 16, 16, 3)
+    assert (images[0] == 120).all()
 
 
-def test_a_suite_holds_no_pictures_in_memory(monkeypatch):
+def test_a_suite_holds_no_images_in_memory(monkeypatch):
     class Large:
         def __len__(self):
             return 50
 
         def __getitem__(self, index):
-            return {"image": bytes(10**6), "captions": [f"picture {index}"], "style": "plain"}
+            return {"image": bytes(10**6), "captions": [f"image {index}"], "style": "plain"}
 
     monkeypatch.setattr(suites, "open_emoji", lambda split, px: Large())
     tracemalloc.start()
@@ -66,7 +66,7 @@ def test_a_suite_holds_no_pictures_in_memory(monkeypatch):
     assert len(suite.captions) == 50
 
 
-def test_coco_draws_captions_at_random_and_cub_takes_each_once(folder, monkeypatch):
+def test_coco_samples_captions_at_random_and_cub_takes_each_once(folder, monkeypatch):
     assert suites.COCO_CAPTIONS == 30_000
     everything = [(text, i) for i, texts in enumerate(ROWS.values()) for text in texts]
     assert pairs(open_suite("coco", data=folder)) == sorted(everything)
@@ -83,7 +83,7 @@ def test_coco_draws_captions_at_random_and_cub_takes_each_once(folder, monkeypat
     ("name", "options", "message"),
     [
         ("imagenet", {}, "there is no suite 'imagenet'; choose from emoji, coco, cub, folder"),
-        ("coco", {}, "suite coco needs --data: the folder that holds its pictures"),
+        ("coco", {}, "suite coco needs --data: the folder that holds its images"),
         ("emoji", {"data": "x"}, "the emoji need no --data"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_prepared_set_gives_the_same_suite_as_a_folder(folder, prepared):
     assert sorted(suite.captions) == sorted(open_suite("coco", data=folder).captions)
     for caption, record in zip(suite.captions, suite.truth, strict=True):
         assert caption in suite.source[record]["captions"]
-    assert {int(p.max()) for p in suite.pictures(range(3), 16)} == {0, 60, 120}
+    assert {int(p.max()) for p in suite.images(range(3), 16)} == {0, 60, 120}
 
 
 def test_an_unknown_split_of_a_prepared_set_is_named(prepared):

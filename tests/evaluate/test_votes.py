@@ -50,7 +50,7 @@ def test_the_page_is_blind_and_asks_nothing_of_the_network(page):
         assert pair["left"].startswith("data:image/png;base64,")
 
 
-def test_left_and_right_are_drawn_anew_for_each_pair_and_the_key_knows(tmp_path, page):
+def test_left_and_right_are_sampled_anew_for_each_pair_and_the_key_knows(tmp_path, page):
     key = json.loads(page[1].read_text())
     assert key["names"] == ["ours", "theirs"]
     assert [row["caption"] for row in key["pairs"]] == [

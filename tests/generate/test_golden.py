@@ -1,4 +1,4 @@
-"""Shipped models draw, decode, encode and judge as they did when golden/codes.json was written."""
+"""Shipped models sample, decode, encode and score as when golden/codes.json was written."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ import pytest
 import shipped
 
 import dalle_jax
-from dalle_jax.generate import folder
+from dalle_jax.generate import model_folder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "codes.json").read_text())
 PRIORS = [(name, part) for name, model in GOLDEN.items() for part in model["priors"]]
@@ -18,13 +18,13 @@ opened = functools.cache(dalle_jax.load)
 
 def test_every_shipped_prior_has_golden_codes():
     assert set(PRIORS) == {
-        (name, part) for name in folder.shipped() for part in opened(name).priors
+        (name, part) for name in model_folder.shipped_models() for part in opened(name).priors
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), PRIORS)
-def test_a_shipped_prior_draws_its_golden_codes(name, part):
+def test_a_shipped_prior_samples_its_golden_codes(name, part):
     # The captions are such that rounding changes no code (make_codes.py); the share is for more.
     golden = GOLDEN[name]["priors"][part]
     codes = shipped.drawn(opened(name), part, golden["captions"])
@@ -42,5 +42,5 @@ def test_golden_codes_have_the_colours_and_the_scores_they_had(name, part):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_shipped_codec_gives_pictures_their_golden_codes(name):
+def test_a_shipped_codec_gives_images_their_golden_codes(name):
     assert (shipped.encoded(opened(name)) == np.array(GOLDEN[name]["encoded"])).mean() >= 0.95

@@ -14,11 +14,11 @@ import tiny
 from PIL import Image
 
 import dalle_jax
-from dalle_jax.generate import batching
-from dalle_jax.generate import folder as files
-from dalle_jax.generate.batching import micro_batches
-from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate import micro_batching
+from dalle_jax.generate import model_folder as files
+from dalle_jax.generate.micro_batching import micro_batches
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.model_folder import ModelError
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import ImageError, decode
 from dalle_jax.models import dvae
@@ -44,7 +44,7 @@ def copy(saved, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return np.random.default_rng(0).integers(0, 256, (5, tiny.PX, tiny.PX, 3), np.uint8)
 
 
@@ -53,10 +53,10 @@ def write_png(path, array, mode=None):
     return path
 
 
-# Drawing
+# Sampling
 
 
-def test_generate_gives_n_pictures_a_caption(model):
+def test_generate_gives_n_images_a_caption(model):
     images = model.generate(["red apple", "blue heart"], n=3)
     assert images.shape == (2, 3, tiny.PX, tiny.PX, 3)
     assert images.dtype == np.uint8
@@ -75,7 +75,7 @@ def test_a_sample_depends_on_seed_caption_and_number_alone(model):
 
 def test_micro_batches_change_nothing(model, monkeypatch):
     whole = model.generate(["red apple", "blue heart"], n=3)
-    monkeypatch.setattr(batching, "LARGEST", 2)
+    monkeypatch.setattr(micro_batching, "LARGEST", 2)
     reports = []
     parts = model.generate(
         ["red apple", "blue heart"], n=3, progress=lambda *counts: reports.append(counts)
@@ -100,7 +100,7 @@ def test_micro_batches_shrink_to_the_memory():
     assert {len(batch) for batch, _ in micro_batches(3, bytes_each=2**40)} == {1}
 
 
-def test_temperature_zero_draws_the_likeliest_picture_whatever_the_seed(model):
+def test_temperature_zero_samples_the_likeliest_image_whatever_the_seed(model):
     greedy = SamplingConfig(temperature=0)
     first = model.generate("red apple", sampling=greedy, seed=0)
     np.testing.assert_array_equal(first, model.generate("red apple", sampling=greedy, seed=1))
@@ -113,16 +113,16 @@ def test_every_option_of_sampling_reaches_the_decoder(model, option):
     assert (model.generate("red apple", n=2) != changed).any()
 
 
-def test_image_prompt_keeps_its_top_rows_of_codes(model, pictures, monkeypatch):
+def test_image_prompt_keeps_its_top_rows_of_codes(model, images, monkeypatch):
     decoded = []
-    monkeypatch.setattr(model, "decode", lambda codes: decoded.append(codes) or pictures[:2])
-    model.generate("red apple", n=2, image_prompt=pictures[0], keep_rows=3)
-    wanted = model.encode(pictures[:1])[0]
+    monkeypatch.setattr(model, "decode", lambda codes: decoded.append(codes) or images[:2])
+    model.generate("red apple", n=2, image_prompt=images[0], keep_rows=3)
+    wanted = model.encode(images[:1])[0]
     for codes in decoded[0]:
         np.testing.assert_array_equal(codes[:3], wanted[:3])
 
 
-def test_image_prompt_may_be_any_picture_file(model, tmp_path):
+def test_image_prompt_may_be_any_image_file(model, tmp_path):
     rng = np.random.default_rng(0)
     clear = write_png(tmp_path / "alpha.png", rng.integers(0, 256, (40, 30, 4), np.uint8))
     deep = write_png(tmp_path / "deep.png", rng.integers(0, 65536, (20, 20)).astype(np.uint16))
@@ -135,31 +135,31 @@ def test_image_prompt_may_be_any_picture_file(model, tmp_path):
 # Codes
 
 
-def test_encode_cuts_pictures_of_any_size_to_the_middle_square(model, pictures):
-    wide = np.concatenate([pictures[1], pictures[0], pictures[1]], axis=1)
-    codes = model.encode([pictures[0], wide])
+def test_encode_cuts_images_of_any_size_to_the_middle_square(model, images):
+    wide = np.concatenate([images[1], images[0], images[1]], axis=1)
+    codes = model.encode([images[0], wide])
     assert codes.shape == (2, 4, 4)
     assert codes.dtype == np.int32
     np.testing.assert_array_equal(codes[0], codes[1])
 
 
-def test_micro_batches_change_no_code(model, pictures, monkeypatch):
-    whole = model.encode(pictures)
-    monkeypatch.setattr(batching, "LARGEST", 2)
-    np.testing.assert_array_equal(model.encode(pictures), whole)
-    assert model.decode(whole).shape == pictures.shape
+def test_micro_batches_change_no_code(model, images, monkeypatch):
+    whole = model.encode(images)
+    monkeypatch.setattr(micro_batching, "LARGEST", 2)
+    np.testing.assert_array_equal(model.encode(images), whole)
+    assert model.decode(whole).shape == images.shape
     assert model.decode(whole[:0]).shape == (0, tiny.PX, tiny.PX, 3)
 
 
 # The folder
 
 
-def test_loaded_model_equals_the_one_that_was_saved(model, saved, pictures):
+def test_loaded_model_equals_the_one_that_was_saved(model, saved, images):
     loaded = dalle_jax.load(saved)
     np.testing.assert_array_equal(
         loaded.generate("red apple", n=2), model.generate("red apple", n=2)
     )
-    np.testing.assert_array_equal(loaded.encode(pictures), model.encode(pictures))
+    np.testing.assert_array_equal(loaded.encode(images), model.encode(images))
     assert (loaded.name, loaded.card, loaded.license) == ("tiny", "# Tiny\n", "Do as you like.\n")
     assert loaded.fingerprints == model.fingerprints
     assert repr(loaded).startswith("Model('tiny': 16 px, 4 x 4 of 12 codes, prior of 0.0M")
@@ -189,26 +189,26 @@ def test_only_kernels_away_from_codes_and_tokens_are_stored_in_bfloat16(saved):
             assert tensor.dtype == ("bfloat16" if rounded else "float32"), name
 
 
-def test_dvae_alone_encodes_and_decodes_but_does_not_draw(tmp_path, pictures):
+def test_dvae_alone_encodes_and_decodes_but_does_not_sample(tmp_path, images):
     alone = tiny.model(prior=None, prior_params=None, tokenizer=None)
     alone.save(tmp_path / "alone")
     loaded = dalle_jax.load(tmp_path / "alone")
-    assert loaded.decode(loaded.encode(pictures)).shape == pictures.shape
+    assert loaded.decode(loaded.encode(images)).shape == images.shape
     with pytest.raises(ModelError, match="'tiny' holds a dVAE alone: .* needs a prior"):
         loaded.generate("red apple")
 
 
-def test_a_vqgan_takes_the_place_of_the_dvae(tmp_path, pictures):
+def test_a_vqgan_takes_the_place_of_the_dvae(tmp_path, images):
     model = tiny.model(codec=tiny.VQGAN_CONFIG, codec_params=tiny.vqgan_params(3))
     model.save(tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
     assert names == {"vqgan.safetensors", "prior.safetensors"}
     loaded = dalle_jax.load(tmp_path / "model")
     assert loaded.codec == tiny.VQGAN_CONFIG
-    codes, errors = model.codes_and_errors(pictures)
-    chex.assert_shape((codes, errors), (len(pictures), 4, 4))
+    codes, errors = model.codes_and_errors(images)
+    chex.assert_shape((codes, errors), (len(images), 4, 4))
     assert errors.dtype == np.float16
-    np.testing.assert_array_equal(loaded.encode(pictures), codes)
+    np.testing.assert_array_equal(loaded.encode(images), codes)
     np.testing.assert_array_equal(loaded.decode(codes), model.decode(codes))
     drawn = loaded.generate("red apple", seed=3)
     np.testing.assert_array_equal(drawn, model.generate("red apple", seed=3))
@@ -217,9 +217,9 @@ def test_a_vqgan_takes_the_place_of_the_dvae(tmp_path, pictures):
     refused(tmp_path / "model", "the VQ-GAN of model 'tiny' is damaged or not the one it was train")
 
 
-def test_errors_of_a_dvae_are_its_greatest_logits_negated(model, pictures):
-    codes, errors = model.codes_and_errors(pictures)
-    x = dvae.preprocess(jnp.asarray(pictures))
+def test_errors_of_a_dvae_are_its_greatest_logits_negated(model, images):
+    codes, errors = model.codes_and_errors(images)
+    x = dvae.preprocess(jnp.asarray(images))
     logits = DVAE(model.codec).apply({"params": model.codec_params}, x, method="encode")
     np.testing.assert_array_equal(codes, logits.argmax(-1))
     np.testing.assert_allclose(errors, -logits.max(-1), rtol=1e-3, atol=1e-3)
@@ -325,7 +325,7 @@ def test_bfloat16_halves_the_kernels_and_is_saved_as_float32_is(tmp_path):
 def test_a_new_model_takes_over_the_other_prior_of_an_old_one_for_the_same_codes(tmp_path):
     tiny.model(**tiny.progressive_parts()).save(tmp_path / "old")
     tiny.model().save(tmp_path / "new")
-    files.take_over(tmp_path / "old", tmp_path / "new")
+    files.copy_other_priors(tmp_path / "old", tmp_path / "new")
     both = Model.load(tmp_path / "new")
     assert both.fingerprints == tiny.model(**tiny.progressive_parts()).fingerprints
 
@@ -333,7 +333,7 @@ def test_a_new_model_takes_over_the_other_prior_of_an_old_one_for_the_same_codes
     config["fingerprints"]["dvae"] = "another"
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
     tiny.model(name="third").save(tmp_path / "third")
-    files.take_over(tmp_path / "old", tmp_path / "third")
+    files.copy_other_priors(tmp_path / "old", tmp_path / "third")
     assert list(Model.load(tmp_path / "third").priors) == ["prior"]
 
 
@@ -494,7 +494,7 @@ def test_prompts_are_read_as_training_captions_are(model, prompt):
     ("request_", "message"),
     [
         ({"prompts": []}, "no caption was given"),
-        ({"prompts": ["red apple", "  "]}, "caption 2 of 2 is empty; say what to draw"),
+        ({"prompts": ["red apple", "  "]}, "caption 2 of 2 is empty; describe an image"),
         ({"n": 0}, "n is 0; at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),
@@ -509,9 +509,9 @@ def test_bad_request_is_refused_in_one_sentence(model, request_, message):
 
 
 @pytest.mark.parametrize("keep_rows", [-1, 0, 4, 9])
-def test_rows_to_keep_must_lie_within_the_grid(model, pictures, keep_rows):
+def test_rows_to_keep_must_lie_within_the_grid(model, images, keep_rows):
     with pytest.raises(ValueError, match=f"keep_rows is {keep_rows}; .* 1 to 3, since the grid"):
-        model.generate("red apple", image_prompt=pictures[0], keep_rows=keep_rows)
+        model.generate("red apple", image_prompt=images[0], keep_rows=keep_rows)
 
 
 def test_unusable_image_prompt_is_refused(model, tmp_path):
@@ -525,7 +525,7 @@ def test_unusable_image_prompt_is_refused(model, tmp_path):
         model.generate("red apple", image_prompt=tmp_path / "none.png", keep_rows=1)
 
 
-def test_pictures_and_codes_of_the_wrong_kind_are_refused(model):
+def test_images_and_codes_of_the_wrong_kind_are_refused(model):
     with pytest.raises(ValueError, match=r"got an image of float64 \[16, 16, 3\]; .* uint8"):
         model.encode([np.zeros((16, 16, 3))])
     with pytest.raises(ValueError, match="codes go from 0 to 12, but the codebook holds 0 to 11"):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import tiny
 
-from dalle_jax.generate import batching
-from dalle_jax.generate.folder import ModelError
-from dalle_jax.generate.rerank import Best, Ranked
+from dalle_jax.generate import micro_batching
+from dalle_jax.generate.model_folder import ModelError
+from dalle_jax.generate.rerank import Ranked, RunningBest
 
 CAPTIONS = ["red apple", "blue heart"]
 
@@ -31,11 +31,11 @@ def best_of(images, scores, keep):
 
 
 @pytest.mark.parametrize("largest", [32, 2])
-def test_kept_pictures_are_those_of_ranking_all_at_once(
+def test_kept_images_are_those_of_ranking_all_at_once(
     model, clip, everything, largest, monkeypatch
 ):
     expected, scores = best_of(everything, clip.score(CAPTIONS, everything), 3)
-    monkeypatch.setattr(batching, "LARGEST", largest)
+    monkeypatch.setattr(micro_batching, "LARGEST", largest)
     ranked = model.rank(CAPTIONS, n=7, seed=5, keep=3)
     assert isinstance(ranked, Ranked)
     np.testing.assert_array_equal(ranked.images, expected)
@@ -51,19 +51,19 @@ def test_another_clip_chooses_others(model, clip, everything):
     assert (ranked.images != model.rank(CAPTIONS, n=7, seed=5, keep=2).images).any()
 
 
-def test_of_equally_good_pictures_the_first_is_kept(clip):
-    picture, other = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    best = Best(["red apple"], keep=2, px=8, clip=clip)
-    best.add(np.array([0]), np.stack([picture, other])[None])
+def test_of_equally_good_images_the_first_is_kept(clip):
+    image, other = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    best = RunningBest(["red apple"], keep=2, px=8, clip=clip)
+    best.add(np.array([0]), np.stack([image, other])[None])
     first = best.ranked()
-    best.add(np.array([0]), np.stack([other, picture])[None])
+    best.add(np.array([0]), np.stack([other, image])[None])
     top = first.images[0, 0]
     np.testing.assert_array_equal(best.ranked().images[0], [top, top])
     assert best.ranked().scores[0, 0] == first.scores[0, 0]
 
 
 def test_only_what_is_kept_is_in_memory(model, monkeypatch):
-    monkeypatch.setattr(batching, "LARGEST", 2)
+    monkeypatch.setattr(micro_batching, "LARGEST", 2)
     largest = []
     empty = np.empty
 

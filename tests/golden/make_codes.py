@@ -1,8 +1,8 @@
-"""Writes codes.json: what the shipped models draw; run with tests on the path.
+"""Writes codes.json: what the shipped models sample; run with tests on the path.
 
 Only captions whose codes stay the same when every weight is moved by a millionth of itself are
-taken. Another machine's rounding moves logits about as much, so it draws the same codes: without
-that, one code of two nearly equal ones would change all that are drawn after it.
+taken. Another machine's rounding moves logits about as much, so it samples the same codes: without
+that, one code of two nearly equal ones would change all that are sampled after it.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import shipped
 
 import dalle_jax
-from dalle_jax.generate import folder
+from dalle_jax.generate import model_folder
 
 CAPTIONS = 3  # for each model and prior
 MOVED = (1e-6, -1e-6, 4e-6)
@@ -47,8 +47,8 @@ def golden(model, captions):
 
 if __name__ == "__main__":
     written = {}
-    for name in folder.shipped():
-        captions = (folder.SHIPPED / name / folder.CAPTIONS).read_text(encoding="utf-8")
+    for name in model_folder.shipped_models():
+        captions = (model_folder.SHIPPED / name / model_folder.CAPTIONS).read_text(encoding="utf-8")
         written[name] = golden(dalle_jax.load(name), captions.splitlines()[:12])
     text = json.dumps(written, separators=(",", ":")).replace("]],", "]],\n")
     (Path(__file__).parent / "codes.json").write_text(text + "\n")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dalle_jax.generate.progressive import filled
+from dalle_jax.generate.progressive_sampler import cells_filled
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.progressive_prior import ProgressivePrior, init_params
 from dalle_jax.train.cell_orders import order_ranks, order_scores
@@ -88,7 +88,7 @@ def test_stages_are_those_of_the_schedule_in_the_order_of_the_ranks(key):
         number = int(row.max()) + 1
         numbers.add(number)
         counts = np.bincount(row, minlength=number).cumsum()
-        assert counts.tolist() == filled(16, number, "cosine").tolist()
+        assert counts.tolist() == cells_filled(16, number, "cosine").tolist()
     assert numbers == {2, 3, 4, 6, 8, 12, 16}
 
 

@@ -14,7 +14,7 @@ _SETTINGS = {_ARENA_MAX: 1, _MMAP_THRESHOLD: 2**31 - 1, _TRIM_THRESHOLD: 2**31 -
 
 
 @functools.cache
-def keep_memory() -> None:
+def reuse_freed_memory() -> None:
     """Has glibc keep what is freed, in one arena, unless the environment says how it is to work.
 
     To be called before JAX's first work, whose threads would have arenas of their own. The process

@@ -1,4 +1,4 @@
-"""Draws image codes in stages: a group of cells at a time, each cell computed once.
+"""Samples codes from the progressive prior in stages, a group of cells at a time.
 
 Letters: U prompts, W samples of each, B = U * W batch, P text positions, I = G * G cells, G grid
 side, K codebook. The code K stands for a cell that is not filled.
@@ -12,17 +12,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.drawing import check_inputs, drawn, empty_captions, traced_options
+from dalle_jax.generate.logits import check_inputs, empty_captions, sample_logits, traced_options
 from dalle_jax.generate.sampling import SamplingConfig, Schedule
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, pad_cache
 
-STAGES = 16  # unless there are fewer cells, or the caller says otherwise
-DOUBT = np.log(4)  # revision replaces a code if another one is this many nats likelier
-SPANS = 4  # the stages are compiled as this many loops, each as wide as its largest stage
+STAGES = 16  # by default, or one per cell if there are fewer
+REVISION_MARGIN = np.log(4)  # nats by which another code is likelier than one that is revised
+SPANS = 4  # loops that the stages are compiled as, each as wide as its largest stage
 
 
-def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " stages"]:
-    """Counts the cells that are filled after each stage; every stage fills one at least.
+def cells_filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " stages"]:
+    """Counts the cells that are filled after each stage; every stage fills at least one.
 
     Args:
       cells: to be filled in all.
@@ -31,8 +31,8 @@ def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " sta
         after stage k of n is cos(pi k / (2 n)).
     Raises:
       UserError: if there are more stages than cells, or none.
-    Source: linear: Fei et al. 2022 as far as the first author's prototype shows it; cosine: Chang
-      et al. 2022 (MaskGIT), whose counts these are.
+    Source: linear: Fei et al. 2022, by the first author's prototype; cosine: Chang et al. 2022
+      (MaskGIT), with the same counts.
     """
     if not 1 <= stages <= cells:
         raise UserError(f"stages is {stages}, but must lie in 1..{cells}, the cells to be filled")
@@ -41,7 +41,7 @@ def filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray, " sta
         return np.floor(cells * share + 0.5).astype(int)
     # in float32, as MaskGIT: two thirds of 256 cells are 127 there, 128 in float64
     left = np.floor(cells * np.cos(np.float32(np.pi / 2) * share.astype(np.float32))).astype(int)
-    # at least one a stage, and one for each stage that is still to come
+    # at least one cell per stage, and one left for each later stage
     before = cells
     for k in range(stages):
         left[k] = before = min(max(left[k], stages - 1 - k), before - 1)
@@ -55,21 +55,22 @@ def sample(
     keys: Key[Array, " B"],
     *,
     sampling: SamplingConfig = SamplingConfig(),
-    given: Int[Array | np.ndarray, "B G G"] | None = None,
+    known: Int[Array | np.ndarray, "B G G"] | None = None,
 ) -> Int[Array, "passes B G G"]:
-    """Samples grids of codes, the same number for each caption, in some stages.
+    """Samples grids of codes, the same number for each caption.
 
-    A stage chooses empty cells, asks for their codes, samples them, and adds them to the cache. A
-    picture depends on its own key and not on the batch, up to float32 rounding.
+    A stage chooses empty cells, queries the prior for their codes, samples them and adds them to
+    the cache. A sample depends on the key of its image and not on the batch, up to float32
+    rounding.
 
     Args:
       config: sizes of the prior.
       params: its weights.
       text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
-      keys: one typed key a picture: all those of the first caption, then all of the next one.
-      sampling: how to sample; stages may be as many as the cells that are not given.
-      given: codes in [0, K) of cells that are given and never change, K in the others. As many
-        cells have to be given in each picture. None: no cell.
+      keys: one typed key per image: those of the first caption, then those of the next one.
+      sampling: how to sample, with at most one stage per cell that is not known.
+      known: codes in [0, K) of cells that never change, K in the others, the same number of cells
+        in each image; None for no cell.
 
     Returns:
       The grids after each stage and each revision; the last ones hold no K.
@@ -82,12 +83,12 @@ def sample(
     """
     check_inputs(config, text, keys, sampling)
     B, G, K = keys.shape[0], config.grid, config.codes
-    start = np.full((B, G, G), K) if given is None else np.asarray(given)
+    start = np.full((B, G, G), K) if known is None else np.asarray(known)
     empty = np.unique((start == K).reshape(len(start), -1).sum(axis=1))
     if start.shape != (B, G, G) or not 0 <= start.min() <= start.max() <= K or len(empty) != 1:
         raise UserError(
-            f"given has shape {list(start.shape)}; give {[B, G, G]} codes in 0..{K}, with {K} in "
-            "the cells to be drawn, as many in each picture"
+            f"known has shape {list(start.shape)}; give {[B, G, G]} codes in 0..{K}, with {K} in "
+            "the cells to sample, the same number in each image"
         )
     cells = int(empty[0])
     stages = min(STAGES, cells) if sampling.stages is None else sampling.stages
@@ -99,7 +100,7 @@ def sample(
         jnp.asarray(start.reshape(B, -1), jnp.int32),
         **traced_options(sampling),
         choice_temperature=jnp.float32(sampling.choice_temperature),
-        after=tuple(filled(cells, stages, sampling.schedule).tolist()),
+        after=tuple(cells_filled(cells, stages, sampling.schedule).tolist()),
         order=sampling.order,
         revise=sampling.revise,
     )
@@ -112,7 +113,7 @@ def _sample(
 ):  # fmt: skip
     B, P, K = len(start), config.text_length, config.codes
     I = config.image_length  # noqa: E741
-    samples, given = B // len(text), I - after[-1]
+    samples, num_known = B // len(text), I - after[-1]
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
     prior = ProgressivePrior(config).bind({"params": params})
     captions = prior.prefill(text)
@@ -147,58 +148,57 @@ def _sample(
     def stage(n, is_last, carry, plan):
         codes, cache = carry
         number, filled, count = plan  # stages, cells before this one, cells of this one
-        at = P + given + filled
+        at = P + num_known + filled
         share = (number + 1) / len(after)
         key = jax.vmap(jax.random.fold_in, (0, None))(key_codes, number)
-        ready = noise
+        priority = noise
         if order == "confidence":
-            everything = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
-            logits = guided_logits(prior.predict(cache, twice(everything), count=at), share)
-            sampled, log_q = drawn(logits, key, temperature, top_k, top_p)
-            ready = log_q + (1 - share) * noise
-        _, cells = jax.lax.top_k(jnp.where(codes == K, ready, -jnp.inf), n)
+            all_cells = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
+            logits = guided_logits(prior.predict(cache, twice(all_cells), count=at), share)
+            sampled, log_q = sample_logits(logits, key, temperature, top_k, top_p)
+            priority = log_q + (1 - share) * noise
+        _, cells = jax.lax.top_k(jnp.where(codes == K, priority, -jnp.inf), n)
         if order == "confidence":
             new = jnp.take_along_axis(sampled, cells, axis=1)
         else:
             logits = guided_logits(prior.predict(cache, twice(cells), count=at), share)
-            new, _ = drawn(logits, key, temperature, top_k, top_p)
+            new, _ = sample_logits(logits, key, temperature, top_k, top_p)
         if not is_last:
             cache = put(cache, new, cells, at=at, count=count)
-        wanted = jnp.where(jnp.arange(n)[None] < count, cells, I)  # the rest falls off the grid
+        wanted = jnp.where(jnp.arange(n)[None] < count, cells, I)  # the rest is out of bounds
         codes = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(codes, wanted, new)
         return (codes, cache), codes
 
-    cache = jax.tree.map(partial(pad_cache, more=given), of_all)
-    if given:
-        _, cells = jax.lax.top_k((start < K).astype(jnp.float32), given)
+    cache = jax.tree.map(partial(pad_cache, more=num_known), of_all)
+    if num_known:
+        _, cells = jax.lax.top_k((start < K).astype(jnp.float32), num_known)
         known = jnp.take_along_axis(start, cells, axis=1)
-        cache = put(cache, known, cells, at=P, count=given)
-    counts, carry, found = np.diff(after, prepend=0), (start, cache), []
+        cache = put(cache, known, cells, at=P, count=num_known)
+    counts, carry, passes = np.diff(after, prepend=0), (start, cache), []
     last = len(after) - 1
     spans = np.array_split(np.arange(last), min(SPANS, last)) if last else []
     for span in [*spans, np.array([last])]:
         n, before = int(counts[span].max()), np.asarray(after)[span] - counts[span]
         codes, cache = carry
-        if span[0] != last:  # the last stage is not looked at any more
-            more = P + given + int(before[-1]) + n - cache[0].key.shape[1]
+        if span[0] != last:  # the codes of the last stage are not cached
+            more = P + num_known + int(before[-1]) + n - cache[0].key.shape[1]
             cache = jax.tree.map(partial(pad_cache, more=max(more, 0)), cache)
         plan = tuple(jnp.asarray(x, jnp.int32) for x in (span, before, counts[span]))
-        carry, passed = jax.lax.scan(partial(stage, n, span[0] == last), (codes, cache), plan)
-        found.append(passed)
+        carry, grids = jax.lax.scan(partial(stage, n, span[0] == last), (codes, cache), plan)
+        passes.append(grids)
     codes, _ = carry
     for _ in range(revise):
-        likeliest, doubt = doubts(
-            guided_logits(prior.predict_left_out(of_all, twice(codes)), 1), codes
-        )
-        codes = jnp.where((start == K) & (doubt >= DOUBT), likeliest, codes)
-        found.append(codes[None])
-    return jnp.concatenate(found).reshape(-1, B, config.grid, config.grid)
+        logits = guided_logits(prior.predict_left_out(of_all, twice(codes)), 1)
+        likeliest, margin = revision_margins(logits, codes)
+        codes = jnp.where((start == K) & (margin >= REVISION_MARGIN), likeliest, codes)
+        passes.append(codes[None])
+    return jnp.concatenate(passes).reshape(-1, B, config.grid, config.grid)
 
 
-def doubts(
+def revision_margins(
     logits: Float[Array, "B I K"], codes: Int[Array, "B I"]
 ) -> tuple[Int[Array, "B I"], Float[Array, "B I"]]:
-    """The likeliest code of each cell, and by how many nats it is likelier than the one there."""
+    """The likeliest code of each cell, and how many nats likelier it is than the cell's code."""
     there = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
     return logits.argmax(axis=-1).astype(codes.dtype), logits.max(axis=-1) - there
 

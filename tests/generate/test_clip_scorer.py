@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 import dalle_jax
-from dalle_jax.generate import batching
-from dalle_jax.generate.clip import Clip, retrieval_accuracy
-from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate import micro_batching
+from dalle_jax.generate.clip_scorer import Clip, retrieval_accuracy
+from dalle_jax.generate.model_folder import ModelError
 from dalle_jax.image.pixels import crop_center
 from dalle_jax.text.bpe import Tokenizer
 
@@ -31,67 +31,69 @@ def copy(saved, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8, 3), np.uint8)
 
 
 CAPTIONS = ["red apple", "blue heart", "crying cat", ""]
 
 
-def test_features_have_length_one(clip, pictures):
-    for features in (clip.images(pictures[0]), clip.texts(CAPTIONS[:3])):
+def test_features_have_length_one(clip, images):
+    for features in (clip.encode_images(images[0]), clip.encode_texts(CAPTIONS[:3])):
         assert features.shape == (3, 6)
         assert features.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
-def test_score_is_the_cosine_of_each_picture_and_its_own_caption(clip, pictures):
-    scores = clip.score(CAPTIONS, pictures)
-    seen = np.stack([clip.images(row) for row in pictures])
-    expected = (clip.texts(CAPTIONS)[:, None] * seen).sum(-1)
+def test_score_is_the_cosine_of_each_image_and_its_own_caption(clip, images):
+    scores = clip.score(CAPTIONS, images)
+    seen = np.stack([clip.encode_images(row) for row in images])
+    expected = (clip.encode_texts(CAPTIONS)[:, None] * seen).sum(-1)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert scores.shape == (4, 3)
     assert np.abs(scores).max() <= 1 + 1e-6
-    with pytest.raises(ValueError, match="got 1 captions and 4 rows of pictures"):
-        clip.score(["red apple"], pictures)
+    with pytest.raises(ValueError, match="got 1 captions and 4 rows of images"):
+        clip.score(["red apple"], images)
 
 
-def test_pictures_of_any_size_are_cut_to_the_middle_square(clip, pictures):
-    wide = np.concatenate(pictures[0], axis=1).repeat(3, axis=0).repeat(3, axis=1)
-    features = clip.images([crop_center(wide, 8), wide])
+def test_images_of_any_size_are_cut_to_the_middle_square(clip, images):
+    wide = np.concatenate(images[0], axis=1).repeat(3, axis=0).repeat(3, axis=1)
+    features = clip.encode_images([crop_center(wide, 8), wide])
     np.testing.assert_allclose(features[0], features[1], atol=1e-6)
     with pytest.raises(ValueError, match=r"got an image of float64 \[8, 8, 3\]; .* uint8"):
-        clip.images([np.zeros((8, 8, 3))])
+        clip.encode_images([np.zeros((8, 8, 3))])
 
 
-def test_micro_batches_change_no_feature(clip, pictures, monkeypatch):
-    flat = pictures.reshape(12, 8, 8, 3)[:5]
-    whole = clip.images(flat)
-    monkeypatch.setattr(batching, "LARGEST", 2)
-    np.testing.assert_allclose(clip.images(flat), whole, atol=1e-6)
+def test_micro_batches_change_no_feature(clip, images, monkeypatch):
+    flat = images.reshape(12, 8, 8, 3)[:5]
+    whole = clip.encode_images(flat)
+    monkeypatch.setattr(micro_batching, "LARGEST", 2)
+    np.testing.assert_allclose(clip.encode_images(flat), whole, atol=1e-6)
 
 
 def test_retrieval_counts_equal_captions_once_and_ties_as_wrong():
     texts = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
     images = np.float32([[0, 1, 0], [1, 0, 0], [0, 1, 0], [0.5, 0.5, 0.5]])
     found = retrieval_accuracy(images, texts, ["apple", "apple", "heart", "cat"])
-    # The first picture looks like a heart, and the last one like all three captions.
-    # Nearest to "apple" is one of its two pictures; "heart" ties with the first; "cat" is nearest.
+    # The first image looks like a heart, and the last one like all three captions.
+    # Nearest to "apple" is one of its two images; "heart" ties with the first; "cat" is nearest.
     assert found["image_to_text_1"] == 2 / 4
     assert found["text_to_image_1"] == pytest.approx(2 / 3)
     assert found["image_to_text_5"] == found["text_to_image_5"] == 1
 
 
 def test_white_space_around_captions_does_not_count(clip):
-    np.testing.assert_array_equal(clip.texts([" red apple\n"]), clip.texts(["red apple"]))
+    np.testing.assert_array_equal(
+        clip.encode_texts([" red apple\n"]), clip.encode_texts(["red apple"])
+    )
 
 
 # The folder
 
 
-def test_a_loaded_clip_equals_the_one_that_was_saved(clip, saved, pictures):
+def test_a_loaded_clip_equals_the_one_that_was_saved(clip, saved, images):
     loaded = dalle_jax.Clip.load(saved)
-    np.testing.assert_array_equal(loaded.score(CAPTIONS, pictures), clip.score(CAPTIONS, pictures))
+    np.testing.assert_array_equal(loaded.score(CAPTIONS, images), clip.score(CAPTIONS, images))
     assert (loaded.card, loaded.license) == ("# Tiny\n", "Do as you like.\n")
     assert {path.name for path in saved.iterdir()} == {
         *("config.json", "clip.safetensors", "tokenizer.model", "README.md", "LICENSE")
@@ -99,7 +101,7 @@ def test_a_loaded_clip_equals_the_one_that_was_saved(clip, saved, pictures):
     assert repr(loaded) == "Clip('tiny': 8 px, 0.0M parameters)"
 
 
-def test_a_model_folder_carries_its_clip(clip, tmp_path, pictures):
+def test_a_model_folder_carries_its_clip(clip, tmp_path, images):
     tiny.model().with_clip(clip).save(tmp_path / "model")
     inside = Clip.load(tmp_path / "model")
     model = dalle_jax.load(tmp_path / "model")
@@ -117,9 +119,9 @@ def test_a_folder_without_a_clip_says_so(tmp_path):
         Clip.load(tmp_path / "none")
 
 
-def test_a_clip_is_not_taken_for_a_model_that_draws(saved):
+def test_a_clip_is_not_taken_for_a_model_that_samples(saved):
     with pytest.raises(
-        ModelError, match=r"holds a CLIP, which cannot draw; open it with Clip\.load"
+        ModelError, match=r"holds a CLIP, which cannot sample; open it with Clip\.load"
     ):
         dalle_jax.load(saved)
 

@@ -10,8 +10,8 @@ import jax
 import pytest
 import tiny
 
-from dalle_jax import cli, compiled
-from dalle_jax.cache import cache_folder
+from dalle_jax import cli, compilation_cache
+from dalle_jax.cache_folder import cache_folder
 from dalle_jax.commands import process
 from dalle_jax.data import emoji
 from dalle_jax.data.sources import SourceError
@@ -19,21 +19,21 @@ from dalle_jax.data.sources import SourceError
 DRAW = """
 import sys, zlib
 import dalle_jax
-dalle_jax.keep_programs()
+dalle_jax.enable_compilation_cache()
 model = dalle_jax.load(sys.argv[1])
 import jax
 missed = []
 jax.monitoring.register_event_listener(
     lambda event, **_: missed.append(event) if event.endswith("cache_misses") else None
 )
-pictures = model.generate(["red apple", "blue heart"], n=3)
-print(len(missed), zlib.crc32(pictures.tobytes()))
+images = model.generate(["red apple", "blue heart"], n=3)
+print(len(missed), zlib.crc32(images.tobytes()))
 """
 
 
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory):
-    """Draws in a process of its own; gives how many programs it compiled, and a sum of pictures."""
+    """Samples in a process of its own; gives how many programs it compiled, and a sum of images."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny.model().save(folder)
 
@@ -62,7 +62,7 @@ def settings(monkeypatch):
         "jax_persistent_cache_min_compile_time_secs": 1.0,
     }
     before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.setattr(compiled, "_mention_compiling", lambda: None)
+    monkeypatch.setattr(compilation_cache, "_mention_compiling", lambda: None)
     for name, value in names.items():
         jax.config.update(name, value)
     yield jax.config
@@ -83,7 +83,8 @@ before = host()
 model = dalle_jax.load(sys.argv[1])
 model.generate("red apple")
 assert host() == before
-assert not {"dalle_jax.compiled", "dalle_jax.memory", "dalle_jax.terminal"} & set(sys.modules)
+settings = {"dalle_jax.compilation_cache", "dalle_jax.malloc", "dalle_jax.terminal"}
+assert not settings & set(sys.modules)
 """
 
 
@@ -100,29 +101,29 @@ def test_a_library_call_changes_nothing_in_its_process(tmp_path):
 
 def test_a_command_keeps_programs_and_memory(monkeypatch, capsys):
     called = []
-    monkeypatch.setattr(process, "keep_programs", lambda: called.append("programs"))
-    monkeypatch.setattr(process, "keep_memory", lambda: called.append("memory"))
+    monkeypatch.setattr(process, "enable_compilation_cache", lambda: called.append("programs"))
+    monkeypatch.setattr(process, "reuse_freed_memory", lambda: called.append("memory"))
     with pytest.raises(SystemExit):
         cli.main(["generate", "red apple", "--model", "none"])
     assert sorted(called) == ["memory", "programs"]
 
 
 def keep():
-    compiled.keep_programs.__wrapped__()  # once for each test, not once for each process
+    compilation_cache.enable_compilation_cache.__wrapped__()  # once a test, not once a process
 
 
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing_but_what_is_damaged(draw, tmp_path):
-    missed, pictures = draw(tmp_path)
+    missed, images = draw(tmp_path)
     programs = sorted(tmp_path.rglob("*-cache"), key=lambda path: path.stat().st_size)
     assert missed == len(programs) > 2
     # Another order of sets and hashes must not make another program.
-    assert draw(tmp_path, hash_seed=1) == [0, pictures]
+    assert draw(tmp_path, hash_seed=1) == [0, images]
     cut, empty = programs[:2]
     os.truncate(cut, 100)
     os.utime(cut, (0, 0))  # passes for one that has been looked at
     os.truncate(empty, 0)
-    assert draw(tmp_path) == [2, pictures]
+    assert draw(tmp_path) == [2, images]
     assert empty.stat().st_size
 
 
@@ -159,7 +160,7 @@ def test_programs_and_emoji_lie_below_the_cache_folder_of_the_user(
 
 
 def emoji_folder(monkeypatch):
-    """Where the emoji would be drawn."""
+    """Where the emoji would be sampled."""
 
     def stop(builder):
         raise InterruptedError(str(builder.data_path))
@@ -197,13 +198,13 @@ def test_settings_that_the_user_gave_to_jax_stay(settings, tmp_path, monkeypatch
 
 
 def test_the_longest_unused_programs_go_when_they_are_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "LIMIT", 250)
+    monkeypatch.setattr(compilation_cache, "LIMIT", 250)
     now = time.time()
     for i in range(5):
         path = tmp_path / f"program{i}-cache"
         path.write_bytes(b"\xfd" * 100)
         os.utime(path, (now - (i + 2) % 5, now - i))
-    compiled._tidy(tmp_path)
+    compilation_cache._tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*-cache")) == [
         "program3-cache",
         "program4-cache",
@@ -213,12 +214,12 @@ def test_the_longest_unused_programs_go_when_they_are_too_many(tmp_path, monkeyp
 def test_only_new_programs_are_looked_through(tmp_path, monkeypatch):
     whole = tmp_path / "a-cache"
     whole.write_bytes(zlib.compress(b"program"))
-    compiled._tidy(tmp_path)
+    compilation_cache._tidy(tmp_path)
     seen = []
-    monkeypatch.setattr(compiled, "_is_whole", lambda path: seen.append(path.name))
+    monkeypatch.setattr(compilation_cache, "_is_whole", lambda path: seen.append(path.name))
     os.utime(whole, (0, 0))
     (tmp_path / "b-cache").write_bytes(b"x")
-    compiled._tidy(tmp_path)
+    compilation_cache._tidy(tmp_path)
     assert seen == ["b-cache"]
     assert list(tmp_path.glob("*-cache")) == [whole]
 
@@ -238,18 +239,18 @@ def test_long_compiling_is_mentioned_once(monkeypatch, caplog):
             self.cancelled = True
 
     heard = []
-    monkeypatch.setattr(compiled.threading, "Timer", Timer)
+    monkeypatch.setattr(compilation_cache.threading, "Timer", Timer)
     monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", heard.append)
-    compiled._mention_compiling()
+    compilation_cache._mention_compiling()
     [listen] = heard
-    listen(compiled._LOWERED, 0.1, fun_name="small")
-    listen(compiled._COMPILED, 0.1, fun_name="small")
-    listen(compiled._LOWERED, 0.1, fun_name="large")
+    listen(compilation_cache._LOWERED, 0.1, fun_name="small")
+    listen(compilation_cache._COMPILED, 0.1, fun_name="small")
+    listen(compilation_cache._LOWERED, 0.1, fun_name="large")
     assert [timer.cancelled for timer in timers] == [True, False]
     with caplog.at_level(logging.INFO, "dalle_jax"):
         timers[1].say()
-    listen(compiled._COMPILED, 9.0, fun_name="large")
-    listen(compiled._LOWERED, 0.1, fun_name="another")
+    listen(compilation_cache._COMPILED, 9.0, fun_name="large")
+    listen(compilation_cache._LOWERED, 0.1, fun_name="another")
     assert len(timers) == 2
     assert [record.message for record in caplog.records] == ["compiling"]
 
@@ -265,5 +266,6 @@ def test_jax_still_tells_when_it_compiles():
         jax.jit(lambda x: x + 1)(1.0)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    events = [event for event in heard if event in (compiled._LOWERED, compiled._COMPILED)]
-    assert events[-2:] == [compiled._LOWERED, compiled._COMPILED]
+    compiling = compilation_cache._LOWERED, compilation_cache._COMPILED
+    events = [event for event in heard if event in compiling]
+    assert events[-2:] == list(compiling)

@@ -1,4 +1,4 @@
-"""Where this package keeps what it can make again: compiled programs, drawn emoji."""
+"""Where this package keeps what it can make again: compiled programs, sampled emoji."""
 
 import os
 from pathlib import Path

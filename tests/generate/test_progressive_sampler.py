@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.generate.progressive import filled, sample
+from dalle_jax.generate.progressive_sampler import cells_filled, sample
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, init_params
 
@@ -25,10 +25,10 @@ def params():
     return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), init)
 
 
-def draw(seed=0, text=TEXT, samples=2, stages=4, given=None, **options):
+def draw(seed=0, text=TEXT, samples=2, stages=4, known=None, **options):
     keys = jax.random.split(jax.random.key(seed), samples * len(text))
     sampling = SamplingConfig(stages=stages, **options)
-    return np.asarray(sample(CONFIG, params(), text, keys, sampling=sampling, given=given))
+    return np.asarray(sample(CONFIG, params(), text, keys, sampling=sampling, known=known))
 
 
 @cache
@@ -54,20 +54,20 @@ def first_look():
 )
 def test_the_cosine_schedule_has_maskgits_published_counts(stages, left):
     # but for their last 1, which is filled before the result is read
-    assert (256 - filled(256, stages, "cosine")).tolist() == left
+    assert (256 - cells_filled(256, stages, "cosine")).tolist() == left
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(("cells", "stages"), [(256, 16), (10, 4), (7, 7), (5, 1), (64, 60)])
 def test_every_stage_fills_a_cell_and_the_last_one_all(cells, stages, schedule):
-    after = filled(cells, stages, schedule)
+    after = cells_filled(cells, stages, schedule)
     assert len(after) == stages
     assert after[-1] == cells
     assert (np.diff(after, prepend=0) >= 1).all()
 
 
 def test_the_linear_schedule_fills_the_same_number_each_time():
-    assert filled(256, 16, "linear").tolist() == list(range(16, 257, 16))
+    assert cells_filled(256, 16, "linear").tolist() == list(range(16, 257, 16))
 
 
 def test_more_stages_than_cells_are_refused():
@@ -83,30 +83,30 @@ def test_stages_fill_as_planned_and_keep_what_they_filled(order):
     grids = draw(order=order)
     chex.assert_shape(grids, (4, 4, 4, 4))
     counts = (grids < K).sum((2, 3))
-    assert (counts == filled(16, 4, "cosine")[:, None]).all()
+    assert (counts == cells_filled(16, 4, "cosine")[:, None]).all()
     for before, after in itertools.pairwise(grids):
         assert (after == before)[before < K].all()
 
 
 def test_given_cells_never_change_and_none_stays_empty():
-    given = np.full((4, 4, 4), K)
-    given[:, :2] = np.random.default_rng(0).integers(K, size=(4, 2, 4))
-    grids = draw(given=given, stages=3)
-    assert (grids[:, :, :2] == given[:, :2]).all()
+    known = np.full((4, 4, 4), K)
+    known[:, :2] = np.random.default_rng(0).integers(K, size=(4, 2, 4))
+    grids = draw(known=known, stages=3)
+    assert (grids[:, :, :2] == known[:, :2]).all()
     assert (grids[-1] < K).all()
-    assert ((grids < K).sum((2, 3)) == 8 + filled(8, 3, "cosine")[:, None]).all()
+    assert ((grids < K).sum((2, 3)) == 8 + cells_filled(8, 3, "cosine")[:, None]).all()
 
 
-def test_each_picture_may_be_given_other_cells_but_as_many():
-    given = np.full((4, 4, 4), K)
+def test_each_image_may_be_given_other_cells_but_as_many():
+    known = np.full((4, 4, 4), K)
     for j in range(4):
-        given[j, j, :] = j
-    grids = draw(given=given, stages=3)
+        known[j, j, :] = j
+    grids = draw(known=known, stages=3)
     assert (grids[-1] < K).all()
     assert all((grids[:, j, j] == j).all() for j in range(4))
-    given[0, 1, 0] = 1
-    with pytest.raises(ValueError, match="with 6 in the cells to be drawn, as many in each"):
-        draw(given=given)
+    known[0, 1, 0] = 1
+    with pytest.raises(ValueError, match="with 6 in the cells to sample, the same number in each"):
+        draw(known=known)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -115,9 +115,9 @@ def test_one_stage_at_temperature_0_takes_the_likeliest_code_of_each_cell(order)
     np.testing.assert_array_equal(grids[-1].reshape(2, 16), first_look().argmax(-1))
 
 
-def greedy_by_forward_pass(grids, given=None):
+def greedy_by_forward_pass(grids, known=None):
     """What temperature 0 takes in the stages that `grids` [stages, B, I] shows."""
-    known = np.full(grids.shape[1:], K) if given is None else given
+    known = np.full(grids.shape[1:], K) if known is None else known
     stage = np.where(known < K, 0, (grids == K).sum(0) + 1)
     logits = forward()(jnp.asarray(TEXT), jnp.asarray(grids[-1]), jnp.asarray(stage))
     return np.where(known < K, known, np.asarray(logits).argmax(-1))
@@ -131,10 +131,10 @@ def test_sampling_in_stages_takes_what_the_forward_pass_predicts(order, stages):
 
 
 def test_given_cells_are_a_stage_before_all_others():
-    given = np.full((2, 4, 4), K)
-    given[:, :2] = np.random.default_rng(0).integers(K, size=(2, 2, 4))
-    grids = draw(samples=1, temperature=0, given=given, stages=3).reshape(3, 2, 16)
-    np.testing.assert_array_equal(grids[-1], greedy_by_forward_pass(grids, given.reshape(2, 16)))
+    known = np.full((2, 4, 4), K)
+    known[:, :2] = np.random.default_rng(0).integers(K, size=(2, 2, 4))
+    grids = draw(samples=1, temperature=0, known=known, stages=3).reshape(3, 2, 16)
+    np.testing.assert_array_equal(grids[-1], greedy_by_forward_pass(grids, known.reshape(2, 16)))
 
 
 def test_the_dynamic_order_begins_where_the_caption_alone_says_most():
@@ -154,7 +154,7 @@ def test_confidence_begins_with_the_likeliest_codes():
         assert set(np.flatnonzero(grid < K)) == set(np.argsort(-score)[:4].tolist())
 
 
-def test_raster_goes_row_by_row_and_random_otherwise_for_each_picture():
+def test_raster_goes_row_by_row_and_random_otherwise_for_each_image():
     counts = np.arange(1, 5)[:, None] * 4
     raster = draw(order="raster", schedule="linear").reshape(4, 4, 16)
     assert ((raster < K) == (np.arange(16) < counts[..., None])).all()
@@ -162,7 +162,7 @@ def test_raster_goes_row_by_row_and_random_otherwise_for_each_picture():
     assert len(np.unique(places, axis=0)) > 1
 
 
-def test_a_picture_depends_on_its_key_and_caption_alone():
+def test_an_image_depends_on_its_key_and_caption_alone():
     keys = jax.random.split(jax.random.key(3), 4)
     four = SamplingConfig(stages=4)
     together = sample(CONFIG, params(), TEXT, keys, sampling=four)
@@ -185,9 +185,9 @@ def test_guidance_rises_along_a_line_to_its_full_value():
 
 
 def test_revision_replaces_codes_that_the_others_give_less_than_a_quarter_of_the_best():
-    given = np.full((2, 4, 4), K)
-    given[:, 0] = 1
-    grids = draw(samples=1, stages=3, given=given, revise=2)
+    known = np.full((2, 4, 4), K)
+    known[:, 0] = 1
+    grids = draw(samples=1, stages=3, known=known, revise=2)
     assert grids.shape[0] == 5
 
     @jax.jit
@@ -201,7 +201,7 @@ def test_revision_replaces_codes_that_the_others_give_less_than_a_quarter_of_the
         log_p = np.asarray(jax.nn.log_softmax(look(params(), jnp.asarray(TEXT), codes)))
         there = np.take_along_axis(log_p, codes[..., None], -1)[..., 0]
         unlikely = np.exp(there) * 4 < np.exp(log_p.max(-1))
-        unlikely &= given.reshape(2, 16) == K
+        unlikely &= known.reshape(2, 16) == K
         wanted = np.where(unlikely, log_p.argmax(-1), codes)
         np.testing.assert_array_equal(after.reshape(2, 16), wanted)
         replaced += unlikely.sum()
@@ -217,9 +217,9 @@ def test_guidance_moves_codes_and_none_of_an_empty_caption():
 
 
 def test_stages_are_16_unless_fewer_cells_are_empty():
-    given = np.full((4, 4, 4), K)
-    given[:, :3] = 0
-    assert [len(draw(stages=None)), len(draw(stages=None, given=given))] == [16, 4]
+    known = np.full((4, 4, 4), K)
+    known[:, :3] = 0
+    assert [len(draw(stages=None)), len(draw(stages=None, known=known))] == [16, 4]
 
 
 def test_a_top_k_above_the_codebook_is_refused():

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dalle_jax.errors import UserError
-from dalle_jax.options import check_input, check_output, check_output_folder, save_outputs
+from dalle_jax.option_checks import check_input, check_output, check_output_folder, save_outputs
 
 
 def test_none_and_what_can_be_used_pass_and_leave_nothing(tmp_path, monkeypatch):

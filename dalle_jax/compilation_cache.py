@@ -1,8 +1,8 @@
 """Compiled programs, kept between processes in JAX's persistent cache.
 
-They lie in `compiled` below the folder of `cache.cache_folder`; without one this is off. Who has
-given JAX a folder, or turned its cache off, keeps these settings. The cache saves time and nothing
-else: whatever is wrong with it, work goes on.
+They lie in `compiled` below `cache_folder`; without that folder the cache is off. Settings of JAX
+that name another folder, or turn the cache off, stay. The cache saves time and nothing else:
+whatever is wrong with it, work goes on.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ import warnings
 import zlib
 from pathlib import Path
 
-from dalle_jax.cache import cache_folder
+from dalle_jax.cache_folder import cache_folder
 from dalle_jax.errors import UserError
 
 _log = logging.getLogger("dalle_jax")
 
-LIMIT = 2**28  # bytes; the shipped model's programs for one number of pictures take 0.3 MB
+LIMIT = 2**28  # bytes; the shipped model's programs for one number of images take 0.3 MB
 SILENCE = 1.0  # seconds that a program may take to compile, or to read, before it is mentioned
 
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # compiling follows
@@ -28,7 +28,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @functools.cache
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
     """Turns the cache on for this process, and a log line once something takes long to compile.
 
     To be called before the first program is compiled; best before jax is imported. It changes the

@@ -9,9 +9,9 @@ import pytest
 
 LEFT = """
 import ctypes
-from dalle_jax.memory import keep_memory
+from dalle_jax.malloc import reuse_freed_memory
 
-keep_memory()
+reuse_freed_memory()
 malloc = ctypes.CDLL(None)
 malloc.malloc.restype, malloc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 buffer = malloc.malloc(2**26)

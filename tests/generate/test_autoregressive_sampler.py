@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.generate import autoregressive
-from dalle_jax.generate.autoregressive import sample
+from dalle_jax.generate import autoregressive_sampler
+from dalle_jax.generate.autoregressive_sampler import sample
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
@@ -20,7 +20,7 @@ TINY = PriorConfig(
 
 
 def _make_parameters():
-    """Weights large enough for captions to change what is drawn."""
+    """Weights large enough for captions to change what is sampled."""
     shapes = jax.eval_shape(
         AutoregressivePrior(TINY).init,
         jax.random.key(0),
@@ -73,10 +73,15 @@ def test_greedy_codes_equal_uncached_guided_argmax(guidance):
 
 def test_guidance_of_one_equals_no_guidance_but_three_does_not():
     # bypasses the shortcut for 1, to compare the doubled batch with the single one
-    options = {"temperature": jnp.float32(1), "top_k": None, "top_p": None, "kept": jnp.int32(0)}
-    options["given"] = jnp.zeros((5, 3, 3), jnp.int32)
+    options = {
+        "temperature": jnp.float32(1),
+        "top_k": None,
+        "top_p": None,
+        "prompt_length": jnp.int32(0),
+    }
+    options["prompt_codes"] = jnp.zeros((5, 3, 3), jnp.int32)
     on, strong = (
-        autoregressive._sample(
+        autoregressive_sampler._sample(
             TINY, PARAMETERS, jnp.asarray(CAPTIONS), _keys(5), guidance=jnp.float32(s), **options
         )
         for s in (1.0, 3.0)
@@ -93,7 +98,7 @@ def test_callers_arrays_are_left_alone():
     np.testing.assert_array_equal(prompt, before[1])
 
 
-def test_same_key_draws_the_same_picture_in_any_batch_and_row():
+def test_same_key_samples_the_same_image_in_any_batch_and_row():
     keys = _keys(5)
     batch = draw(CAPTIONS, keys)
     np.testing.assert_array_equal(draw(CAPTIONS[3:4], keys[3:4])[0], batch[3])
@@ -102,14 +107,14 @@ def test_same_key_draws_the_same_picture_in_any_batch_and_row():
     assert (draw(CAPTIONS, _keys(5, seed=1)) != batch).any()
 
 
-def test_samples_that_share_a_caption_equal_those_drawn_with_a_caption_each():
+def test_samples_that_share_a_caption_equal_those_sampled_with_a_caption_each():
     keys = _keys(15)
     shared = draw(CAPTIONS, keys, guidance=2.5)
     np.testing.assert_array_equal(shared, draw(CAPTIONS.repeat(3, 0), keys, guidance=2.5))
     assert len(np.unique(shared[:3].reshape(3, -1), axis=0)) == 3
 
 
-def test_the_first_code_is_drawn_with_the_probability_of_the_prior():
+def test_the_first_code_is_sampled_with_the_probability_of_the_prior():
     number = 4000
     logits = _full_forward(CAPTIONS[:1], np.zeros((1, 9), int))[0, 0]
     first = draw(CAPTIONS[:1], _keys(number), temperature=0.5)[:, 0, 0]
@@ -154,10 +159,10 @@ def test_new_values_do_not_compile_again():
     prompt = np.ones((5, 3, 3), int)
     draw(CAPTIONS, _keys(5), temperature=1.0)
     draw(CAPTIONS, _keys(5), guidance=2.0)
-    before = autoregressive._sample._cache_size()
+    before = autoregressive_sampler._sample._cache_size()
     draw(CAPTIONS, _keys(5, seed=3), temperature=0, prompt_codes=prompt, keep_rows=2)
     draw(CAPTIONS, _keys(5), temperature=0.3, guidance=4.0)
-    assert autoregressive._sample._cache_size() == before
+    assert autoregressive_sampler._sample._cache_size() == before
 
 
 def test_codes_are_int32_within_the_codebook():
@@ -194,17 +199,17 @@ def test_wrong_caption_length_says_what_the_config_needs():
         draw(CAPTIONS[:, :2], _keys(5))
 
 
-def test_keys_must_be_typed_and_one_a_picture():
+def test_keys_must_be_typed_and_one_an_image():
     unchecked = getattr(sample, "__wrapped__", sample)  # the shape checker would refuse them first
     with pytest.raises(
-        ValueError, match=r"got 5 captions and keys of shape \(4,\); give one key an"
+        ValueError, match=r"got 5 captions and keys of shape \(4,\); give one key per image"
     ):
         unchecked(TINY, PARAMETERS, CAPTIONS, _keys(4))
     with pytest.raises(ValueError, match=r"keys have dtype uint32, but must come from jax.random"):
         unchecked(TINY, PARAMETERS, CAPTIONS, jax.random.key_data(_keys(5)))
 
 
-def test_grid_of_one_and_one_layer_draws():
+def test_grid_of_one_and_one_layer_samples():
     config = dataclasses.replace(TINY, depth=1, grid=1)
     cut = jax.tree.map(lambda x: x[:1], PARAMETERS["layers"])
     codes = sample(config, PARAMETERS | {"layers": cut, "embed": _cut_grid()}, EMPTY, _keys(1))

@@ -68,8 +68,8 @@ def depthwise(
 ) -> Float[Array, "B H2 W2 C"]:
     """Convolves each channel by itself, kernel [S, S, 1, C], "SAME" padding, and adds the bias.
 
-    As a sum of shifted pictures: XLA's own convolution of this kind takes ten times as long on a
-    CPU (EfficientNet-Lite0 at 224 px: 34 against 341 ms a picture on two shared cores).
+    As a sum of shifted images: XLA's own convolution of this kind takes ten times as long on a
+    CPU (EfficientNet-Lite0 at 224 px: 34 against 341 ms an image on two shared cores).
     """
     S, (H, W) = len(layer["kernel"]), x.shape[1:3]
     sides = [-(-n // stride) for n in (H, W)]

@@ -1,4 +1,4 @@
-"""Whether the parts of a model fit each other.
+"""Checks that the parts of a model belong to each other.
 
 Source: ours.
 """
@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 
-from dalle_jax.generate import folder as files
-from dalle_jax.generate.folder import ModelError, Tensors
+from dalle_jax.generate import model_folder as files
+from dalle_jax.generate.model_folder import ModelError, Tensors
+from dalle_jax.generate.sampling import Decoder
 from dalle_jax.models import autoregressive_prior, progressive_prior
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 
-DECODERS = {"prior": "autoregressive", "progressive": "progressive"}
-"""What users call each part that draws codes."""
+DECODERS: dict[str, Decoder] = {"prior": "autoregressive", "progressive": "progressive"}
+"""The option `decoder` of each prior."""
 CONFIGS = {"prior": PriorConfig, "progressive": ProgressiveConfig}
 """Sizes of each."""
 
@@ -88,17 +89,17 @@ def check_fingerprints(name: str, has: dict[str, str], wanted: dict[str, str]) -
 
 
 def codec_shapes(config: CodecConfig) -> Shapes:
-    """What the weights of a dVAE or VQ-GAN look like."""
+    """Shapes of the weights of a dVAE or VQ-GAN."""
     return shapes(partial(codecs.init_params, config))
 
 
 def prior_shapes(config: PriorConfig | ProgressiveConfig) -> Shapes:
-    """What the weights of a prior look like."""
+    """Shapes of the weights of a prior."""
     module = progressive_prior if isinstance(config, ProgressiveConfig) else autoregressive_prior
     return shapes(partial(module.init_params, config))
 
 
 def shapes(init: Callable, *inputs: Any) -> Shapes:
-    """What is drawn with a key for such inputs; not even the key is made."""
-    drawn = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), *inputs)
-    return files.flat(drawn.get("params", drawn))
+    """Shapes of the parameters that `init` returns; nothing is computed."""
+    params = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), *inputs)
+    return files.flatten_params(params.get("params", params))

@@ -1,4 +1,4 @@
-"""Draws image codes from the prior, one after the other, in a single compiled loop.
+"""Samples codes from the autoregressive prior, one after the other, in one compiled loop.
 
 Letters: U prompts, W samples of each, B = U * W batch, P text positions, I = G * G image positions,
 G grid side, K codebook.
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.drawing import check_inputs, drawn, empty_captions, traced_options
+from dalle_jax.generate.logits import check_inputs, empty_captions, sample_logits, traced_options
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
@@ -28,24 +28,22 @@ def sample(
     prompt_codes: Int[Array | np.ndarray, "B G G"] | None = None,
     keep_rows: int = 0,
 ) -> Int[Array, "B G G"]:
-    """Draws grids of codes, the same number for each caption.
+    """Samples grids of codes, the same number for each caption.
 
-    The text of a caption is read once for all of its samples. The code at raster position p is
-    drawn with fold_in(key, p), from this picture's key alone, so a picture does not depend on the
-    batch it is drawn in (up to float32 rounding, which batch sizes may change: it can turn a draw
-    that is as good as a tie). Whether there is a top_k, a top_p and guidance is compiled in, and
-    the number of captions and samples; their values are not, so that only a new combination
-    compiles anew.
+    The prefill of a caption serves all of its samples. The code at raster position p is sampled
+    with the key fold_in(key, p) of its image, so a sample does not depend on the batch, up to
+    float32 rounding, which batch sizes may change. The numbers of captions and samples are compiled
+    in, and whether there is a top_k, a top_p and guidance; other values of these compile nothing.
 
     Args:
       config: sizes of the prior.
       params: its weights, as `Prior(config).init` lays them out under "params".
       text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
-      keys: one typed key (`jax.random.key`) a picture: all those of the first caption, then all of
+      keys: one typed key (`jax.random.key`) per image: those of the first caption, then those of
         the next one, and so on.
       sampling: how to sample. Guidance doubles the work, and the prior must have seen empty
-        captions (all pads) in training; choices of the progressive decoder do not count.
-      prompt_codes: codes of a picture each, whose top rows are kept. None: no picture.
+        captions (all pads) in training; options of the progressive decoder are ignored.
+      prompt_codes: codes of one image per sample, whose top rows are kept; None for no prompt.
       keep_rows: how many rows of prompt_codes are kept, in [0, G].
 
     Returns:
@@ -54,26 +52,28 @@ def sample(
     Raises:
       ValueError: for a value outside its range, or sizes that do not fit each other.
 
-    Source: Ramesh et al. 2021, section 2.6 and figure 2 for drawing at temperature t and keeping
-      top rows; top-k, top-p and guidance (Ho and Salimans 2022) are ours.
+    Source: Ramesh et al. 2021, section 2.6 and figure 2, for temperature and kept rows.
     """
     check_inputs(config, text, keys, sampling)
     _check_prompt(config, keys, prompt_codes, keep_rows)
     B, G = keys.shape[0], config.grid
-    given = jnp.zeros((B, G, G), jnp.int32) if prompt_codes is None else jnp.asarray(prompt_codes)
+    if prompt_codes is None:
+        prompt_codes = jnp.zeros((B, G, G), jnp.int32)
     return _sample(
         config,
         params,
         jnp.asarray(text),
         keys,
         **traced_options(sampling),
-        given=given.astype(jnp.int32),
-        kept=jnp.int32(keep_rows * G),
+        prompt_codes=jnp.asarray(prompt_codes, jnp.int32),
+        prompt_length=jnp.int32(keep_rows * G),
     )
 
 
 @partial(jax.jit, static_argnames="config")
-def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, given, kept):
+def _sample(
+    config, params, text, keys, *, temperature, top_k, top_p, guidance, prompt_codes, prompt_length
+):
     B, G = keys.shape[0], config.grid
     samples = B // text.shape[0]
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
@@ -86,20 +86,20 @@ def _sample(config, params, text, keys, *, temperature, top_k, top_p, guidance, 
 
     def step(carry, inputs):
         caches, previous = carry
-        position, given = inputs
+        position, prompt_code = inputs
         previous = jnp.tile(previous, 2) if guided else previous
         logits, caches = decode(caches, previous, position)  # B K, or twice B
         if guided:
             with_caption, without = jnp.split(logits, 2)
             logits = without + guidance * (with_caption - without)
         of_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        code, _ = drawn(logits, of_position, temperature, top_k, top_p)
-        code = jnp.where(position < kept, given, code)
+        code, _ = sample_logits(logits, of_position, temperature, top_k, top_p)
+        code = jnp.where(position < prompt_length, prompt_code, code)
         return (caches, code), code
 
     positions = jnp.arange(config.image_length)
     start = (caches, jnp.zeros(B, jnp.int32))
-    _, codes = jax.lax.scan(step, start, (positions, given.reshape(B, -1).T))
+    _, codes = jax.lax.scan(step, start, (positions, prompt_codes.reshape(B, -1).T))
     return codes.T.reshape(B, G, G)
 
 
@@ -116,7 +116,7 @@ def _check_prompt(config, keys, prompt_codes, keep_rows):
     elif prompt_codes.shape != (B, G, G):
         raise ValueError(
             f"prompt_codes have shape {tuple(prompt_codes.shape)}, but {B} images on grid {G} "
-            f"need {(B, G, G)}, one prompt an image"
+            f"need {(B, G, G)}, one prompt per image"
         )
     elif B and not 0 <= prompt_codes.min() <= prompt_codes.max() < config.codes:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From pictures to codes and back, however many there are, by a dVAE or a VQ-GAN.
+"""Encodes images to codes and decodes them, by a dVAE or a VQ-GAN, in micro-batches.
 
 Letters: B batch, R pixel side, G grid side, K codes.
 """
@@ -12,16 +12,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Float16, Int, Int32, UInt8
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate import folder as files
-from dalle_jax.generate.batching import micro_batches
-from dalle_jax.generate.fit import check_tensors, codec_shapes
+from dalle_jax.generate import model_folder as files
+from dalle_jax.generate.micro_batching import micro_batches
+from dalle_jax.generate.part_checks import check_tensors, codec_shapes
 from dalle_jax.image import pixels
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 
 
 class Codec:
-    """Encodes and decodes pictures of one size, in bounded memory."""
+    """Encodes and decodes images of one size, in bounded memory."""
 
     def __init__(
         self, *, px: int, codec: CodecConfig, codec_params: Any, kernels: files.Dtype = "bfloat16"
@@ -29,16 +29,16 @@ class Codec:
         """Checks that the parts belong to each other.
 
         Args:
-          px: side R of its pictures, in pixels.
+          px: side R of its images, in pixels.
           codec: sizes of the dVAE or VQ-GAN.
           codec_params: its nested parameters.
-          kernels: what they are rounded to and stored in; float32 for those of others.
+          kernels: dtype that kernels are rounded to and stored in; float32 for imported models.
         Raises:
           ModelError: if the parameters have other sizes.
         """
         self.px, self.codec, self.kernels = px, codec, kernels
         self.kind = codecs.kind(codec)
-        """Of the codec, one of `models.codec.KINDS`, as its file and its fingerprint are named."""
+        """One of `models.codec.KINDS`, the name of its file and of its fingerprint."""
         tensors = files.to_tensors(codec_params, kernels=kernels)
         check_tensors(codecs.TITLES[self.kind], tensors, codec_shapes(codec))
         self.fingerprints = {self.kind: files.fingerprint(tensors)}
@@ -46,22 +46,22 @@ class Codec:
 
     @property
     def codec_fingerprint(self) -> str:
-        """Of the weights of its dVAE or VQ-GAN: codes belong to these alone."""
+        """Fingerprint of the codec's weights, to which codes belong."""
         return self.fingerprints[self.kind]
 
     @property
     def grid(self) -> int:
-        """Side G of the square of codes."""
+        """Side G of the grid of codes."""
         return self.px // self.codec.factor
 
     def encode(self, images: ArrayLike | Sequence[ArrayLike]) -> Int32[np.ndarray, "B G G"]:
-        """Turns pictures into codes; see `codes_and_errors`."""
+        """Encodes images to codes; see `codes_and_errors`."""
         return self.codes_and_errors(images)[0]
 
     def codes_and_errors(
         self, images: ArrayLike | Sequence[ArrayLike]
     ) -> tuple[Int32[np.ndarray, "B G G"], Float16[np.ndarray, "B G G"]]:
-        """Turns pictures into codes, and says how badly the code of each cell fits it.
+        """Encodes images to codes, and measures how badly the code of each cell fits.
 
         Args:
           images: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3] of any sizes; those that are
@@ -70,25 +70,25 @@ class Codec:
           Codes in [0, K), and errors, greater where the fit is worse: of a VQ-GAN the squared
           distance to the code, of a dVAE minus the greatest logit.
         Raises:
-          UserError: if a picture is not uint8 with three channels.
+          UserError: if an image is not uint8 with three channels.
         """
-        squares = np.empty((len(images), self.px, self.px, 3), np.uint8)
+        squares: np.ndarray = np.empty((len(images), self.px, self.px, 3), np.uint8)
         for i, image in enumerate(images):
             squares[i] = pixels.square(np.asarray(image), self.px)
-        codes = np.empty((len(images), self.grid, self.grid), np.int32)
-        errors = np.empty(codes.shape, np.float16)
+        codes: np.ndarray = np.empty((len(images), self.grid, self.grid), np.int32)
+        errors: np.ndarray = np.empty(codes.shape, np.float16)
         for batch, _ in micro_batches(len(images), self._bytes_to_convolve()):
-            made = _encode(self.codec, self.codec_params, squares[batch])
-            codes[batch], errors[batch] = made
+            encoded = _encode(self.codec, self.codec_params, squares[batch])
+            codes[batch], errors[batch] = encoded
         return codes, errors
 
     def decode(self, codes: Int[ArrayLike, "B G G"]) -> UInt8[np.ndarray, "B R R 3"]:
-        """Turns codes into pictures.
+        """Decodes codes to images.
 
         Args:
           codes: integers in [0, K).
         Returns:
-          The pictures.
+          The images.
         Raises:
           UserError: if a code is not in the codebook.
         """

@@ -1,20 +1,19 @@
-"""A model folder: everything one model needs, its licence included, in one place.
+"""A model folder: all files of one model, with its card and licence.
 
     config.json              format, name, px, sizes of the networks, fingerprints of the files, and
                              the type that kernels are stored in
     dvae.safetensors         weights, nested names joined by "/"; kernels in bfloat16, the rest and
                              the kernels next to codes and tokens in float32; of imported models all
-                             in float32, as others published them
-    vqgan.safetensors        in place of it, if pictures become codes by a VQ-GAN; or
-                             maskgit_vqgan.safetensors
+                             in float32, as they were published
+    vqgan.safetensors        in place of it, if the codec is a VQ-GAN; or maskgit_vqgan.safetensors
     prior.safetensors        the same, of the autoregressive prior; optional
     progressive.safetensors  of the progressive prior; optional
-    tokenizer.model          SentencePiece; there if a prior is
-    clip                     folder of the CLIP that ranks its pictures (`generate.clip`); optional
+    tokenizer.model          SentencePiece; there if there is a prior
+    clip                     folder of the CLIP that ranks its images (`clip_scorer`); optional
     README.md, LICENSE       model card with the attribution of the data, and terms of the weights
 
-A prior knows codes and ids only by number, so config.json names the very dVAE or VQ-GAN, and the
-tokenizer, that it was trained with, and any other is refused.
+A prior knows codes and tokens only by number, so config.json holds the fingerprints of the codec
+and the tokenizer that it was trained with, and any other is refused.
 """
 
 import dataclasses
@@ -40,47 +39,48 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "pretrained"
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 CODECS = {kind: f"{kind}.safetensors" for kind in ("dvae", "vqgan", "maskgit_vqgan")}
-"""Parts that turn pictures into codes and back, one of which a model has, and their files."""
+"""Codecs, one of which a model has, and their files."""
 PRIORS = {"prior": "prior.safetensors", "progressive": "progressive.safetensors"}
-"""Parts that draw codes, and their files."""
+"""Priors, and their files."""
 CARD, LICENSE = "README.md", "LICENSE"
 CLIP, CLIP_FOLDER = "clip.safetensors", "clip"
 CAPTIONS = "captions.txt"  # beside a shipped model
 
 _OWN = {CONFIG, TOKENIZER, CARD, LICENSE, CLIP, *CODECS.values(), *PRIORS.values()}
 
-# The ends of the network, where rounding would choose other codes: with all kernels in bfloat16
-# the shipped dVAE kept the codes of 46 % of the cells, with these in float32 of 99 %.
+# Kernels next to the codes, where rounding changes codes: with all kernels in bfloat16 the shipped
+# dVAE gave 46 % of the cells the same code, with these in float32 99 %.
 EXACT = ("encoder/output/", "decoder/input/", "encoder/conv_out/", "quant_conv/", "head/")
 
-PIECE = 2**26  # bytes that are brought to the host at a time of what is spread over devices
+CHUNK = 2**26  # bytes of a sharded tensor that are copied to the host at a time
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # names in safetensors
 
+Dtype = Literal["float32", "bfloat16"]
 Tensors = dict[str, Any]
-"""Arrays of numpy, or of JAX where they are spread over devices."""
+"""Arrays of numpy, or of JAX where they are sharded over devices."""
 
 
 class ModelError(UserError):
-    """A model, or a folder with one, that cannot be used, said in one sentence."""
+    """A model, or a folder with one, that cannot be used."""
 
 
-def shipped() -> list[str]:
+def shipped_models() -> list[str]:
     """Names of the models that come with this package."""
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
 
 
-def listed(name: str) -> tuple[str, ...]:
-    """The first captions of the list beside a shipped model: what it draws if told nothing."""
+def default_captions(name: str) -> tuple[str, ...]:
+    """The first captions of the list beside a shipped model, for callers without captions."""
     return tuple((SHIPPED / name / CAPTIONS).read_text(encoding="utf-8").splitlines()[:6])
 
 
-def find(name_or_folder: str | os.PathLike) -> Path:
+def find_folder(name_or_folder: str | os.PathLike) -> Path:
     """Returns the folder of a shipped model, else the folder of that path.
 
     Raises:
       ModelError: if there is neither; the message lists the shipped models.
     """
-    if name_or_folder in shipped():
+    if name_or_folder in shipped_models():
         return SHIPPED / name_or_folder
     folder = Path(name_or_folder)
     if (folder / CONFIG).is_file():
@@ -91,24 +91,20 @@ def find(name_or_folder: str | os.PathLike) -> Path:
                 f"saving {folder} was cut short; the model that was there is in {old.parent}, the "
                 f"new one in {old.parent.with_name('new')}; move one of them back"
             )
-    names = ", ".join(shipped()) or "none in this installation"
+    names = ", ".join(shipped_models()) or "none in this installation"
     problem = f"has no {CONFIG}" if folder.is_dir() else "is neither a shipped model nor a folder"
     raise ModelError(f"{str(name_or_folder)!r} {problem}; shipped models: {names}")
 
 
-def flat(params: Any) -> dict[str, Any]:
-    """Leaves of nested parameters under the names they are stored by, sorted."""
+def flatten_params(params: Any) -> dict[str, Any]:
+    """Leaves of nested parameters by the names they are stored under, sorted."""
     return dict(sorted(flax.traverse_util.flatten_dict(params, sep="/").items()))
-
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 def to_tensors(params: Any, *, kernels: Dtype = "bfloat16") -> Tensors:
     """Flattens nested parameters and rounds the kernels to bfloat16, as they are stored.
 
-    With `kernels` in float32 nothing is rounded. Arrays of JAX stay where they lie, spread over
-    devices if they are.
+    With `kernels` in float32 nothing is rounded. Arrays of JAX stay on their devices.
 
     Source: Ramesh et al. 2021, appendix D, keeps gains, biases, embeddings and unembeddings in
     float32, and the released dVAE its convolutions next to the codes.
@@ -117,13 +113,13 @@ def to_tensors(params: Any, *, kernels: Dtype = "bfloat16") -> Tensors:
     def rounded(name, array):
         exact = kernels == "float32" or not name.endswith("kernel") or name.startswith(EXACT)
         dtype = np.dtype(np.float32 if exact else ml_dtypes.bfloat16)
-        return array.astype(dtype) if is_spread(array) else np.asarray(array, dtype)
+        return array.astype(dtype) if is_sharded(array) else np.asarray(array, dtype)
 
-    return {name: rounded(name, array) for name, array in flat(params).items()}
+    return {name: rounded(name, array) for name, array in flatten_params(params).items()}
 
 
 def to_params(tensors: Tensors, *, dtype: Dtype = "float32") -> Any:
-    """Nests tensors again and widens them to float32, or leaves the kernels in bfloat16."""
+    """Nests tensors, widened to float32 unless dtype is bfloat16."""
     if dtype == "float32":
         tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
     return flax.traverse_util.unflatten_dict(tensors, sep="/")
@@ -134,34 +130,34 @@ def fingerprint(tensors: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        for piece in pieces(tensor):
-            digest.update(piece.tobytes())
+        for chunk in host_chunks(tensor):
+            digest.update(chunk.tobytes())
     return digest.hexdigest()
 
 
-def pieces(tensor: Any) -> Iterator[np.ndarray]:
-    """Gives a tensor on the host, a few of its rows at a time if it is spread over devices.
+def host_chunks(tensor: Any) -> Iterator[np.ndarray]:
+    """Copies a tensor to the host, a few of its rows at a time if it is sharded.
 
-    If these are of several processes, all of them have to ask.
+    If it is sharded over several processes, all of them call this.
     """
-    if not is_spread(tensor):
+    if not is_sharded(tensor):
         yield np.ascontiguousarray(tensor)
         return
-    import jax  # late, as the names of models are listed without it
+    import jax  # late: the names of models are listed without it
     from jax.experimental import multihost_utils
 
     rows = len(tensor)
-    most = max(PIECE * rows // tensor.nbytes, 1)
+    most = max(CHUNK * rows // tensor.nbytes, 1)
     for start in range(0, rows, most):
         # The index is no constant, so that one program cuts all pieces of a length.
-        piece = jax.lax.dynamic_slice_in_dim(tensor, start, min(most, rows - start))
-        if not piece.is_fully_addressable:
-            piece = multihost_utils.process_allgather(piece, tiled=True)
-        yield np.asarray(piece)
+        chunk = jax.lax.dynamic_slice_in_dim(tensor, start, min(most, rows - start))
+        if not chunk.is_fully_addressable:
+            chunk = multihost_utils.process_allgather(chunk, tiled=True)
+        yield np.asarray(chunk)
 
 
-def is_spread(array: Any) -> bool:
-    """Whether it is an array of JAX of which devices have different parts."""
+def is_sharded(array: Any) -> bool:
+    """Whether it is an array of JAX whose parts are on different devices."""
     return not getattr(array, "is_fully_replicated", True)
 
 
@@ -185,16 +181,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def sizes(cls: type, fields: Any, path: Path) -> Any:
-    """Makes a config dataclass from its saved fields; ModelError if they do not fit."""
-    if isinstance(fields, dict):  # folders of version 0.1 name the kind of a prior in it
+def config_from_fields(cls: type, fields: Any, path: Path) -> Any:
+    """Builds a config dataclass from its saved fields; ModelError if they do not fit."""
+    if isinstance(fields, dict):  # folders of version 0.1 have a field for the kind of prior
         style = fields.pop("style", None)
         if style == "progressive":
             raise ModelError(
                 f"{path / CONFIG} describes a progressive prior of version 0.1, which this version "
                 'cannot run; train it again, or take the entry "progressive" out of the file'
             )
-    try:  # of sequences JSON knows lists alone, configs tuples
+    try:  # JSON has lists, configs have tuples
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(
@@ -214,7 +210,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def read_texts(folder: Path) -> dict[str, str]:
-    """Reads what there is of card and license; ModelError if it is not in UTF-8."""
+    """Reads card and license, if they exist; ModelError if they are not in UTF-8."""
     texts = {"card": folder / CARD, "license": folder / LICENSE}
     try:
         return {k: path.read_text(encoding="utf-8") for k, path in texts.items() if path.is_file()}
@@ -232,7 +228,9 @@ def write_texts(folder: Path, *, card: str, license: str) -> None:
 def write_config(folder: Path, **fields: Any) -> None:
     """Writes config.json; dataclasses among the fields become objects."""
     plain = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        name: dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
         for name, value in fields.items()
     }
     text = json.dumps({"format": FORMAT, **plain}, indent=2)
@@ -240,11 +238,11 @@ def write_config(folder: Path, **fields: Any) -> None:
 
 
 def write_tensors(path: Path | None, tensors: Tensors) -> None:
-    """Writes a safetensors file, piece by piece: the library needs all bytes at once.
+    """Writes a safetensors file, in chunks; the library would need all bytes at once.
 
     Args:
-      path: of the file; None in a process that has a part of the tensors, while another writes.
-      tensors: arrays on the host, or spread over devices.
+      path: of the file; None in a process that holds shards, while another one writes.
+      tensors: arrays on the host, or sharded over devices.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, end = {}, 0
@@ -261,12 +259,12 @@ def write_tensors(path: Path | None, tensors: Tensors) -> None:
     with open(os.devnull if path is None else path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            for piece in pieces(tensors[name]):
-                file.write(piece.tobytes())
+            for chunk in host_chunks(tensors[name]):
+                file.write(chunk.tobytes())
 
 
-def take_over(old: Path, new: Path) -> None:
-    """Copies into a model folder what an older one has of other priors for the same codes."""
+def copy_other_priors(old: Path, new: Path) -> None:
+    """Copies the priors that an older model folder has for the same codec and tokenizer."""
     before, now = read_config(old), read_config(new)
     of_codes = (*CODECS, "tokenizer")
     if any(before["fingerprints"].get(x) != now["fingerprints"].get(x) for x in of_codes):
@@ -281,27 +279,26 @@ def take_over(old: Path, new: Path) -> None:
 
 
 @contextmanager
-def replacing(folder: str | os.PathLike) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the place of `folder` when all went well.
+def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty folder, which replaces `folder` if no error is raised.
 
-    Files of the old folder that no model writes come along. Whatever happens in between, the old
-    model stays in its place, or both models stay in a folder beside it, which the error names.
+    Files of the old folder that no model writes are kept. After an error the old model is in its
+    place, or both models are in a folder beside it, which the error names.
 
     Raises:
-      ModelError: if something is there that is not a model folder; it is left alone. If neither
-        model could be put in its place.
+      ModelError: if the folder holds other files, or if neither model could be put in its place.
     """
     target = Path(folder).resolve()
     if target.exists() and not (target / CONFIG).is_file() and not _is_empty(target):
         raise ModelError(f"{target} holds other files; choose a new folder for the model")
     target.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = workplace / "new", workplace / "old"
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir()  # unlike mkdtemp it lets others read the folder
         yield new
         if target.exists():
-            _bring_along(target, new)
+            _keep_other_files(target, new)
             os.replace(target, old)
         os.replace(new, target)
     finally:
@@ -313,11 +310,11 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
                     f"{target} could not be replaced ({error.strerror}); the model that was there "
                     f"is in {old}, the new one in {new}; move one of them back"
                 ) from error
-        shutil.rmtree(workplace)
+        shutil.rmtree(temporary)
 
 
-def _bring_along(old: Path, new: Path) -> None:
-    """Links or copies the files that are not of a model from one model folder to another."""
+def _keep_other_files(old: Path, new: Path) -> None:
+    """Links or copies files that are not of a model from one model folder to another."""
     for path in old.rglob("*"):
         place = path.relative_to(old)
         if place.name in _OWN and place.parts[:-1] in ((), (CLIP_FOLDER,)):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.generate.filters import filter_logits
+from dalle_jax.generate.logits import filter_logits
 
 SHARES = [0.125, 0.5, 0.0625, 0.25, 0.0625]  # exact in binary, so that sums are too
 

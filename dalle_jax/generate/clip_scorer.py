@@ -1,6 +1,6 @@
-"""A contrastive model, ready to say how well pictures fit captions.
+"""A CLIP that scores how well images fit captions.
 
-Its folder stands alone, or lies as `clip` in a model folder:
+Its folder stands alone, or is the folder `clip` of a model folder:
 
     config.json           format, name, sizes, fingerprints of the files
     clip.safetensors      weights, rounded as those of a model folder
@@ -21,10 +21,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, UInt8
 
-from dalle_jax.generate import folder as files
-from dalle_jax.generate.batching import micro_batches
-from dalle_jax.generate.fit import check_tensors, shapes
-from dalle_jax.generate.folder import ModelError
+from dalle_jax.generate import model_folder as files
+from dalle_jax.generate.micro_batching import micro_batches
+from dalle_jax.generate.model_folder import ModelError
+from dalle_jax.generate.part_checks import check_tensors, shapes
 from dalle_jax.image import pixels
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.text.bpe import Tokenizer
@@ -32,7 +32,7 @@ from dalle_jax.text.caption import normalize_caption
 
 
 class Clip:
-    """A contrastive model and the tokenizer that belongs to it."""
+    """A contrastive model and its tokenizer."""
 
     def __init__(
         self,
@@ -46,17 +46,17 @@ class Clip:
         fingerprints: dict[str, str] | None = None,
         kernels: files.Dtype = "bfloat16",
     ):
-        """Puts the parts together and checks that they belong to each other.
+        """Checks that the parts belong to each other.
 
         Args:
-          name: short name, shown to people.
+          name: a short name, for messages.
           config: its sizes.
           params: its nested parameters.
           tokenizer: the tokenizer it was trained with.
           card: text of its card, Markdown, with the attribution of the data.
-          license: text of the terms for the weights.
-          fingerprints: of the parts as they were saved; None for the ones given.
-          kernels: what kernels are rounded to and stored in; float32 for those of others.
+          license: text of the weights' licence.
+          fingerprints: of the parts as they were saved; None for those of these parts.
+          kernels: dtype that kernels are rounded to and stored in; float32 for imported models.
         Raises:
           ModelError: if a part has other sizes, or does not belong.
         """
@@ -86,7 +86,7 @@ class Clip:
         Raises:
           ModelError: if there is no CLIP, or a file is damaged or belongs to another.
         """
-        folder = files.find(name_or_folder)
+        folder = files.find_folder(name_or_folder)
         config = files.read_config(folder)
         if "clip" not in config:
             if not (folder / files.CLIP_FOLDER / files.CONFIG).is_file():
@@ -103,7 +103,7 @@ class Clip:
             raise ModelError(f"{folder / files.CONFIG} lacks {error}; restore it") from error
         return cls(
             name=name,
-            config=files.sizes(CLIPConfig, fields, folder),
+            config=files.config_from_fields(CLIPConfig, fields, folder),
             params=files.to_params(files.read_tensors(folder / files.CLIP)),
             tokenizer=Tokenizer.load(folder / files.TOKENIZER),
             fingerprints=fingerprints,
@@ -112,12 +112,12 @@ class Clip:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the folder, whole or not at all; an older CLIP there is replaced.
+        """Writes the folder under a temporary name and renames it; replaces an older CLIP.
 
         Raises:
           ModelError: if the folder holds anything else.
         """
-        with files.replacing(folder) as new:
+        with files.replace_folder(folder) as new:
             self.write(new)
 
     def write(self, folder: Path) -> None:
@@ -135,8 +135,8 @@ class Clip:
         self.tokenizer.save(folder / files.TOKENIZER)
         files.write_texts(folder, card=self.card, license=self.license)
 
-    def images(self, images: ArrayLike | Sequence[ArrayLike]) -> Float[np.ndarray, "B E"]:
-        """Gives the features of pictures.
+    def encode_images(self, images: ArrayLike | Sequence[ArrayLike]) -> Float[np.ndarray, "B E"]:
+        """Features of images.
 
         Args:
           images: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3] of any sizes; those that are
@@ -144,17 +144,15 @@ class Clip:
         Returns:
           Vectors of length 1, in float32.
         Raises:
-          UserError: if a picture is not uint8 with three channels.
+          UserError: if an image is not uint8 with three channels.
         """
-        squares = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
+        squares: np.ndarray = np.empty((len(images), *(self.config.px,) * 2, 3), np.uint8)
         for i, image in enumerate(images):
             squares[i] = pixels.square(np.asarray(image), self.config.px)
         return self._features("encode_images", squares)
 
-    def texts(self, captions: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        """Gives the features of captions; one that is too long is cut, and the log says so.
-
-        White space around them does not count.
+    def encode_texts(self, captions: Sequence[str]) -> Float[np.ndarray, "B E"]:
+        """Features of captions, which are normalized and truncated as in training.
 
         Returns:
           Vectors of length 1, in float32.
@@ -166,23 +164,23 @@ class Clip:
     def score(
         self, captions: Sequence[str], images: UInt8[np.ndarray, "U n H W 3"]
     ) -> Float[np.ndarray, "U n"]:
-        """Says how well pictures fit captions.
+        """Scores how well images fit captions.
 
         Args:
           captions: U of them.
-          images: n pictures for each caption, as `Model.generate` draws them.
+          images: n images for each caption, as `Model.generate` returns them.
         Returns:
           Cosine similarities in [-1, 1].
         Raises:
-          ValueError: if there is another number of captions than of rows of pictures.
+          ValueError: if the numbers of captions and of rows of images differ.
         """
         U, n = images.shape[:2]
         if len(captions) != U:
             raise ValueError(
-                f"got {len(captions)} captions and {U} rows of pictures; give a row for each"
+                f"got {len(captions)} captions and {U} rows of images; give a row for each"
             )
-        seen = self.images(images.reshape(U * n, *images.shape[2:])).reshape(U, n, -1)
-        return np.einsum("UE,UnE->Un", self.texts(captions), seen)
+        seen = self.encode_images(images.reshape(U * n, *images.shape[2:])).reshape(U, n, -1)
+        return np.einsum("UE,UnE->Un", self.encode_texts(captions), seen)
 
     def __repr__(self):
         million = sum(leaf.size for leaf in jax.tree.leaves(self.params)) / 1e6
@@ -205,14 +203,14 @@ class Clip:
 def retrieval_accuracy(
     images: Float[np.ndarray, "B E"], texts: Float[np.ndarray, "B E"], captions: Sequence[Hashable]
 ) -> dict[str, float]:
-    """How often pictures and captions find each other in a set.
+    """How often images and captions find each other in a set.
 
-    Equal captions count once. A picture is right if its caption is among the k nearest of all
-    different captions; a caption, if one of its pictures is among the k nearest of all pictures,
-    where more pictures of the same caption take no place. Ties are wrong.
+    Equal captions count once. An image is right if its caption is among the k nearest of all
+    different captions; a caption, if one of its images is among the k nearest of all images,
+    where more images of the same caption take no place. Ties are wrong.
 
     Args:
-      images: features of B pictures.
+      images: features of B images.
       texts: features of their captions, in the same order.
       captions: the captions, or anything that is equal where they are.
     Returns:
@@ -224,7 +222,7 @@ def retrieval_accuracy(
     first = np.unique(owner, return_index=True)[1]
     similarity = images @ texts[first].T  # B U
     own = owner[:, None] == np.arange(len(first))[None]
-    right = similarity[own]  # each picture has one caption
+    right = similarity[own]  # each image has one caption
     ahead = {"image_to_text": (~own & (similarity >= right[:, None])).sum(axis=1)}
     right = np.where(own, similarity, -np.inf).max(axis=0)
     ahead["text_to_image"] = (~own & (similarity >= right[None])).sum(axis=0)

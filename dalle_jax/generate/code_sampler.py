@@ -1,0 +1,151 @@
+"""Samples grids of codes for captions, in micro-batches that fit memory.
+
+Letters: U prompts, W samples of each, F passes, G grid side, K codebook, T all positions, D width,
+L layers. The code K stands for a cell that is not filled.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Key, UInt32
+
+from dalle_jax.errors import UserError
+from dalle_jax.generate import autoregressive_sampler, progressive_sampler
+from dalle_jax.generate.micro_batching import rectangles
+from dalle_jax.generate.sampling import SamplingConfig
+from dalle_jax.models.kv_cache import layout
+from dalle_jax.models.prior_config import PriorConfig
+from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.caption import normalize_caption
+
+
+class Samples(NamedTuple):
+    """The samples of one micro-batch."""
+
+    prompts: Int[np.ndarray, " U"]
+    """Indices of the captions."""
+    sample_numbers: Int[np.ndarray, " W"]
+    """Numbers of the samples of each of these captions."""
+    passes: Int[np.ndarray, "F U W G G"]
+    """Codes after each stage and revision; a single pass of the autoregressive prior."""
+    empty_code: int
+    """K, the code of cells that are not filled yet."""
+
+
+def sample_codes(
+    config: PriorConfig | ProgressiveConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    n: int,
+    seed: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    known: Int[np.ndarray, "#n G G"] | None = None,
+) -> Iterator[Samples]:
+    """Samples n grids for each caption, and yields them by micro-batches as they are done.
+
+    Args:
+      config: sizes of a prior of either kind.
+      params: its weights.
+      tokenizer: belongs to it.
+      prompts: captions, normalized and truncated as in training; the log counts truncated ones.
+      n: images of each.
+      seed: in [0, 2**32). A grid depends on seed, caption and its number alone.
+      sampling: how to sample; the decoder is that of the prior.
+      known: codes of cells that are kept, for each sample number or once for all; K in the others.
+        For an autoregressive prior these are whole rows at the top, as many for each.
+    Raises:
+      UserError: if an argument is out of its range.
+    """
+    check_request(prompts, n=n, seed=seed)
+    if known is not None:
+        known = np.broadcast_to(known, (n, *known.shape[1:]))
+    prompts = [normalize_caption(prompt) for prompt in prompts]
+    text = tokenizer.encode(prompts, length=config.text_length - 1)
+    hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
+    hashes = np.asarray(hashes, np.uint32)
+    for rows, columns in rectangles(len(prompts), n, _bytes_each(config, sampling.guidance)):
+        u, w = len(rows.indices), len(columns.indices)
+        keys = _keys(np.uint32(seed), hashes[rows.indices], columns.indices.astype(np.uint32))
+        start = None if known is None else np.concatenate([known[columns.indices]] * u)
+        passes = _sample(config, params, text[rows.indices], keys, start, sampling)
+        passes = np.asarray(passes).reshape(-1, u, w, config.grid, config.grid)
+        yield Samples(
+            prompts=rows.indices[: rows.valid],
+            sample_numbers=columns.indices[: columns.valid],
+            passes=passes[:, : rows.valid, : columns.valid],
+            empty_code=config.codes,
+        )
+
+
+def last_pass(samples: Samples) -> Samples:
+    """The finished grids alone."""
+    return samples._replace(passes=samples.passes[-1:])
+
+
+def passes_by_row(samples: Samples) -> Samples:
+    """Splits a single pass into one for each row, from the top."""
+    if len(samples.passes) > 1:
+        return samples
+    row = np.arange(samples.passes.shape[-1])[:, None]
+    cut = [np.where(row <= last, samples.passes[0], samples.empty_code) for last in row[:, 0]]
+    return samples._replace(passes=np.stack(cut))
+
+
+def _sample(config, params, text, keys, known, sampling):
+    if isinstance(config, ProgressiveConfig):
+        return progressive_sampler.sample(
+            config, params, text, keys, sampling=sampling, known=known
+        )
+    prompt = {}
+    if known is not None:
+        is_known = known < config.codes
+        rows = int(is_known[0].all(axis=1).sum())
+        if (is_known != (np.arange(config.grid) < rows)[:, None]).any():
+            raise UserError(
+                "the autoregressive decoder keeps only whole rows at the top; give these, or use "
+                "the progressive decoder"
+            )
+        prompt = {"prompt_codes": np.where(is_known, known, 0), "keep_rows": rows}
+    codes = autoregressive_sampler.sample(config, params, text, keys, sampling=sampling, **prompt)
+    return codes[None]
+
+
+def _bytes_each(config, guidance):
+    branches = 1 if guidance == 1 else 2
+    if isinstance(config, ProgressiveConfig):  # keys and values, and attention to all cells
+        cached = 2 * config.depth * config.length * config.width
+        attention = 2 * config.heads * config.image_length * config.length
+        return 4 * (cached + attention) * branches
+    plans = (layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds)
+    slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
+    text = config.depth * config.text_length  # as if each image had a caption of its own
+    return int(2 * 4 * config.width * (slots + text) * branches)  # keys and values in float32
+
+
+def check_request(prompts: Sequence[str], *, n: int, seed: int) -> None:
+    """Raises UserError for a request that no prior can serve."""
+    if not prompts:
+        raise UserError("no caption was given; give at least one")
+    for i, prompt in enumerate(prompts, 1):
+        if not normalize_caption(prompt):
+            raise UserError(f"caption {i} of {len(prompts)} is empty; describe an image")
+    if n < 1:
+        raise UserError(f"n is {n}; at least 1 image per caption can be generated")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
+
+
+@jax.jit
+def _keys(
+    seed: UInt32[Array, ""], hashes: UInt32[Array, " U"], sample_numbers: UInt32[Array, " W"]
+) -> Key[Array, " images"]:
+    """One key per image, from seed, hash of its caption and sample number alone."""
+    of_caption = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes)
+    of_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return of_sample(of_caption, sample_numbers).ravel()

@@ -1,0 +1,217 @@
+"""The parts of a model and their folder: checked, loaded and saved as one.
+
+Letters: R pixel side, G grid side, K codes.
+"""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from dalle_jax.generate import model_folder as files
+from dalle_jax.generate.clip_scorer import Clip
+from dalle_jax.generate.image_codec import Codec
+from dalle_jax.generate.model_folder import CLIP_FOLDER, Dtype, ModelError
+from dalle_jax.generate.part_checks import (
+    CONFIGS,
+    check_fingerprints,
+    check_parts,
+    check_tensors,
+    prior_shapes,
+)
+from dalle_jax.models import codec as codecs
+from dalle_jax.models.codec import CodecConfig
+from dalle_jax.models.prior_config import PriorConfig
+from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.parallel.sharding_rules import PRIOR, shardings
+from dalle_jax.text.bpe import Tokenizer
+
+Priors = dict[str, tuple[PriorConfig | ProgressiveConfig, Any]]
+Parts = TypeVar("Parts", bound="ModelParts")
+
+
+class ModelParts(Codec):
+    """A codec (dVAE or VQ-GAN), optional priors with their tokenizer, and an optional CLIP.
+
+    Weights are rounded as they are stored and widened to float32, so that a model samples the same
+    images before it is saved and after it is loaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        px: int,
+        codec: CodecConfig,
+        codec_params: Any,
+        prior: PriorConfig | None = None,
+        prior_params: Any = None,
+        progressive: ProgressiveConfig | None = None,
+        progressive_params: Any = None,
+        tokenizer: Tokenizer | None = None,
+        clip: Clip | Path | None = None,
+        card: str = "",
+        license: str = "",
+        fingerprints: dict[str, str] | None = None,
+        kernels: Dtype = "bfloat16",
+        dtype: Dtype = "float32",
+        mesh: Mesh | None = None,
+    ):
+        """Checks that the parts belong to each other.
+
+        Args:
+          name: a short name, for messages and reports.
+          px: side R of its images, in pixels.
+          codec: sizes of the dVAE or VQ-GAN.
+          codec_params: its nested parameters.
+          prior: sizes of the autoregressive prior; None for none.
+          prior_params: its nested parameters.
+          progressive: sizes of the progressive prior; None for none.
+          progressive_params: its nested parameters.
+          tokenizer: the tokenizer that both were trained with.
+          clip: ranks its images; a folder is loaded when the CLIP is first needed.
+          card: text of the model card, Markdown, with the attribution of the data.
+          license: text of the weights' licence.
+          fingerprints: of the parts that the prior was trained with; None for those of these parts.
+          kernels: dtype that kernels are rounded to and stored in; float32 for imported models.
+          dtype: of the priors' kernels and of their products; bfloat16 halves their memory.
+          mesh: from `parallel.mesh.make_mesh`: devices that the priors' weights are sharded over;
+            None for one device, or for the sharding that they have.
+        Raises:
+          ModelError: if a part is missing, has other sizes, or does not belong.
+        """
+        super().__init__(px=px, codec=codec, codec_params=codec_params, kernels=kernels)
+        self.name = name
+        self.tokenizer, self.card, self.license = tokenizer, card, license
+        self._clip = clip
+        priors: Priors = {}
+        if prior is not None:
+            priors["prior"] = prior, prior_params
+        if progressive is not None:
+            priors["progressive"] = progressive, progressive_params
+        check_parts(self, {part: sizes for part, (sizes, _) in priors.items()})
+
+        self.priors: Priors = {}
+        """Sizes and parameters of "prior", "progressive", or both."""
+        for part, (sizes, params) in priors.items():
+            assert tokenizer is not None  # check_parts has seen to it
+            tensors = files.to_tensors(params, kernels=kernels)
+            check_tensors(part, tensors, prior_shapes(sizes))
+            self.fingerprints[part] = files.fingerprint(tensors)
+            self.fingerprints["tokenizer"] = tokenizer.fingerprint
+            self.priors[part] = sizes, _put_on_devices(files.to_params(tensors, dtype=dtype), mesh)
+        check_fingerprints(name, self.fingerprints, fingerprints or {})
+
+    @classmethod
+    def load(
+        cls: type[Parts],
+        name_or_folder: str | os.PathLike,
+        *,
+        dtype: Dtype = "float32",
+        mesh: Mesh | None = None,
+    ) -> Parts:
+        """Opens a shipped model by its name, else a model folder by its path.
+
+        Args:
+          name_or_folder: of the model.
+          dtype: of the priors' kernels, float32 or bfloat16.
+          mesh: devices that the priors' weights are sharded over; None for one device.
+        Raises:
+          ModelError: if there is no such model, a file is damaged or belongs to another model.
+        """
+        folder = files.find_folder(name_or_folder)
+        config = files.read_config(folder)
+        if "clip" in config:
+            raise ModelError(f"{folder} holds a CLIP, which cannot sample; open it with Clip.load")
+        try:
+            parts = {"name": config["name"], "px": config["px"]}
+            fingerprints = config["fingerprints"]
+            kind = next((kind for kind in files.CODECS if kind in config), "dvae")
+            parts["codec"] = files.config_from_fields(codecs.KINDS[kind], config[kind], folder)
+        except KeyError as error:
+            raise ModelError(f"{folder / files.CONFIG} lacks {error}; restore it") from error
+        for part, file in files.PRIORS.items():
+            if config.get(part) is not None:
+                parts[part] = files.config_from_fields(CONFIGS[part], config[part], folder)
+                tensors = files.read_tensors(folder / file)
+                parts[f"{part}_params"] = files.to_params(tensors, dtype=dtype)
+                parts["tokenizer"] = Tokenizer.load(folder / files.TOKENIZER)
+        if (folder / CLIP_FOLDER / files.CONFIG).is_file():
+            parts["clip"] = folder / CLIP_FOLDER
+        parts |= files.read_texts(folder)
+        return cls(
+            codec_params=files.to_params(files.read_tensors(folder / files.CODECS[kind])),
+            fingerprints=fingerprints,
+            kernels=config.get("kernels", "bfloat16"),
+            dtype=dtype,
+            mesh=mesh,
+            **parts,
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the model folder under a temporary name and renames it; replaces an older model.
+
+        Raises:
+          ModelError: if the folder holds anything else.
+        """
+        with files.replace_folder(folder) as new:
+            self.write(new)
+
+    def write(self, folder: Path | None) -> None:
+        """Writes the files into an empty folder.
+
+        If weights are sharded over several processes, all of them call this: one with the folder,
+        the others with None.
+        """
+        for part, (_, params) in self.priors.items():
+            file = None if folder is None else folder / files.PRIORS[part]
+            files.write_tensors(file, files.to_tensors(params, kernels=self.kernels))
+        if folder is None:
+            return
+        files.write_config(
+            folder,
+            name=self.name,
+            px=self.px,
+            **{self.kind: self.codec},
+            **{part: sizes for part, (sizes, _) in self.priors.items()},
+            fingerprints=self.fingerprints,
+            kernels=self.kernels,
+        )
+        codec = files.to_tensors(self.codec_params, kernels=self.kernels)
+        files.write_tensors(folder / files.CODECS[self.kind], codec)
+        if self.priors and self.tokenizer is not None:
+            self.tokenizer.save(folder / files.TOKENIZER)
+        if self.clip is not None:
+            (folder / CLIP_FOLDER).mkdir()
+            self.clip.write(folder / CLIP_FOLDER)
+        files.write_texts(folder, card=self.card, license=self.license)
+
+    @property
+    def clip(self) -> Clip | None:
+        """The CLIP that ranks its images, if it has one."""
+        if isinstance(self._clip, Path):
+            self._clip = Clip.load(self._clip)
+        return self._clip
+
+    def with_clip(self: Parts, clip: Clip) -> Parts:
+        """Returns this model with another CLIP; weights are shared."""
+        other = copy.copy(self)
+        other._clip = clip
+        return other
+
+    def __repr__(self):
+        sizes = f"{self.px} px, {self.grid} x {self.grid} of {self.codec.codes} codes"
+        parts = [
+            f"{part} of {sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f}M parameters"
+            for part, (_, params) in self.priors.items()
+        ]
+        return f"{type(self).__name__}({self.name!r}: {sizes}, {', '.join(parts) or 'no prior'})"
+
+
+def _put_on_devices(params, mesh):
+    if mesh is not None:
+        return jax.device_put(params, shardings(params, mesh, PRIOR))
+    return jax.tree.map(lambda x: x if files.is_sharded(x) else jax.device_put(x), params)
