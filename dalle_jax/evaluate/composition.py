@@ -157,7 +157,13 @@ def verdicts(
 
 
 def chance(cases: Sequence[Case]) -> dict[str, float]:
-    """What guessing blindly would reach in each axis, and in all of them."""
+    """What random guesses reach in each axis, and in all of them.
+
+    >>> wrong = {"style": ("cat, flat",), "concept": ("dog, drawn", "cow, drawn")}
+    >>> case = Case(id="1", family="f", held_out=True, caption="cat, drawn", alternatives=wrong)
+    >>> {axis: round(share, 3) for axis, share in chance([case]).items()}
+    {'style': 0.5, 'concept': 0.333, 'all': 0.167}
+    """
     guesses = collections.defaultdict(list)
     for case in cases:
         shares = {axis: 1 / (1 + len(others)) for axis, others in case.alternatives.items()}

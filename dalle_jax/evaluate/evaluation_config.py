@@ -36,7 +36,12 @@ class EvaluationConfig:
     """Images of each of them."""
 
     def settings(self, base: SamplingConfig) -> list[SamplingConfig]:
-        """Settings of the sampling study, each once: `base`, then one change at a time."""
+        """Settings of the sampling study, each once: `base`, then one change at a time.
+
+        >>> config = EvaluationConfig(temperatures=(0.5,), top_ps=(0.9,), guidances=())
+        >>> [sampling.describe() for sampling in config.settings(SamplingConfig())]
+        ['as trained', 'temperature 0.5', 'top_p 0.9']
+        """
         values = {
             "temperature": self.temperatures,
             "top_p": self.top_ps,

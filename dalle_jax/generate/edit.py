@@ -84,6 +84,9 @@ def random_cells(strength: float, grid: int, *, n: int, seed: int) -> Bool[np.nd
       seed: as for `Model.generate`.
     Raises:
       UserError: if the strength is out of its range.
+
+    >>> random_cells(0.25, 4, n=2, seed=0).sum(axis=(1, 2)).tolist()
+    [4, 4]
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}, but must be above 0 and at most 1, of the cells")

@@ -33,6 +33,9 @@ def filter_logits(
       lowest are kept, so that the number is exact.
 
     Source: ours; the paper truncates nothing (Ramesh et al. 2021, section 2.6).
+
+    >>> filter_logits(jnp.array([1.0, 3.0, 2.0]), top_k=2).tolist()
+    [-inf, 3.0, 2.0]
     """
     if top_k is None and top_p is None:
         return logits

@@ -33,6 +33,11 @@ def cells_filled(cells: int, stages: int, schedule: Schedule) -> Int[np.ndarray,
       UserError: if there are more stages than cells, or none.
     Source: linear: Fei et al. 2022, by the first author's prototype; cosine: Chang et al. 2022
       (MaskGIT), with the same counts.
+
+    >>> cells_filled(16, 4, "linear").tolist()
+    [4, 8, 12, 16]
+    >>> cells_filled(16, 4, "cosine").tolist()
+    [2, 5, 10, 16]
     """
     if not 1 <= stages <= cells:
         raise UserError(f"stages is {stages}, but must lie in 1..{cells}, the cells to be filled")
