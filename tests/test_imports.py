@@ -33,7 +33,7 @@ ROOMS["option_checks"] = set()
 ROOMS["commands"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
 # What every room may import.
-BASE = {"errors": set(), "atomic": set(), "extras": set()}
+BASE = {"errors": set(), "atomic": set(), "extras": {"errors"}}
 ROOMS = BASE | {room: below | set(BASE) for room, below in ROOMS.items()}
 
 # Slow or large to import: a user who only draws pictures should not wait for them.
