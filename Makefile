@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make install   create $(VENV) with the tested packages (Python 3.11 or 3.12)"
-	@echo "make demo      draw a sheet of pictures with a shipped model into demo.png"
+	@echo "make demo      generate a sheet of images with a shipped model into demo.png"
 	@echo "make test      lint, format check, types and every test"
 	@echo "make clean     remove $(VENV), caches and demo.png; runs/ stays"
 
