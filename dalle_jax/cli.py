@@ -4,13 +4,20 @@ from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
-from dalle_jax.commands import compare_models, evaluate_model, generate_images, inspect_data
+from dalle_jax.commands import (
+    compare_models,
+    evaluate_model,
+    generate_images,
+    import_weights,
+    inspect_data,
+)
 from dalle_jax.terminal import complaints, show_log_lines
 
 _app, _data, _votes = SubcommandApp(), SubcommandApp(), SubcommandApp()
 _app.command(generate_images.generate)
 _app.command(generate_images.edit)
 _app.command(evaluate_model.evaluate)
+import_weights.add_to(_app)
 _app.command(_data, name="data", help="Look after your own images.")
 _data.command(inspect_data.check)
 _data.command(inspect_data.overlap)
