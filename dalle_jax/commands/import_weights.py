@@ -68,11 +68,12 @@ def import_(
         "license": f"{source_info.licence}\n\nPublished at {', '.join(source_info.addresses)}\n",
         "kernels": "float32",
     }
-    if source_info.kind == "clip":
+    model: Clip | Model
+    if imported.tokenizer is not None:
         model = Clip(config=config, params=imported.params, tokenizer=imported.tokenizer, **parts)
     else:
-        side = px or source_info.px
-        model = Model(px=side, codec=config, codec_params=imported.params, **parts)
+        parts["px"] = px or source_info.px
+        model = Model(codec=config, codec_params=imported.params, **parts)
     model.save(out)
     print(f"{model} is in {out.resolve()}")
 
@@ -96,22 +97,22 @@ def export(
     import jax
 
     from dalle_jax.generate.model import Model
-    from dalle_jax.generate.model_folder import flat
+    from dalle_jax.generate.model_folder import flatten_params
     from dalle_jax.weights.export import write_codec
 
     opened = Model.load(model)
-    arrays = flat(jax.device_get(opened.codec_params))
+    arrays = flatten_params(jax.device_get(opened.codec_params))
     for path in write_codec(layout, opened.codec, arrays, out):
         print(f"{path.resolve()}: {path.stat().st_size:,} bytes")
 
 
 def models() -> None:
     """List the models that ship, and what can be imported: files, size, terms, address."""
-    from dalle_jax.generate.model_folder import SHIPPED, read_config, shipped
+    from dalle_jax.generate.model_folder import SHIPPED, read_config, shipped_models
     from dalle_jax.weights.sources import SOURCES
 
     print("Shipped; by name for --model, or dalle_jax.load:")
-    for name in shipped():
+    for name in shipped_models():
         folder = SHIPPED / name
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
         config = read_config(folder)

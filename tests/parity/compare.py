@@ -110,8 +110,8 @@ def _clip(imported, expected):
         wrong += list(tokens[: len(ours)]) != ours or any(tokens[len(ours) :])
     return {
         "captions with other tokens": float(wrong),
-        "images": _apart(clip.images(recipe.images(32)), expected["image"]),
-        "captions": _apart(clip.texts(recipe.CAPTIONS), expected["text"]),
+        "images": _apart(clip.encode_images(recipe.images(32)), expected["image"]),
+        "captions": _apart(clip.encode_texts(recipe.CAPTIONS), expected["text"]),
     }
 
 

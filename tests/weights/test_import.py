@@ -46,7 +46,7 @@ def test_out_and_in_again_is_the_same_bit_for_bit(layout, config, tmp_path):
     written = write_codec(layout, config, arrays, tmp_path / "new.ckpt")
     source, found, tensors = sources.open_source(layout, written)
     assert found == config
-    back = files.flat(sources.convert(source, found, tensors, written).params)
+    back = files.flatten_params(sources.convert(source, found, tensors, written).params)
     assert back.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(back[name], array)
@@ -76,7 +76,7 @@ def test_an_imported_codec_is_a_model_folder_and_makes_codes_for_experiments(tmp
     assert "parameters" in capsys.readouterr().out
     model = Model.load(out)
     assert (model.px, model.codec, model.kernels) == (16, DVAE, "float32")
-    for name, array in files.flat(model.codec_params).items():
+    for name, array in files.flatten_params(model.codec_params).items():
         np.testing.assert_array_equal(array, params_of(DVAE)[name])
     for said in ("cdn.openai.com/dall-e/encoder.pkl", "- dvae: dVAE of DALL-E", "encoder.pkl: "):
         assert said in model.card
@@ -119,7 +119,7 @@ def test_a_clip_with_others_tokenizer_is_saved_and_opened(tmp_path):
     clip.save(tmp_path / "clip")
     opened = Clip.load(tmp_path / "clip")
     assert opened.fingerprints == clip.fingerprints
-    np.testing.assert_array_equal(opened.texts(["the cat"]), clip.texts(["the cat"]))
+    np.testing.assert_array_equal(opened.encode_texts(["the cat"]), clip.encode_texts(["the cat"]))
 
 
 def test_words_are_merged_as_the_list_says(tmp_path):
