@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key, UInt32
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate import autoregressive_sampler, progressive_sampler
+from dalle_jax.generate import autoregressive_sampler, jacobi_sampler, progressive_sampler
 from dalle_jax.generate.micro_batching import rectangles
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.kv_cache import layout
@@ -69,7 +69,7 @@ def sample_codes(
     text = tokenizer.encode(prompts, length=config.text_length - 1)
     hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
     hashes = np.asarray(hashes, np.uint32)
-    for rows, columns in rectangles(len(prompts), n, _bytes_each(config, sampling.guidance)):
+    for rows, columns in rectangles(len(prompts), n, _bytes_each(config, sampling)):
         u, w = len(rows.indices), len(columns.indices)
         keys = _keys(np.uint32(seed), hashes[rows.indices], columns.indices.astype(np.uint32))
         start = None if known is None else np.concatenate([known[columns.indices]] * u)
@@ -102,6 +102,11 @@ def _sample(config, params, text, keys, known, sampling):
         return progressive_sampler.sample(
             config, params, text, keys, sampling=sampling, known=known
         )
+    if sampling.decoder == "jacobi":
+        codes, _ = jacobi_sampler.sample(
+            config, params, text, keys, sampling=sampling, known=known
+        )
+        return codes[None]
     prompt = {}
     if known is not None:
         is_known = known < config.codes
@@ -116,12 +121,16 @@ def _sample(config, params, text, keys, known, sampling):
     return codes[None]
 
 
-def _bytes_each(config, guidance):
-    branches = 1 if guidance == 1 else 2
+def _bytes_each(config, sampling):
+    branches = 1 if sampling.guidance == 1 else 2
     if isinstance(config, ProgressiveConfig):  # keys and values, and attention to all cells
         cached = 2 * config.depth * config.length * config.width
         attention = 2 * config.heads * config.image_length * config.length
         return 4 * (cached + attention) * branches
+    if sampling.decoder == "jacobi":  # what is inside one layer, and the logits
+        attention = 2 * config.heads * config.length**2  # at most, of a dense layer
+        layer = (4 + config.mlp_ratio) * config.length * config.width
+        return 4 * (attention + layer + 4 * config.image_length * config.codes) * branches
     plans = (layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds)
     slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
     text = config.depth * config.text_length  # as if each image had a caption of its own

@@ -169,7 +169,7 @@ class Model(ModelParts):
         """
         if (mask is None) == (strength is None):
             raise UserError(f"the mask is {mask} and strength {strength}; give one of the two")
-        if sampling.decoder == "autoregressive":
+        if sampling.decoder not in (None, "progressive"):
             raise UserError("an edit needs the progressive decoder; leave decoder out")
         sampling = dataclasses.replace(sampling, decoder="progressive")
         prompts = _as_list(prompts)
@@ -196,13 +196,13 @@ class Model(ModelParts):
             )
         part = "progressive" if "progressive" in self.priors else "prior"
         if sampling.decoder is not None:
-            part = {name: part for part, name in DECODERS.items()}[sampling.decoder]
+            (part,) = (part for part, names in DECODERS.items() if sampling.decoder in names)
         if part not in self.priors:
-            able = " or ".join(DECODERS[part] for part in self.priors)
+            able = " or ".join(name for part in self.priors for name in DECODERS[part])
             raise ModelError(
                 f"model {self.name!r} has no {sampling.decoder} prior; its decoder is {able}"
             )
-        dataclasses.replace(sampling, decoder=DECODERS[part])  # checks the options
+        dataclasses.replace(sampling, decoder=sampling.decoder or DECODERS[part][0])  # checked
         return part
 
     def _sample(self, prompts, n, seed, sampling, known, progress):
