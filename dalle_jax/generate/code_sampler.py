@@ -103,9 +103,7 @@ def _sample(config, params, text, keys, known, sampling):
             config, params, text, keys, sampling=sampling, known=known
         )
     if sampling.decoder == "jacobi":
-        codes, _ = jacobi_sampler.sample(
-            config, params, text, keys, sampling=sampling, known=known
-        )
+        codes, _ = jacobi_sampler.sample(config, params, text, keys, sampling=sampling, known=known)
         return codes[None]
     prompt = {}
     if known is not None:
