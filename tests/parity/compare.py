@@ -7,7 +7,9 @@ compares the files that `oracles.py` has written there, and ends with status 1 i
 
 import json
 import sys
+import tempfile
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,13 @@ import recipe
 
 from dalle_jax.generate.clip_scorer import Clip
 from dalle_jax.generate.model import Model
+from dalle_jax.generate.model_folder import flatten_params
 from dalle_jax.models import dvae, vqgan
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.maskgit_vqgan import MaskGITVQGAN
 from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 from dalle_jax.weights import sources
+from dalle_jax.weights.export import Layout, write_codec
 
 FILES = {
     "openai-dvae": ("openai-dvae", ["encoder.pkl", "decoder.pkl"]),
@@ -59,9 +63,24 @@ def _codec(imported, expected):
     return {
         "codes": float((model.encode(images) != expected["codes"]).sum()),
         "images, of 255": float(np.abs(got.astype(int) - wanted).max()),
+        **_exported(imported, model),
         "features": _apart(features, expected["features"]),
         "pixels": _apart(pixels, expected["pixels"]),
     }
+
+
+def _exported(imported, model):
+    """How many tensors come back other than they came, where theirs is a layout to export to."""
+    layout = next(name for name, source in sources.SOURCES.items() if source is imported.source)
+    if layout not in get_args(Layout):
+        return {}
+    arrays = flatten_params(jax.device_get(model.codec_params))
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_codec(layout, model.codec, arrays, Path(folder) / "new.ckpt")
+        _, _, tensors = sources.open_source(layout, files)
+        again = sources.convert(imported.source, model.codec, tensors, files)
+        pairs = zip(*map(jax.tree.leaves, (again.params, imported.params)), strict=True)
+        return {"exported": float(sum(not np.array_equal(*pair) for pair in pairs))}
 
 
 def _floats(config, params, images, codes):
@@ -122,7 +141,7 @@ def _apart(got, wanted):
 def within(found):
     """Whether they are as near as they should be."""
     exact, *floats = found.items()
-    limits = {"images, of 255": 1.0}
+    limits = {"images, of 255": 1.0, "exported": 0.0}
     return exact[1] == 0 and all(value <= limits.get(name, FLOATS) for name, value in floats)
 
 
