@@ -2,12 +2,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test clean
+.PHONY: help install demo test parity clean
 
 help:
 	@echo "make install   create $(VENV) with the tested packages (Python 3.11 or 3.12)"
-	@echo "make demo      draw a sheet of pictures with a shipped model into demo.png"
+	@echo "make demo      generate a sheet of images with a shipped model into demo.png"
 	@echo "make test      lint, format check, types and every test"
+	@echo "make parity    run others' networks with PyTorch (1.5 GB more) and compare imported weights"
 	@echo "make clean     remove $(VENV), caches and demo.png; runs/ stays"
 
 install: $(INSTALLED)
@@ -40,6 +41,11 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile  # tests of a file share what is slow to make
+
+parity: install
+	bash tests/parity/install.sh $(CURDIR)/.parity
+	cd tests/parity && $(CURDIR)/.parity/venv/bin/python oracles.py $(CURDIR)/.parity $(CURDIR)/.parity/files ../golden/weights
+	PYTHONPATH=.:tests/parity JAX_PLATFORMS=cpu $(BIN)/python tests/parity/compare.py .parity/files
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache demo.png

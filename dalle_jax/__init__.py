@@ -16,7 +16,7 @@ __all__ = ["Clip", "Model", "SamplingConfig", "enable_compilation_cache", "load"
 
 def load(name_or_folder: str | os.PathLike) -> "Model":
     """Opens a shipped model by name, or a model folder by path; see `Model.load`."""
-    from dalle_jax.generate.model import Model  # jax takes a second: only who draws waits for it
+    from dalle_jax.generate.model import Model  # jax takes a second to import
 
     return Model.load(name_or_folder)
 

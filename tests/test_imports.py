@@ -22,7 +22,7 @@ ROOMS = {
     "weights": {"text", "models"},
     "generate": {"image", "text", "precision", "parallel", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
-    | {"generate"}  # sheets are drawn, and models written, by what users call
+    | {"generate"}  # sheets and model folders come from what users call
     | {"compilation_cache", "malloc", "terminal"},
     "planner": {"parallel", "models", "train"},
     "evaluate": {"image", "text", "precision", "losses", "models", "data", "generate", "weights"},
@@ -33,10 +33,10 @@ ROOMS["option_checks"] = set()
 ROOMS["commands"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
 # What every room may import.
-BASE = {"errors": set(), "atomic": set(), "extras": set()}
+BASE = {"errors": set(), "atomic": set(), "extras": {"errors"}}
 ROOMS = BASE | {room: below | set(BASE) for room, below in ROOMS.items()}
 
-# Slow or large to import: a user who only draws pictures should not wait for them.
+# Slow or large to import: a user who only generates images does not wait for them.
 HEAVY = {"grain", "tensorflow_datasets", "array_record", "orbax", "optax"}
 ROOMS_WITH_HEAVY = {"data", "train", "optim", "weights"}
 

@@ -29,6 +29,7 @@ from dalle_jax.image import pixels
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption
+from dalle_jax.text.clip_bpe import load_tokenizer
 
 
 class Clip:
@@ -105,7 +106,7 @@ class Clip:
             name=name,
             config=files.config_from_fields(CLIPConfig, fields, folder),
             params=files.to_params(files.read_tensors(folder / files.CLIP)),
-            tokenizer=Tokenizer.load(folder / files.TOKENIZER),
+            tokenizer=load_tokenizer(folder / files.TOKENIZER),
             fingerprints=fingerprints,
             kernels=config.get("kernels", "bfloat16"),
             **files.read_texts(folder),

@@ -28,6 +28,7 @@ from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.clip_bpe import load_tokenizer
 
 Priors = dict[str, tuple[PriorConfig | ProgressiveConfig, Any]]
 Parts = TypeVar("Parts", bound="ModelParts")
@@ -138,7 +139,7 @@ class ModelParts(Codec):
                 parts[part] = files.config_from_fields(CONFIGS[part], config[part], folder)
                 tensors = files.read_tensors(folder / file)
                 parts[f"{part}_params"] = files.to_params(tensors, dtype=dtype)
-                parts["tokenizer"] = Tokenizer.load(folder / files.TOKENIZER)
+                parts["tokenizer"] = load_tokenizer(folder / files.TOKENIZER)
         if (folder / CLIP_FOLDER / files.CONFIG).is_file():
             parts["clip"] = folder / CLIP_FOLDER
         parts |= files.read_texts(folder)

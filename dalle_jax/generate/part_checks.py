@@ -18,8 +18,11 @@ from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 
-DECODERS: dict[str, Decoder] = {"prior": "autoregressive", "progressive": "progressive"}
-"""The option `decoder` of each prior."""
+DECODERS: dict[str, tuple[Decoder, ...]] = {
+    "prior": ("autoregressive", "jacobi"),
+    "progressive": ("progressive",),
+}
+"""What the option `decoder` can be for each prior, the usual one first."""
 CONFIGS = {"prior": PriorConfig, "progressive": ProgressiveConfig}
 """Sizes of each."""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from dalle_jax.errors import UserError
 
-Decoder = Literal["autoregressive", "progressive"]
+Decoder = Literal["autoregressive", "jacobi", "progressive"]
 Schedule = Literal["cosine", "linear"]
 Order = Literal["random", "raster", "dynamic", "confidence"]
 
@@ -47,8 +47,9 @@ class SamplingConfig:
     caption: 1 is off, 2 to 4 follow the caption more closely. The progressive decoder raises s
     along a line, from near 1 in the first stage."""
     decoder: Decoder | None = None
-    """Code after code (autoregressive), or in few passes from coarse to fine (progressive); None
-    for the latter if the model has it."""
+    """Code after code (autoregressive); the same codes in passes over all cells, until none changes
+    any more, for devices on which a step takes as long as a pass (jacobi); or in few passes from
+    coarse to fine (progressive). None for the latter if the model has it, else code after code."""
     stages: int | None = None
     """Passes of the progressive decoder, at most one a cell; None for 16, or fewer if fewer cells
     are empty."""
@@ -97,7 +98,7 @@ class SamplingConfig:
             )
         if self.revise < 0:
             raise UserError(f"revise is {self.revise}; it is a number of passes, 0 for none")
-        if self.decoder == "autoregressive":
+        if self.decoder in ("autoregressive", "jacobi"):
             for name in self._changed():
                 if name in PROGRESSIVE_ONLY:
                     raise UserError(

@@ -152,10 +152,7 @@ class Tokenizer:
 
         ids = np.tile(self.vocabulary + np.arange(length, dtype=np.int32), (len(captions), 1))
         for row, caption in enumerate(captions):
-            if dropout:
-                tokens = self._draw(_clean(caption), dropout, seeds[row])
-            else:
-                tokens = self._pieces.encode(_clean(caption))
+            tokens = self._draw(caption, dropout, seeds[row]) if dropout else self._tokens(caption)
             if len(tokens) > length:
                 self._overlong(caption, len(tokens), length, overlong)
             ids[row, : len(tokens)] = tokens[:length]
@@ -165,6 +162,9 @@ class Tokenizer:
         """Returns the lower-cased caption of one row of ids; pads (ids from V on) say nothing."""
         return self._pieces.decode([int(i) for i in ids if i < self.vocabulary])
 
+    def _tokens(self, caption: str) -> list[int]:
+        return self._pieces.encode(_clean(caption))
+
     def _draw(self, caption: str, dropout: float, seed: int) -> list[int]:
         """Algorithm 1 of Provilkov et al. 2019: every merge may be left out at every step.
 
@@ -172,7 +172,7 @@ class Tokenizer:
         """
         draw = random.Random(int(seed)).random
         tokens: list[int] = []
-        for run in _PART.findall(caption):
+        for run in _PART.findall(_clean(caption)):
             parts = list(run)
             while len(parts) > 1:
                 pairs = (self._merges.get(a + b) for a, b in itertools.pairwise(parts))

@@ -8,6 +8,7 @@ shells that hold what the pickle gives them and do nothing.
 
 import collections
 import io
+import mmap
 import pickle
 import pickletools
 from typing import Any, NamedTuple
@@ -88,11 +89,12 @@ class Reader(pickle.Unpickler):
     """Unpickles descriptions of tensors, from where a file stands.
 
     Args:
-      file: with the pickle; afterwards it stands behind it.
+      file: with the pickle, in memory or mapped, so that reading takes no more than there is;
+        afterwards it stands behind it.
       shells: whether unknown names become empty shells; else they are refused.
     """
 
-    def __init__(self, file: io.BufferedIOBase, *, shells: bool = False):
+    def __init__(self, file: io.BytesIO | mmap.mmap, *, shells: bool = False):
         super().__init__(io.BytesIO(_checked(file)), encoding="utf-8")
         self._shells = shells
         self.storages: dict[str, Storage] = {}
@@ -130,7 +132,7 @@ class Reader(pickle.Unpickler):
         return storage
 
 
-def _checked(file: io.BufferedIOBase) -> bytes:
+def _checked(file: io.BytesIO | mmap.mmap) -> bytes:
     """The bytes of one pickle, of which every instruction is known and no number too large."""
     start = file.tell()
     largest = 0

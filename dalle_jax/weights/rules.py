@@ -53,68 +53,55 @@ def to_ours(
         are listed.
     """
     compiled = [(re.compile(_pattern(rule.theirs)), rule) for rule in rules]
-    arrays: dict[str, np.ndarray] = {}
+    places: dict[tuple, tuple[np.ndarray, Rule]] = {}
     filled = dict.fromkeys(shapes, 0)
     problems: dict[str, list[str]] = {"unknown": [], "misfit": [], "missing": []}
     for name, tensor in tensors.items():
         found = next(((m, rule) for p, rule in compiled if (m := p.fullmatch(name))), None)
-        if found is None:
+        if found and found[1].ours is None:
+            continue
+        place = found and _place(found[1].ours, found[0].groupdict())
+        if not found or place[0] not in shapes or place in places:
             problems["unknown"].append(name)
             continue
-        match, rule = found
-        if rule.ours is None:
-            continue
-        ours, index = _place(rule.ours, match.groupdict())
-        if ours not in shapes:
-            problems["unknown"].append(name)
-            continue
-        problem = _misfit(tensor, rule.axes, shapes[ours], index)
+        ours, index = place
+        problem = _misfit(tensor, found[1].axes, shapes[ours], index)
         if problem:
             problems["misfit"].append(f"{name} {problem}")
             continue
-        if ours not in arrays:
-            arrays[ours] = np.empty(shapes[ours], np.float32)
-        part = arrays[ours][index]
-        part[...] = tensor.transpose(rule.axes).reshape(part.shape)
-        filled[ours] += part.size
+        places[place] = tensor, found[1]
+        filled[ours] += tensor.size
     problems["missing"] = [name for name, n in filled.items() if n != math.prod(shapes[name])]
     if any(problems.values()):
         raise WeightsError(_said(problems))
+    # only now is memory taken: as many numbers as the tensors have
+    arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+    for (ours, index), (tensor, rule) in places.items():
+        part = arrays[ours][(*map(_numpy_index, index), ...)]
+        turned = tensor if rule.axes is None else tensor.transpose(rule.axes)
+        part[...] = turned.reshape(part.shape)
     return arrays
 
 
-def to_theirs(
-    arrays: Mapping[str, np.ndarray], rules: Sequence[Rule], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Undoes `to_ours` for rules whose places are whole arrays and whose axes are not joined.
+def to_theirs(arrays: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
+    """Undoes `to_ours`, bit for bit, for rules whose places are whole arrays.
 
     Args:
       arrays: ours, by our names.
-      rules: the table.
-      names: theirs that are wanted, in this order.
+      rules: the first whose place fits counts.
+    Raises:
+      WeightsError: if they have no place for one of ours.
     """
     tensors = {}
-    for name in names:
-        for rule in rules:
-            match = re.fullmatch(_pattern(rule.theirs), name)
-            if match and rule.ours is not None:
-                ours, _ = _place(rule.ours, match.groupdict())
-                back = None if rule.axes is None else np.argsort(rule.axes)
-                tensors[name] = np.ascontiguousarray(arrays[ours].transpose(back))
-                break
+    for ours, array in arrays.items():
+        pairs = ((rule, re.fullmatch(_pattern(rule.ours), ours)) for rule in rules if rule.ours)
+        rule, match = next((pair for pair in pairs if pair[1]), (None, None))
+        if match is None:
+            raise WeightsError(f"that layout has no place for our {ours}")
+        turned = array if rule.axes is None else array.transpose(np.argsort(rule.axes))
+        theirs = rule.theirs.format(**match.groupdict())
+        tensors[theirs] = np.ascontiguousarray(turned)
     return tensors
-
-
-def their_names(arrays: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> list[str]:
-    """Names that our arrays have with them, by rules whose places are whole arrays."""
-    names = []
-    for ours in arrays:
-        for rule in rules:
-            match = rule.ours and re.fullmatch(_pattern(rule.ours), ours)
-            if match:
-                names.append(rule.theirs.format(**match.groupdict()))
-                break
-    return names
 
 
 def _pattern(template: str) -> str:
@@ -122,10 +109,14 @@ def _pattern(template: str) -> str:
     return re.sub(r"\\{([ij])\\}", r"(?P<\1>0|[1-9][0-9]{0,5})", pattern)
 
 
-def _place(template: str, numbers: Mapping[str, str]) -> tuple[str, tuple]:
+def _place(template: str, numbers: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Our name, and the parts of the index: numbers and ":"."""
     name, _, index = template.format(**numbers).rstrip("]").partition("[")
-    parts = index.split(",") if index else []
-    return name, tuple(slice(None) if part == ":" else int(part) for part in parts)
+    return name, tuple(index.split(",")) if index else ()
+
+
+def _numpy_index(part: str) -> int | slice:
+    return slice(None) if part == ":" else int(part)
 
 
 def _misfit(tensor, axes, shape, index) -> str | None:
@@ -133,12 +124,10 @@ def _misfit(tensor, axes, shape, index) -> str | None:
     if not (np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.name == "bfloat16"):
         return f"holds {tensor.dtype}, wanted floating-point numbers"
     has = list(tensor.shape)
-    if len(index) > len(shape) or any(
-        number != slice(None) and number >= size for number, size in zip(index, shape, strict=False)
-    ):
+    pairs = list(zip(index, shape, strict=False))
+    if len(index) > len(shape) or any(at != ":" and int(at) >= size for at, size in pairs):
         return f"has no place: ours is {list(shape)}"
-    wanted = [n for n, at in zip(shape, index, strict=False) if at == slice(None)]
-    wanted += shape[len(index) :]
+    wanted = [size for at, size in pairs if at == ":"] + list(shape[len(index) :])
     if axes is not None and len(axes) != len(has):
         return f"has shape {has}, wanted {len(axes)} axes"
     turned = has if axes is None else [has[axis] for axis in axes]

@@ -11,6 +11,7 @@ are read: the zip archive (PyTorch 1.6 and later), TorchScript's, and the older 
 """
 
 import io
+import mmap
 import os
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import numpy as np
 from dalle_jax.weights.errors import WeightsError
 from dalle_jax.weights.pickles import DTYPES, Reader, Shell, Storage, Tensor
 
+_SMALLEST_ZIP = 22  # bytes
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MOST_TIMES = 4  # that all tensors together may be as large as the file: tied weights count twice
 _LARGEST_PICKLE = 2**26  # bytes; a description of tensors, not their values
@@ -46,10 +48,15 @@ def read_torch(path: str | os.PathLike, *, shells: bool = False) -> dict[str, An
     """
     path = Path(path)
     try:
-        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-        read = _read_zip if zipfile.is_zipfile(path) else _read_older
         with path.open("rb") as file:
-            found, values = read(file, content, shells)
+            if not path.stat().st_size:
+                raise WeightsError("it is empty")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = np.frombuffer(mapped, np.uint8)
+        zipped = len(content) >= _SMALLEST_ZIP and zipfile.is_zipfile(mapped)
+        read = _read_zip if zipped else _read_older
+        mapped.seek(0)
+        found, values = read(mapped, content, shells)
         found = _resolved(found, values, most=_MOST_TIMES * len(content))
         if isinstance(found, Shell):
             found = module_tensors(found)
@@ -66,7 +73,7 @@ def read_torch(path: str | os.PathLike, *, shells: bool = False) -> dict[str, An
         ) from error
 
 
-def _read_zip(file: io.BufferedReader, content: np.ndarray, shells: bool) -> tuple[Any, Values]:
+def _read_zip(file: mmap.mmap, content: np.ndarray, shells: bool) -> tuple[Any, Values]:
     archive = zipfile.ZipFile(file)
     members = {info.filename: info for info in archive.infolist()}
     heads = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -100,7 +107,7 @@ def _member(content: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
     return content[start : start + info.file_size]
 
 
-def _read_older(file: io.BufferedReader, content: np.ndarray, shells: bool) -> tuple[Any, Values]:
+def _read_older(file: mmap.mmap, content: np.ndarray, shells: bool) -> tuple[Any, Values]:
     pickled = content[:2].tobytes() == b"\x80\x02"  # of protocol 2
     if not pickled or Reader(file).load() != _MAGIC:
         raise WeightsError("it does not start like a file of torch.save")

@@ -48,7 +48,10 @@ def test_it_describes_what_is_not_at_its_default():
         ({"top_p": 1.5}, "top_p is 1.5, but must be above 0 and at most 1"),
         ({"top_p": math.nan}, "top_p is nan, but must be above 0 and at most 1"),
         ({"guidance": math.inf}, "guidance is inf, but must be a finite number; 1 turns it off"),
-        ({"decoder": "diffusion"}, "decoder is 'diffusion', but must be autoregressive or prog"),
+        (
+            {"decoder": "diffusion"},
+            "decoder is 'diffusion', but must be autoregressive or jac",
+        ),
         ({"stages": 0}, "stages is 0, but must be at least 1"),
         ({"schedule": None}, "schedule is None, but must be cosine or linear"),
         ({"order": "spiral"}, "order is 'spiral', but must be random or raster or dynamic or"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.weights.errors import WeightsError
-from dalle_jax.weights.rules import CONV, MATRIX, Rule, their_names, to_ours, to_theirs
+from dalle_jax.weights.rules import CONV, MATRIX, Rule, to_ours, to_theirs
 
 SHAPES = {"in/kernel": (3, 3, 2, 4), "in/bias": (4,), "qkv/kernel": (2, 4, 3, 2, 2)}
 RULES = (
@@ -64,7 +64,9 @@ def test_everything_that_does_not_fit_is_listed_at_once():
 def test_axes_are_joined_or_split_but_never_mixed():
     same = (Rule("a", "a"),)
     tensor = np.arange(36, dtype=np.float32)
-    assert to_ours({"a": tensor.reshape(4, 9)}, same, {"a": (2, 2, 9)})["a"].shape == (2, 2, 9)
+    split = to_ours({"a": tensor.reshape(4, 9)}, same, {"a": (2, 2, 9)})["a"]
+    np.testing.assert_array_equal(split, tensor.reshape(2, 2, 9))
+    assert to_theirs({"a": split}, same)["a"][1, 0, 1] == 19
     with pytest.raises(WeightsError, match=r"a has shape \[4, 9\], which becomes"):
         to_ours({"a": tensor.reshape(4, 9)}, same, {"a": (6, 6)})
 
@@ -73,8 +75,22 @@ def test_whole_arrays_go_back_bit_for_bit():
     theirs = {name: tensors()[name].astype(np.float32) for name in ("conv.weight", "conv.bias")}
     shapes = {name: SHAPES[name] for name in ("in/kernel", "in/bias")}
     ours = to_ours(theirs, RULES, shapes)
-    names = their_names(ours, RULES)
-    assert names == ["conv.weight", "conv.bias"]
-    back = to_theirs(ours, RULES, names)
-    for name in names:
+    back = to_theirs(ours, RULES)
+    assert back.keys() == theirs.keys()
+    for name in theirs:
         np.testing.assert_array_equal(back[name], theirs[name])
+    with pytest.raises(WeightsError, match="no place for our other"):
+        to_theirs({"other": np.zeros(1)}, RULES)
+
+
+def test_two_tensors_for_one_place_are_refused():
+    rules = (Rule("a", "x"), Rule("b", "x"))
+    with pytest.raises(WeightsError, match="no rule for b"):
+        to_ours(dict.fromkeys("ab", np.zeros(2, np.float32)), rules, {"x": (2,)})
+
+
+def test_memory_is_taken_only_for_what_the_files_hold():
+    huge = {"qkv/kernel": (10**9, 4, 3, 2, 2)}  # 192 GB
+    part = {"layers.0.q.weight": np.zeros((4, 4), np.float32)}
+    with pytest.raises(WeightsError, match="nothing in the files for our qkv/kernel"):
+        to_ours(part, RULES, huge)

@@ -1,0 +1,289 @@
+"""Published codecs: the names of their tensors, and the sizes that follow from them.
+
+openai-dvae     encoder.pkl and decoder.pkl: pickled modules, whose code is not run
+taming          Lightning checkpoints of VQ-GANs, by nearest code or (Gumbel) by logits
+llamagen-vq     {"model": ...}; the decoder's groups are numbered coarse to fine
+maskgit-vqgan   a plain state dict
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.models.maskgit_vqgan import MaskGITVQGANConfig
+from dalle_jax.models.vqgan import VQGANConfig
+from dalle_jax.weights.errors import WeightsError
+from dalle_jax.weights.rules import CONV, Rule
+from dalle_jax.weights.torch_file import read_torch
+
+Tensors = dict[str, np.ndarray]
+
+_HALVES = (("encoder", "down"), ("decoder", "up"))
+
+
+def _conv(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return Rule(f"{theirs}.weight", f"{ours}/kernel", CONV), Rule(f"{theirs}.bias", f"{ours}/bias")
+
+
+def _norm(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias")
+
+
+def _block(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return (
+        *_norm(f"{theirs}.norm1", f"{ours}/norm1"),
+        *_conv(f"{theirs}.conv1", f"{ours}/conv1"),
+        *_norm(f"{theirs}.norm2", f"{ours}/norm2"),
+        *_conv(f"{theirs}.conv2", f"{ours}/conv2"),
+        *_conv(f"{theirs}.nin_shortcut", f"{ours}/nin_shortcut"),
+    )
+
+
+def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
+    parts = (
+        rule for x in ("q", "k", "v", "proj_out") for rule in _conv(f"{theirs}.{x}", f"{ours}/{x}")
+    )
+    return (*_norm(f"{theirs}.norm", f"{ours}/norm"), *parts)
+
+
+def _ends(half: str) -> tuple[Rule, ...]:
+    return (
+        *_conv(f"{half}.conv_in", f"{half}/conv_in"),
+        *_norm(f"{half}.norm_out", f"{half}/norm_out"),
+        *_conv(f"{half}.conv_out", f"{half}/conv_out"),
+    )
+
+
+def _dvae_conv(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return Rule(f"{theirs}.w", f"{ours}/kernel", CONV), Rule(f"{theirs}.b", f"{ours}/bias")
+
+
+DVAE = tuple(
+    rule
+    for half, _ in _HALVES
+    for theirs, ours in (
+        ("input", "input"),
+        ("output.conv", "output"),
+        ("group_{i}.block_{j}.id_path", "group_{i}_block_{j}/id_path"),
+        *(
+            (f"group_{{i}}.block_{{j}}.res_path.conv_{n}", f"group_{{i}}_block_{{j}}/conv_{n}")
+            for n in range(1, 5)
+        ),
+    )
+    for rule in _dvae_conv(f"{half}.blocks.{theirs}", f"{half}/{ours}")
+)
+
+_CODEBOOK = (
+    *_conv("quant_conv", "quant_conv"),
+    *_conv("post_quant_conv", "post_quant_conv"),
+    Rule("quantize.embedding.weight", "quantize/embedding"),
+)
+
+TAMING = (
+    *(
+        rule
+        for half, group in _HALVES
+        for rule in (
+            *_ends(half),
+            *_block(f"{half}.{group}.{{i}}.block.{{j}}", f"{half}/{group}_{{i}}/block_{{j}}"),
+            *_attention(f"{half}.{group}.{{i}}.attn.{{j}}", f"{half}/{group}_{{i}}/attn_{{j}}"),
+            *_block(f"{half}.mid.block_{{j}}", f"{half}/mid/block_{{j}}"),
+            *_attention(f"{half}.mid.attn_{{j}}", f"{half}/mid/attn_{{j}}"),
+        )
+    ),
+    *_conv("encoder.down.{i}.downsample.conv", "encoder/down_{i}/downsample/conv"),
+    *_conv("decoder.up.{i}.upsample.conv", "decoder/up_{i}/upsample/conv"),
+    *_CODEBOOK,
+    Rule("quantize.embed.weight", "quantize/embedding"),
+    *_conv("quantize.proj", "quantize/proj"),
+    Rule("loss.{*}"),
+)
+
+LLAMAGEN = (
+    *(
+        rule
+        for half, group in _HALVES
+        for theirs, ours in ((f"{half}.conv_blocks.{{i}}", f"{half}/{group}_{{i}}"),)
+        for rule in (
+            *_ends(half),
+            *_block(f"{theirs}.res.{{j}}", f"{ours}/block_{{j}}"),
+            *_attention(f"{theirs}.attn.{{j}}", f"{ours}/attn_{{j}}"),
+            *_block(f"{half}.mid.0", f"{half}/mid/block_1"),
+            *_attention(f"{half}.mid.1", f"{half}/mid/attn_1"),
+            *_block(f"{half}.mid.2", f"{half}/mid/block_2"),
+        )
+    ),
+    *_conv("encoder.conv_blocks.{i}.downsample.conv", "encoder/down_{i}/downsample/conv"),
+    *_conv("decoder.conv_blocks.{i}.upsample.conv", "decoder/up_{i}/upsample/conv"),
+    *_CODEBOOK,
+    Rule("quantize.codebook_used"),
+)
+
+MASKGIT = (
+    *(
+        rule
+        for half, group in _HALVES
+        for rule in (
+            *_ends(half),
+            *_block(f"{half}.{group}.{{i}}.block.{{j}}", f"{half}/{group}_{{i}}/block_{{j}}"),
+            *_block(f"{half}.mid.{{j}}", f"{half}/mid/block_{{j}}"),
+        )
+    ),
+    *_conv("decoder.up.{i}.upsample_conv", "decoder/up_{i}/upsample_conv"),
+    Rule("quantize.embedding.weight", "embedding"),
+)
+
+
+def read_dvae(files: Sequence[Path]) -> Tensors:
+    """Tensors of both halves; the two files have the same names in them."""
+    return {
+        f"{half}.{name}": tensor
+        for (half, _), file in zip(_HALVES, files, strict=True)
+        for name, tensor in _state(read_torch(file, shells=True), file).items()
+    }
+
+
+def read_taming(files: Sequence[Path]) -> Tensors:
+    """Tensors of a VQ-GAN, which may stand below another model's name for it."""
+    (file,) = files
+    tensors = _state(read_torch(file, shells=True), file)
+    prefix = "model." if "model.encoder.conv_in.weight" in tensors else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def read_llamagen(files: Sequence[Path]) -> Tensors:
+    """Tensors of a VQ-GAN, its decoder's groups numbered fine to coarse as the encoder's are."""
+    (file,) = files
+    tensors = _state(read_torch(file, shells=True), file)
+    last = _count(tensors, r"decoder\.conv_blocks\.(\d+)\..*") - 1
+
+    def numbered(name):
+        head, _, rest = name.removeprefix("decoder.conv_blocks.").partition(".")
+        return f"decoder.conv_blocks.{last - int(head)}.{rest}"
+
+    return {
+        numbered(name) if re.match(r"decoder\.conv_blocks\.\d+\.", name) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def read_maskgit(files: Sequence[Path]) -> Tensors:
+    """Tensors of MaskGIT's VQ-GAN."""
+    (file,) = files
+    return _state(read_torch(file, shells=True), file)
+
+
+def dvae_config(tensors: Mapping[str, np.ndarray]) -> DVAEConfig:
+    """Sizes of a dVAE."""
+    code_width, codes, *_ = _shape(tensors, "decoder.blocks.input.w", 4)
+    return DVAEConfig(
+        width=_shape(tensors, "encoder.blocks.input.w", 4)[0],
+        groups=_count(tensors, r"encoder\.blocks\.group_(\d+)\..*", first=1),
+        blocks_per_group=_count(tensors, r"encoder\.blocks\.group_1\.block_(\d+)\..*", first=1),
+        codes=codes,
+        code_width=code_width,
+    )
+
+
+def taming_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
+    """Sizes of a VQ-GAN; codes are chosen by logits where there is a projection to them."""
+    by_logits = "quantize.proj.weight" in tensors
+    return _vqgan_config(
+        tensors,
+        group=r"encoder\.down\.{}",
+        block="block",
+        table="quantize.embed.weight" if by_logits else "quantize.embedding.weight",
+        quantizer="logits" if by_logits else "nearest",
+    )
+
+
+def llamagen_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
+    """Sizes of a VQ-GAN whose codes have length 1."""
+    return _vqgan_config(
+        tensors,
+        group=r"encoder\.conv_blocks\.{}",
+        block="res",
+        table="quantize.embedding.weight",
+        quantizer="cosine",
+    )
+
+
+def maskgit_config(tensors: Mapping[str, np.ndarray]) -> MaskGITVQGANConfig:
+    """Sizes of MaskGIT's VQ-GAN."""
+    width, multipliers, blocks = _groups(tensors, r"encoder\.down\.{}", "block")
+    codes, code_width = _shape(tensors, "quantize.embedding.weight", 2)
+    return MaskGITVQGANConfig(
+        width=width,
+        multipliers=multipliers,
+        blocks_per_group=blocks,
+        codes=codes,
+        code_width=code_width,
+    )
+
+
+def _vqgan_config(tensors, *, group, block, table, quantizer):
+    width, multipliers, blocks = _groups(tensors, group, block)
+    attends = re.compile(group.format(r"(\d+)") + r"\.attn\.0\.norm\.weight")
+    codes, code_width = _shape(tensors, table, 2)
+    found = filter(None, map(attends.fullmatch, tensors))
+    return VQGANConfig(
+        width=width,
+        multipliers=multipliers,
+        blocks_per_group=blocks,
+        attention=tuple(sorted(2 ** int(match[1]) for match in found)),
+        z_width=_shape(tensors, "encoder.conv_out.weight", 4)[0],
+        codes=codes,
+        code_width=code_width,
+        quantizer=quantizer,
+    )
+
+
+def _groups(tensors, group, block):
+    """Width, multipliers of it, and blocks of a group."""
+    width = _shape(tensors, "encoder.conv_in.weight", 4)[0]
+    count = _count(tensors, group.format(r"(\d+)") + r"\..*")
+    first = group.replace("\\", "")
+    sides = [
+        _shape(tensors, f"{first.format(i)}.{block}.0.conv1.weight", 4)[0] for i in range(count)
+    ]
+    if not width or any(side % width for side in sides):
+        raise WeightsError(f"its groups have {sides} channels, no multiples of the first {width}")
+    blocks = _count(tensors, group.format(0) + rf"\.{block}\.(\d+)\..*")
+    return width, tuple(side // width for side in sides), blocks
+
+
+def _count(tensors, pattern: str, *, first: int = 0) -> int:
+    """How many numbers there are where the pattern has its group: first, first + 1 and so on."""
+    numbers = {
+        int(match[1]) for match in (re.fullmatch(pattern, name) for name in tensors) if match
+    }
+    if not numbers or numbers != set(range(first, first + len(numbers))):
+        raise WeightsError(
+            f"it has no tensors {pattern.replace(chr(92), '')} that are numbered from {first} on; "
+            "is it a file of this source?"
+        )
+    return len(numbers)
+
+
+def _shape(tensors, name: str, axes: int) -> tuple[int, ...]:
+    if name not in tensors or tensors[name].ndim != axes:
+        has = list(tensors[name].shape) if name in tensors else "missing"
+        raise WeightsError(
+            f"its tensor {name} is {has}, wanted {axes} axes; is it a file of this source?"
+        )
+    return tensors[name].shape
+
+
+def _state(content: dict[str, Any], file: Path) -> Tensors:
+    """The tensors of a file, which may lie below "state_dict" (Lightning) or "model"."""
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    odd = [str(name) for name, value in content.items() if not isinstance(value, np.ndarray)]
+    if odd or not content:
+        raise WeightsError(f"{file} holds more than tensors or none at all ({', '.join(odd[:4])})")
+    return content

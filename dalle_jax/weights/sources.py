@@ -1,0 +1,211 @@
+"""What can be imported, and where it is published. Files are the user's: nothing is downloaded.
+
+A new source is an entry of `SOURCES`: how its files are read, what sizes follow, and the table of
+its names.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from dalle_jax.models import clip as clip_network
+from dalle_jax.models import codec as codecs
+from dalle_jax.text.clip_bpe import CLIPTokenizer
+from dalle_jax.weights import clip_rules, codec_rules
+from dalle_jax.weights.errors import WeightsError
+from dalle_jax.weights.rules import Rule, Shape, to_ours
+
+MIT = "MIT"
+APACHE = "Apache-2.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A family of published weights."""
+
+    title: str
+    kind: Literal["codec", "clip"]
+    files: tuple[str, ...]
+    """What to give, in this order."""
+    addresses: tuple[str, ...]
+    """Where they are published."""
+    licence: str
+    note: str
+    """Size, and what is worth knowing."""
+    read: Callable[[Sequence[Path]], dict[str, np.ndarray]]
+    config: Callable[..., Any]
+    rules: tuple[Rule, ...]
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Of files for which their publisher says it."""
+    px: int | None = None
+    """Side of images that it was trained on, in pixels; of a CLIP its tensors say it."""
+
+
+SOURCES: dict[str, Source] = {
+    "openai-dvae": Source(
+        title="dVAE of DALL-E (OpenAI 2021), f = 8, 8,192 codes",
+        kind="codec",
+        files=("encoder.pkl", "decoder.pkl"),
+        addresses=(
+            "https://cdn.openai.com/dall-e/encoder.pkl",
+            "https://cdn.openai.com/dall-e/decoder.pkl",
+        ),
+        licence="Modified MIT (github.com/openai/DALL-E)",
+        note="97.6M parameters, 390 MB",
+        read=codec_rules.read_dvae,
+        config=codec_rules.dvae_config,
+        rules=codec_rules.DVAE,
+        px=256,
+    ),
+    "taming-vqgan": Source(
+        title="VQ-GAN (Esser et al. 2021): f16 with 1,024 or 16,384 codes, Gumbel f8 with 8,192",
+        kind="codec",
+        files=("last.ckpt",),
+        addresses=("https://github.com/CompVis/taming-transformers#overview-of-pretrained-models",),
+        licence=MIT,
+        note="72 to 77M parameters; the checkpoint also holds its discriminator, about 1 GB",
+        read=codec_rules.read_taming,
+        config=codec_rules.taming_config,
+        rules=codec_rules.TAMING,
+        px=256,
+    ),
+    "llamagen-vq": Source(
+        title="VQ-16 and VQ-8 of LlamaGen (Sun et al. 2024), 16,384 codes of length 1",
+        kind="codec",
+        files=("vq_ds16_c2i.pt",),
+        addresses=("https://huggingface.co/FoundationVision/LlamaGen/tree/main",),
+        licence=MIT,
+        note="72M parameters, 288 MB",
+        read=codec_rules.read_llamagen,
+        config=codec_rules.llamagen_config,
+        rules=codec_rules.LLAMAGEN,
+        px=256,
+    ),
+    "maskgit-vqgan": Source(
+        title="VQ-GAN of MaskGIT (Chang et al. 2022), f = 16, 1,024 codes",
+        kind="codec",
+        files=("maskgit-vqgan-imagenet-f16-256.bin",),
+        addresses=("https://huggingface.co/fun-research/TiTok/tree/main",),
+        licence=APACHE,
+        note="54.5M parameters, 218 MB",
+        read=codec_rules.read_maskgit,
+        config=codec_rules.maskgit_config,
+        rules=codec_rules.MASKGIT,
+        px=256,
+    ),
+    "openai-clip": Source(
+        title="CLIP (Radford et al. 2021) with a vision transformer, as OpenAI publishes it",
+        kind="clip",
+        files=("ViT-B-32.pt", "bpe_simple_vocab_16e6.txt.gz"),
+        addresses=("https://github.com/openai/CLIP (clip/clip.py names each file's address)",),
+        licence="MIT; the model card asks not to deploy it untested",
+        note="ViT-B/32: 151M parameters, 338 MB; the address of each file holds its sha256",
+        sha256={"ViT-B-32.pt": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"},
+        read=clip_rules.read_openai,
+        config=clip_rules.openai_config,
+        rules=clip_rules.OPENAI,
+    ),
+    "hf-clip": Source(
+        title="CLIP with a vision transformer, as Hugging Face's transformers keep it",
+        kind="clip",
+        files=("model.safetensors or pytorch_model.bin", "merges.txt", "config.json (optional)"),
+        addresses=("https://huggingface.co/openai/clip-vit-base-patch32/tree/main",),
+        licence="MIT for OpenAI's weights; others: see their page",
+        note="ViT-B/32: 151M parameters, 605 MB",
+        read=clip_rules.read_hugging_face,
+        config=clip_rules.hugging_face_config,
+        rules=clip_rules.HUGGING_FACE,
+    ),
+}
+
+
+class Imported(NamedTuple):
+    """Weights under our names."""
+
+    source: Source
+    config: Any
+    params: Any
+    """Nested, in float32."""
+    tokenizer: CLIPTokenizer | None
+
+
+def open_source(name: str, files: Sequence[Path]) -> tuple[Source, Any, dict[str, np.ndarray]]:
+    """Opens the files of a source, whose values stay in them until they are used.
+
+    Returns:
+      The source, the config that its tensors say, and the tensors.
+    Raises:
+      WeightsError: if there is no such source, or the files are not its own.
+    """
+    if name not in SOURCES:
+        raise WeightsError(f"the source is {name!r}, but must be one of {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    least = len([file for file in source.files if "optional" not in file])
+    if not least <= len(files) <= len(source.files):
+        raise WeightsError(
+            f"{name} needs the files {', '.join(source.files)}, in this order; got {len(files)}"
+        )
+    for file in files:
+        if not file.is_file():
+            raise WeightsError(
+                f"there is no file {file}; {name} is published at {', '.join(source.addresses)}"
+            )
+    tensors = source.read(files)
+    config = source.config(tensors, files) if source.kind == "clip" else source.config(tensors)
+    return source, config, tensors
+
+
+def convert(
+    source: Source, config: Any, tensors: Mapping[str, np.ndarray], files: Sequence[Path]
+) -> Imported:
+    """Brings opened tensors under our names; WeightsError if they do not fit."""
+    arrays = to_ours(tensors, source.rules, shapes(config))
+    tokenizer = None
+    if source.kind == "clip":
+        tokenizer = CLIPTokenizer.from_merges(files[1])
+    return Imported(source, config, flax.traverse_util.unflatten_dict(arrays, sep="/"), tokenizer)
+
+
+def card(imported: Imported, name: str, files: Sequence[Path]) -> str:
+    """Text of the model card: where the weights are from, on which terms, and from which files."""
+    source = imported.source
+    opened = "dalle_jax.Clip.load" if source.kind == "clip" else "dalle_jax.load"
+    what = "clip" if source.kind == "clip" else codecs.kind(imported.config)
+    lines = [
+        f"# {name}",
+        "",
+        f"{source.title}. Weights of others, imported by dalle_jax without a change: `{opened}`.",
+        "",
+        f"- {what}: {source.title}, published at {', '.join(source.addresses)}; {source.licence}",
+        "",
+        "Files it was made of, with their sha256:",
+        "",
+        *(f"- {file.name}: {_digest(file)}" for file in files),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@cache  # tracing a large network takes seconds
+def shapes(config: Any) -> dict[str, Shape]:
+    """Shapes of our arrays, by their names; nothing is computed."""
+    if isinstance(config, clip_network.CLIPConfig):
+        network = clip_network.CLIP(config)
+        init = partial(network.init, method=lambda clip: clip.log_scale)
+    else:
+        init = partial(codecs.init_params, config)
+    drawn = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
+    flat = flax.traverse_util.flatten_dict(drawn.get("params", drawn), sep="/")
+    return {name: leaf.shape for name, leaf in flat.items()}

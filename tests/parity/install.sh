@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Builds the environment of the parity checks: others' code, with PyTorch. Usage: install.sh FOLDER
+# About 1.5 GB with a CPU build of PyTorch; what is there already is kept.
+set -euo pipefail
+folder=$1; here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+mkdir -p "$folder"
+
+checkout() {  # NAME ADDRESS COMMIT: networks that no package holds
+  [ -d "$folder/$1" ] || { git clone -q "$2" "$folder/$1" && git -C "$folder/$1" checkout -q "$3"; }
+}
+checkout LlamaGen https://github.com/FoundationVision/LlamaGen ce98ec41803a74a90ce68c40ababa9eaeffeb4ec
+checkout 1d-tokenizer https://github.com/bytedance/1d-tokenizer 942a96fbdd873780179d1b78d5462911528bf8c8
+checkout CLIP https://github.com/openai/CLIP d05afc436d78f1c48dc0dbf8e5980a9d471f35f6
+
+ready() {
+  [ -x "$folder/venv/bin/python" ] && (cd "$here" && "$folder/venv/bin/python" -W ignore -c \
+    "import shims, dall_e, taming.models.vqgan, transformers, ftfy" 2>/dev/null)
+}
+if ! ready; then
+  [ -x "$folder/venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder/venv"
+  pip() { "$folder/venv/bin/python" -m pip -qq --disable-pip-version-check "$@"; }
+  pip install torch==2.13.0 numpy pillow attrs requests einops ftfy regex packaging tqdm omegaconf \
+    "transformers==5.23.0" safetensors lightning-utilities torchmetrics pyyaml fsspec \
+    "setuptools<81"
+  pip install --no-deps torchvision==0.28.0 dall-e==0.1 taming-transformers-rom1504==0.0.6 \
+    pytorch-lightning==2.6.6
+  ready
+fi

@@ -1,0 +1,35 @@
+"""Random weights that need no file: the same numbers here and where PyTorch is."""
+
+import zlib
+
+import numpy as np
+
+MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "d o", "do g</w>", "r e", "re d</w>", "1 2", "Ã ©"]
+"""A small list of merges for CLIP's tokenizer."""
+CAPTIONS = [
+    "the cat",
+    "The  DOG's red\tcat, isn't it?",
+    "",
+    "1234 cats &amp; dogs &lt;3",
+    "cafe\u0301 caf\u00e9 \u00c9t\u00e9 \u4f60\u597d \U0001f600\u200d\U0001f525 x\u00b2 \u2167",
+    "''s re're -- ___ 'll",
+    "the cat " * 20,
+]
+"""Captions, hard ones included."""
+
+
+def weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers for a tensor, float32, by its name and shape alone."""
+    noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith(("bias", ".b")):
+        noise *= 0.1
+    elif "embed" in name or len(shape) < 2:
+        noise = noise * 0.5 + (1.0 if len(shape) == 1 and "embed" not in name else 0.0)
+    else:
+        noise /= np.sqrt(np.prod(shape[1:]))
+    return np.asarray(noise, np.float32)
+
+
+def images(px: int) -> np.ndarray:
+    """Two images, uint8 [2, px, px, 3]."""
+    return np.random.RandomState(px).randint(0, 256, (2, px, px, 3)).astype(np.uint8)
