@@ -41,7 +41,7 @@ RUNS = {
         **CODEC,
     ),
     "vqgan": VQGANRun(
-        model=tiny.VQGAN_CONFIG,
+        model=dataclasses.replace(tiny.VQGAN_CONFIG, multipliers=(1, 2)),
         adversarial_weight=0.8,
         discriminator_width=4,
         discriminator_layers=1,
@@ -73,8 +73,8 @@ def images(count=32):
     return np.random.default_rng(0).integers(0, 256, (count, tiny.PX, tiny.PX, 3), np.uint8)
 
 
-def stage(run, *, codec_model=None):
-    """The stage of a run; `tokens` is the codec, without a prior if not given."""
+def stage(run):
+    """The stage of a run."""
     if isinstance(run, ClipRun):
         return ClipStage(run, validation={})
     if isinstance(run, DVAERun | VQGANRun):
@@ -82,7 +82,7 @@ def stage(run, *, codec_model=None):
         return kind(run, init_images=images, validation=lambda: iter(()))
     return (ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage)(
         run,
-        codec_model=codec_model or codec(),
+        codec_model=codec(),
         tokenizer=tiny.tokenizer(),
         validation=lambda: iter(()),
         captions=["red apple"],

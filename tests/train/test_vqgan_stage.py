@@ -1,5 +1,7 @@
 """The VQ-GAN's stage: its loss written out, dead codes, and that it learns the same each time."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -137,3 +139,11 @@ def test_the_network_is_kept_without_its_discriminator(key):
 def test_sides_that_do_not_fit_the_grid_are_refused():
     with pytest.raises(ValueError, match="crop_px is 3, but has to be a multiple of the model's f"):
         stage(crop_px=3)
+
+
+@pytest.mark.parametrize("quantizer", ["cosine", "logits"])
+def test_quantizers_of_imported_networks_are_not_trained(quantizer):
+    with pytest.raises(
+        ValueError, match=f"'{quantizer}', which imported networks have"
+    ):
+        VQGANRun(model=dataclasses.replace(SIZES, quantizer=quantizer), px=8)
