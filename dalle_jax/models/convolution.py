@@ -68,10 +68,12 @@ def init_kernels(shapes: PyTree, key: Key[Array, ""]) -> PyTree:
     kernels = {path: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
     ends = list(itertools.accumulate(math.prod(shape) for shape in kernels.values()))
     noise = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
-    drawn = {path: jnp.full(leaf.shape, float(path[-1] == "scale")) for path, leaf in flat.items()}
+    params = {  # the dtype is named, since training would compile its step again for a weak one
+        path: jnp.full(leaf.shape, path[-1] == "scale", jnp.float32) for path, leaf in flat.items()
+    }
     for (path, shape), part in zip(kernels.items(), noise, strict=True):
-        drawn[path] = math.prod(shape[:-1]) ** -0.5 * part.reshape(shape)
-    return unflatten_dict(drawn)
+        params[path] = math.prod(shape[:-1]) ** -0.5 * part.reshape(shape)
+    return unflatten_dict(params)
 
 
 def kernel_axes(params: PyTree, *, ends: Collection[str]) -> PyTree:

@@ -302,7 +302,7 @@ def test_kernels_cut_by_heads_are_refused():
 def test_a_model_without_layers_is_refused():
     mesh = AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(ValueError, match="stacked kernels below .* leave powersgd.rank out"):
-        PowerSGDGroups(PowerSGDConfig(rank=1), mesh).create(
+        PowerSGDGroups(PowerSGDConfig(rank=1), mesh).init(
             {"encoder": {"kernel": jnp.zeros((2, 2))}}
         )
 

@@ -10,6 +10,8 @@ import pytest
 import stages
 from settings import ELSEWHERE, FIELDS, rows
 
+from dalle_jax.train.state import init_state
+
 STEP = 5  # in the middle of every schedule
 
 
@@ -23,6 +25,13 @@ def test_every_field_has_a_row(name):
     elsewhere = {field for stage, field in ELSEWHERE if stage == name}
     assert fields(stages.RUNS[name]) == FIELDS[name].keys() | elsewhere
     assert {row[1] for row in FIELDS[name].values()} <= {"update", *SEEN}
+
+
+@pytest.mark.parametrize("name", stages.RUNS)
+def test_no_stage_begins_with_weak_types_for_which_its_step_would_compile_twice(name):
+    stage = stages.stage(stages.RUNS[name])
+    state = jax.eval_shape(lambda: init_state(stage, jax.random.key(0)))
+    assert not [path for path, x in jax.tree.leaves_with_path(state) if x.weak_type]
 
 
 # Where a setting shows

@@ -143,7 +143,5 @@ def test_sides_that_do_not_fit_the_grid_are_refused():
 
 @pytest.mark.parametrize("quantizer", ["cosine", "logits"])
 def test_quantizers_of_imported_networks_are_not_trained(quantizer):
-    with pytest.raises(
-        ValueError, match=f"'{quantizer}', which imported networks have"
-    ):
+    with pytest.raises(ValueError, match=f"'{quantizer}', which imported networks have"):
         VQGANRun(model=dataclasses.replace(SIZES, quantizer=quantizer), px=8)
