@@ -24,7 +24,7 @@ import train_step
 import tyro
 from measure import drawn, median_time, times
 
-from dalle_jax.generate import autoregressive, progressive
+from dalle_jax.generate import autoregressive_sampler, progressive_sampler
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models import autoregressive_prior, progressive_prior
 from dalle_jax.models.attention import blocked, dense
@@ -147,7 +147,8 @@ def sampling(sizes: dict[str, Any], images: int) -> Numbers:
         return median_time(program, params, text, keys, seconds=4, least=2)
 
     taken = seconds(
-        partial(autoregressive_prior.init_params, config), partial(autoregressive.sample, config)
+        partial(autoregressive_prior.init_params, config),
+        partial(autoregressive_sampler.sample, config),
     )
     read_bytes, _ = counting.decode_step(config, images, captions=images)
     rate = read_bytes * config.image_length / 2 / taken  # half of float32's bytes
@@ -159,7 +160,7 @@ def sampling(sizes: dict[str, Any], images: int) -> Numbers:
     config = ProgressiveConfig(**sizes, query_depth=config.depth // 2)
     for stages in (4, 8, 16):
         sample = partial(
-            progressive.sample,
+            progressive_sampler.sample,
             config,
             sampling=SamplingConfig(stages=min(stages, config.image_length)),
         )
