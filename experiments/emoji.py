@@ -109,8 +109,10 @@ def clip() -> ClipRun:
     return short_clip_run(
         model=CLIPConfig(**image, **text, text_vocabulary=2048, features=128),
         loop=LoopConfig(
-            steps=800, save_every=100, evaluate_every=100, sheet_every=None, ema_decay=0.99
+            steps=700, save_every=100, evaluate_every=350, sheet_every=None, ema_decay=0.99
         ),
+        reconstructions=False,
+        optimizer="muon",
     )
 
 
