@@ -4,6 +4,7 @@ Letters: U prompts, W samples of each, B = U * W batch, P text positions, I = G 
 G grid side, K codebook.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -16,6 +17,8 @@ from dalle_jax.generate.logits import check_inputs, empty_captions, sample_logit
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
+
+CALLS = 4  # a grid is sampled in at most so many calls of equal parts, to be seen on its way
 
 
 def sample(
@@ -54,39 +57,68 @@ def sample(
 
     Source: Ramesh et al. 2021, section 2.6 and figure 2, for temperature and kept rows.
     """
+    rows = sample_rows(
+        *(config, params, text, keys),
+        sampling=sampling,
+        prompt_codes=prompt_codes,
+        keep_rows=keep_rows,
+    )
+    return jnp.concatenate(list(rows), axis=1)
+
+
+def sample_rows(
+    config: PriorConfig,
+    params: dict,
+    text: Int[Array | np.ndarray, "U slots"],
+    keys: Key[Array, " B"],
+    *,
+    sampling: SamplingConfig = SamplingConfig(),
+    prompt_codes: Int[Array | np.ndarray, "B G G"] | None = None,
+    keep_rows: int = 0,
+) -> Iterator[Int[Array, "B rows G"]]:
+    """Samples as `sample` does, and gives a few rows of codes at a time, from the top."""
     check_inputs(config, text, keys, sampling)
     _check_prompt(config, keys, prompt_codes, keep_rows)
     B, G = keys.shape[0], config.grid
-    if prompt_codes is None:
-        prompt_codes = jnp.zeros((B, G, G), jnp.int32)
-    return _sample(
-        config,
-        params,
-        jnp.asarray(text),
-        keys,
-        **traced_options(sampling),
-        prompt_codes=jnp.asarray(prompt_codes, jnp.int32),
-        prompt_length=jnp.int32(keep_rows * G),
-    )
+    known = jnp.zeros((B, G, G), jnp.int32) if prompt_codes is None else jnp.asarray(prompt_codes)
+    options = traced_options(sampling)
+    guided = options["guidance"] is not None
+    caches = _prefill(config, params, jnp.asarray(text), samples=B // len(text), guided=guided)
+    previous = jnp.zeros(B, jnp.int32)
+    for rows in np.split(np.arange(G), max(n for n in range(1, CALLS + 1) if G % n == 0)):
+        codes, caches = _sample_rows(
+            config,
+            params,
+            keys,
+            caches,
+            previous,
+            known[:, rows[0] : rows[-1] + 1].astype(jnp.int32),
+            **options,
+            first=jnp.int32(rows[0] * G),
+            prompt_length=jnp.int32(keep_rows * G),
+        )
+        previous = codes[:, -1, -1]
+        yield codes
 
 
-@partial(jax.jit, static_argnames="config")
-def _sample(
-    config, params, text, keys, *, temperature, top_k, top_p, guidance, prompt_codes, prompt_length
-):
-    B, G = keys.shape[0], config.grid
-    samples = B // text.shape[0]
-    guided = guidance is not None  # None has no leaves, so that jit compiles it in
+@partial(jax.jit, static_argnames=("config", "samples", "guided"))
+def _prefill(config, params, text, *, samples, guided):
     if guided:
         text = jnp.concatenate([text, empty_captions(config, text)])
-    dtype = params["layers"]["mlp_in"]["kernel"].dtype  # of products, as of kernels
-    prior = AutoregressivePrior(config, dtype=dtype).bind({"params": params})
-    caches = prior.prefill(text, samples=samples)
-    decode = prior.decode_step()
+    return _bound(config, params).prefill(text, samples=samples)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="caches")
+def _sample_rows(
+    config, params, keys, caches, previous, known, *, temperature, top_k, top_p, guidance, first,
+    prompt_length,
+):  # fmt: skip
+    guided = guidance is not None  # None has no leaves, so that jit compiles it in
+    decode = _bound(config, params).decode_step()
 
     def step(carry, inputs):
         caches, previous = carry
-        position, prompt_code = inputs
+        position, known = inputs
         previous = jnp.tile(previous, 2) if guided else previous
         logits, caches = decode(caches, previous, position)  # B K, or twice B
         if guided:
@@ -94,13 +126,19 @@ def _sample(
             logits = without + guidance * (with_caption - without)
         of_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
         code, _ = sample_logits(logits, of_position, temperature, top_k, top_p)
-        code = jnp.where(position < prompt_length, prompt_code, code)
+        code = jnp.where(position < prompt_length, known, code)
         return (caches, code), code
 
-    positions = jnp.arange(config.image_length)
-    start = (caches, jnp.zeros(B, jnp.int32))
-    _, codes = jax.lax.scan(step, start, (positions, prompt_codes.reshape(B, -1).T))
-    return codes.T.reshape(B, G, G)
+    positions = first + jnp.arange(known[0].size)
+    (caches, _), codes = jax.lax.scan(
+        step, (caches, previous), (positions, known.reshape(len(known), -1).T)
+    )
+    return codes.T.reshape(known.shape), caches
+
+
+def _bound(config, params):
+    dtype = params["layers"]["mlp_in"]["kernel"].dtype  # of products, as of kernels
+    return AutoregressivePrior(config, dtype=dtype).bind({"params": params})
 
 
 def _check_prompt(config, keys, prompt_codes, keep_rows):

@@ -67,11 +67,14 @@ def sample_codes(
         known = np.broadcast_to(known, (n, *known.shape[1:]))
     prompts = [normalize_caption(prompt) for prompt in prompts]
     text = tokenizer.encode(prompts, length=config.text_length - 1)
-    hashes = [zlib.crc32(prompt.lower().encode("utf-8", "replace")) for prompt in prompts]
-    hashes = np.asarray(hashes, np.uint32)
-    for rows, columns in rectangles(len(prompts), n, _bytes_each(config, sampling)):
+    hashes = np.asarray([caption_hash(prompt) for prompt in prompts], np.uint32)
+    for rows, columns in rectangles(len(prompts), n, bytes_each(config, sampling)):
         u, w = len(rows.indices), len(columns.indices)
-        keys = _keys(np.uint32(seed), hashes[rows.indices], columns.indices.astype(np.uint32))
+        keys = image_keys(
+            np.full(u * w, seed, np.uint32),
+            hashes[rows.indices].repeat(w),
+            np.tile(columns.indices, u).astype(np.uint32),
+        )
         start = None if known is None else np.concatenate([known[columns.indices]] * u)
         passes = _sample(config, params, text[rows.indices], keys, start, sampling)
         passes = np.asarray(passes).reshape(-1, u, w, config.grid, config.grid)
@@ -105,21 +108,27 @@ def _sample(config, params, text, keys, known, sampling):
     if sampling.decoder == "jacobi":
         codes, _ = jacobi_sampler.sample(config, params, text, keys, sampling=sampling, known=known)
         return codes[None]
-    prompt = {}
-    if known is not None:
-        is_known = known < config.codes
-        rows = int(is_known[0].all(axis=1).sum())
-        if (is_known != (np.arange(config.grid) < rows)[:, None]).any():
-            raise UserError(
-                "the autoregressive decoder keeps only whole rows at the top; give these, or use "
-                "the progressive decoder"
-            )
-        prompt = {"prompt_codes": np.where(is_known, known, 0), "keep_rows": rows}
+    prompt = top_rows(config, known)
     codes = autoregressive_sampler.sample(config, params, text, keys, sampling=sampling, **prompt)
     return codes[None]
 
 
-def _bytes_each(config, sampling):
+def top_rows(config: PriorConfig, known: Int[np.ndarray, "B G G"] | None) -> dict[str, Any]:
+    """What the autoregressive sampler takes for known cells; UserError unless they are top rows."""
+    if known is None:
+        return {}
+    is_known = known < config.codes
+    rows = int(is_known[0].all(axis=1).sum())
+    if (is_known != (np.arange(config.grid) < rows)[:, None]).any():
+        raise UserError(
+            "the autoregressive decoder keeps only whole rows at the top; give these, or use "
+            "the progressive decoder"
+        )
+    return {"prompt_codes": np.where(is_known, known, 0), "keep_rows": rows}
+
+
+def bytes_each(config: PriorConfig | ProgressiveConfig, sampling: SamplingConfig) -> int:
+    """Memory that one image takes while it is sampled."""
     branches = 1 if sampling.guidance == 1 else 2
     if isinstance(config, ProgressiveConfig):  # keys and values, and attention to all cells
         cached = 2 * config.depth * config.length * config.width
@@ -148,11 +157,19 @@ def check_request(prompts: Sequence[str], *, n: int, seed: int) -> None:
         raise UserError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
 
 
+def caption_hash(prompt: str) -> int:
+    """Of a normalized caption, whose case does not count."""
+    return zlib.crc32(prompt.lower().encode("utf-8", "replace"))
+
+
 @jax.jit
-def _keys(
-    seed: UInt32[Array, ""], hashes: UInt32[Array, " U"], sample_numbers: UInt32[Array, " W"]
-) -> Key[Array, " images"]:
+def image_keys(
+    seeds: UInt32[Array | np.ndarray, " B"],
+    hashes: UInt32[Array | np.ndarray, " B"],
+    sample_numbers: UInt32[Array | np.ndarray, " B"],
+) -> Key[Array, " B"]:
     """One key per image, from seed, hash of its caption and sample number alone."""
-    of_caption = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes)
-    of_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return of_sample(of_caption, sample_numbers).ravel()
+    keys = jax.vmap(jax.random.key)(seeds)
+    for numbers in (hashes, sample_numbers):
+        keys = jax.vmap(jax.random.fold_in)(keys, numbers)
+    return keys

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from dalle_jax.errors import UserError
@@ -63,7 +63,7 @@ class Model(ModelParts):
         Source: Ramesh et al. 2021, section 2.6.
         """
         prompts = _as_list(prompts)
-        known = self._prompt_codes(image_prompt, keep_rows)
+        known = self.prompt_codes(image_prompt, keep_rows)
         parts = self._sample(prompts, n, seed, sampling, known, progress)
         return self._collect_images(map(last_pass, parts), len(prompts), n)[0]
 
@@ -102,7 +102,7 @@ class Model(ModelParts):
                 f"model {self.name!r} has no CLIP to rank images with; give another as clip"
             )
         best = RunningBest(prompts, keep=keep, px=self.px, clip=clip)
-        known = self._prompt_codes(image_prompt, keep_rows)
+        known = self.prompt_codes(image_prompt, keep_rows)
         for part in self._sample(prompts, n, seed, sampling, known, progress):
             best.add(part.prompts, self._decode_passes(last_pass(part).passes)[0])
         return best.ranked()
@@ -128,7 +128,7 @@ class Model(ModelParts):
         Source: ours.
         """
         prompts = _as_list(prompts)
-        known = self._prompt_codes(image_prompt, keep_rows)
+        known = self.prompt_codes(image_prompt, keep_rows)
         parts = self._sample(prompts, n, seed, sampling, known, progress)
         return self._collect_images(map(passes_by_row, parts), len(prompts), n)
 
@@ -174,7 +174,28 @@ class Model(ModelParts):
         sampling = dataclasses.replace(sampling, decoder="progressive")
         prompts = _as_list(prompts)
         check_request(prompts, n=n, seed=seed)
-        self._prior(sampling)
+        self.prior_for(sampling)
+        old, edited, known = self.edit_codes(image, mask=mask, strength=strength, n=n, seed=seed)
+        parts = self._sample(prompts, n, seed, sampling, known, progress)
+        images = self._collect_images(map(last_pass, parts), len(prompts), n)[0]
+        return images if mask is None else blend(old, images, edited[0])
+
+    def edit_codes(
+        self,
+        image: str | os.PathLike | ArrayLike,
+        *,
+        mask: str | os.PathLike | ArrayLike | Image.Image | None,
+        strength: float | None,
+        n: int,
+        seed: int,
+    ) -> tuple[UInt8[np.ndarray, "R R 3"], Bool[np.ndarray, "n G G"], Int[np.ndarray, "n G G"]]:
+        """Prepares an edit.
+
+        Args: as for `edit`.
+        Returns:
+          The middle square of the image, which cells are sampled again, and the codes of all
+          others, with K in these.
+        """
         image = self._read_image(image)
         old, size = pixels.square(image, self.px), image.shape[:2]
         if strength is not None:
@@ -182,12 +203,9 @@ class Model(ModelParts):
         else:
             cells = masked_cells(mask, size, px=self.px, grid=self.grid)
             edited = np.repeat(cells[None], n, axis=0)
-        known = np.where(edited, self.codec.codes, self.encode([old]))
-        parts = self._sample(prompts, n, seed, sampling, known, progress)
-        images = self._collect_images(map(last_pass, parts), len(prompts), n)[0]
-        return images if mask is None else blend(old, images, edited[0])
+        return old, edited, np.where(edited, self.codec.codes, self.encode([old]))
 
-    def _prior(self, sampling: SamplingConfig) -> str:
+    def prior_for(self, sampling: SamplingConfig) -> str:
         """The name of the prior that samples; refuses options that its decoder does not have."""
         if not self.priors:
             raise ModelError(
@@ -206,7 +224,7 @@ class Model(ModelParts):
         return part
 
     def _sample(self, prompts, n, seed, sampling, known, progress):
-        config, params = self.priors[self._prior(sampling)]
+        config, params = self.priors[self.prior_for(sampling)]
         done = 0
         for part in sample_codes(
             config, params, self.tokenizer, prompts, n=n, seed=seed, sampling=sampling, known=known
@@ -235,7 +253,7 @@ class Model(ModelParts):
         images[empty.repeat(self.codec.factor, -2).repeat(self.codec.factor, -1)] = PAPER
         return images
 
-    def _prompt_codes(self, image_prompt, keep_rows):
+    def prompt_codes(self, image_prompt, keep_rows):
         """Codes [1, G, G] of the rows to keep, and K below."""
         if image_prompt is None:
             if keep_rows:

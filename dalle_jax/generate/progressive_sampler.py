@@ -4,6 +4,7 @@ Letters: U prompts, W samples of each, B = U * W batch, P text positions, I = G 
 side, K codebook. The code K stands for a cell that is not filled.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -86,6 +87,20 @@ def sample(
     Source: ours, after Li et al. 2025 (ARPG), with stages as in Fei et al. 2022; confidence follows
       Chang et al. 2022, rising guidance Chang et al. 2023.
     """
+    passes = sample_passes(config, params, text, keys, sampling=sampling, known=known)
+    return jnp.concatenate(list(passes))
+
+
+def sample_passes(
+    config: ProgressiveConfig,
+    params: dict,
+    text: Int[Array | np.ndarray, "U slots"],
+    keys: Key[Array, " B"],
+    *,
+    sampling: SamplingConfig = SamplingConfig(),
+    known: Int[Array | np.ndarray, "B G G"] | None = None,
+) -> Iterator[Int[Array, "passes B G G"]]:
+    """Samples as `sample` does, and gives the grids of some stages, or of a revision, at a time."""
     check_inputs(config, text, keys, sampling)
     B, G, K = keys.shape[0], config.grid, config.codes
     start = np.full((B, G, G), K) if known is None else np.asarray(known)
@@ -97,29 +112,45 @@ def sample(
         )
     cells = int(empty[0])
     stages = min(STAGES, cells) if sampling.stages is None else sampling.stages
-    return _sample(
-        config,
-        params,
-        jnp.asarray(text),
-        keys,
-        jnp.asarray(start.reshape(B, -1), jnp.int32),
-        **traced_options(sampling),
+    after = cells_filled(cells, stages, sampling.schedule)
+    counts, last = np.diff(after, prepend=0), stages - 1
+    before = config.text_length + config.image_length - cells + after - counts  # in the cache
+    options = traced_options(sampling)
+    start = jnp.asarray(start.reshape(B, -1), jnp.int32)
+    state, captions, cache = _begin(
+        *(config, params, jnp.asarray(text), keys, start),
         choice_temperature=jnp.float32(sampling.choice_temperature),
-        after=tuple(cells_filled(cells, stages, sampling.schedule).tolist()),
         order=sampling.order,
-        revise=sampling.revise,
+        guided=options["guidance"] is not None,
+        num_known=config.image_length - cells,
     )
+    codes = start
+    spans = np.array_split(np.arange(last), min(SPANS, last)) if last else []
+    for span in [*spans, np.array([last])]:
+        plan = (span, before[span], counts[span], (span + 1) / stages)
+        plan = [jnp.asarray(x, jnp.float32 if x.dtype == float else jnp.int32) for x in plan]
+        n = int(counts[span].max())
+        codes, cache, grids = _sample_span(
+            *(config, params, state, codes, cache, plan),
+            **options,
+            order=sampling.order,
+            n=n,
+            length=None if span[0] == last else int(before[span[-1]]) + n,
+        )
+        yield grids.reshape(-1, B, G, G)
+    for _ in range(sampling.revise):
+        codes = _revise(config, params, captions, codes, start, options["guidance"])
+        yield codes.reshape(1, B, G, G)
 
 
-@partial(jax.jit, static_argnames=("config", "after", "order", "revise"))
-def _sample(
-    config, params, text, keys, start, *, temperature, choice_temperature, top_k, top_p, guidance,
-    after, order, revise,
+@partial(jax.jit, static_argnames=("config", "order", "guided", "num_known"))
+def _begin(
+    config, params, text, keys, start, *, choice_temperature, order, guided, num_known
 ):  # fmt: skip
+    """Reads the captions and the known cells, and draws the order of the cells."""
     B, P, K = len(start), config.text_length, config.codes
     I = config.image_length  # noqa: E741
-    samples, num_known = B // len(text), I - after[-1]
-    guided = guidance is not None  # None has no leaves, so that jit compiles it in
+    samples = B // len(text)
     prior = ProgressivePrior(config).bind({"params": params})
     captions = prior.prefill(text)
     key_order, key_codes = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
@@ -130,74 +161,84 @@ def _sample(
     elif order == "raster":
         noise = jnp.broadcast_to(-jnp.arange(I, dtype=jnp.float32), (B, I))
 
-    of_all = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), captions)
+    captions = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), captions)
     if guided:  # one empty caption serves all
         nothing = prior.prefill(empty_captions(config, text)[:1])
-        of_all = jax.tree.map(
-            lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]), of_all, nothing
+        captions = jax.tree.map(
+            lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]), captions, nothing
         )
+    cache = jax.tree.map(partial(pad_cache, more=num_known), captions)
+    if num_known:
+        _, cells = jax.lax.top_k((start < K).astype(jnp.float32), num_known)
+        known, cells = (
+            jnp.tile(x, (2, 1)) if guided else x
+            for x in (jnp.take_along_axis(start, cells, axis=1), cells)
+        )
+        cache = prior.extend(cache, known, cells, at=P, count=num_known)
+    return (noise, key_codes), captions, cache
+
+
+@partial(jax.jit, static_argnames=("config", "order", "n", "length"))
+def _sample_span(
+    config, params, state, codes, cache, plan, *, temperature, top_k, top_p, guidance, order, n,
+    length,
+):  # fmt: skip
+    """Samples some stages of at most n cells, in a cache of this length; None for the last one."""
+    noise, key_codes = state
+    B, I, K = len(codes), config.image_length, config.codes  # noqa: E741
+    prior = ProgressivePrior(config).bind({"params": params})
+    guided = guidance is not None  # None has no leaves, so that jit compiles it in
 
     def twice(x):
         return jnp.concatenate([x, x]) if guided else x
 
-    def put(cache, codes, cells, *, at, count):
-        return prior.extend(cache, twice(codes), twice(cells), at=at, count=count)
-
-    def guided_logits(logits, share):
-        if not guided:
-            return logits
-        with_caption, without = jnp.split(logits, 2)
-        scale = 1 + (guidance - 1) * share
-        return without + scale * (with_caption - without)
-
-    def stage(n, is_last, carry, plan):
+    def stage(carry, plan):
         codes, cache = carry
-        number, filled, count = plan  # stages, cells before this one, cells of this one
-        at = P + num_known + filled
-        share = (number + 1) / len(after)
+        number, at, count, share = plan  # cells in the cache, cells of this stage
         key = jax.vmap(jax.random.fold_in, (0, None))(key_codes, number)
         priority = noise
         if order == "confidence":
             all_cells = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
-            logits = guided_logits(prior.predict(cache, twice(all_cells), count=at), share)
+            logits = prior.predict(cache, twice(all_cells), count=at)
+            logits = _guided_logits(logits, guidance, share)
             sampled, log_q = sample_logits(logits, key, temperature, top_k, top_p)
             priority = log_q + (1 - share) * noise
         _, cells = jax.lax.top_k(jnp.where(codes == K, priority, -jnp.inf), n)
         if order == "confidence":
             new = jnp.take_along_axis(sampled, cells, axis=1)
         else:
-            logits = guided_logits(prior.predict(cache, twice(cells), count=at), share)
+            logits = _guided_logits(prior.predict(cache, twice(cells), count=at), guidance, share)
             new, _ = sample_logits(logits, key, temperature, top_k, top_p)
-        if not is_last:
-            cache = put(cache, new, cells, at=at, count=count)
+        if length is not None:  # the codes of the last stage are not cached
+            cache = prior.extend(cache, twice(new), twice(cells), at=at, count=count)
         wanted = jnp.where(jnp.arange(n)[None] < count, cells, I)  # the rest is out of bounds
         codes = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(codes, wanted, new)
         return (codes, cache), codes
 
-    cache = jax.tree.map(partial(pad_cache, more=num_known), of_all)
-    if num_known:
-        _, cells = jax.lax.top_k((start < K).astype(jnp.float32), num_known)
-        known = jnp.take_along_axis(start, cells, axis=1)
-        cache = put(cache, known, cells, at=P, count=num_known)
-    counts, carry, passes = np.diff(after, prepend=0), (start, cache), []
-    last = len(after) - 1
-    spans = np.array_split(np.arange(last), min(SPANS, last)) if last else []
-    for span in [*spans, np.array([last])]:
-        n, before = int(counts[span].max()), np.asarray(after)[span] - counts[span]
-        codes, cache = carry
-        if span[0] != last:  # the codes of the last stage are not cached
-            more = P + num_known + int(before[-1]) + n - cache[0].key.shape[1]
-            cache = jax.tree.map(partial(pad_cache, more=max(more, 0)), cache)
-        plan = tuple(jnp.asarray(x, jnp.int32) for x in (span, before, counts[span]))
-        carry, grids = jax.lax.scan(partial(stage, n, span[0] == last), (codes, cache), plan)
-        passes.append(grids)
-    codes, _ = carry
-    for _ in range(revise):
-        logits = guided_logits(prior.predict_left_out(of_all, twice(codes)), 1)
-        likeliest, margin = revision_margins(logits, codes)
-        codes = jnp.where((start == K) & (margin >= REVISION_MARGIN), likeliest, codes)
-        passes.append(codes[None])
-    return jnp.concatenate(passes).reshape(-1, B, config.grid, config.grid)
+    if length is not None:
+        more = max(length - cache[0].key.shape[1], 0)
+        cache = jax.tree.map(partial(pad_cache, more=more), cache)
+    (codes, cache), grids = jax.lax.scan(stage, (codes, cache), plan)
+    return codes, cache, grids
+
+
+@partial(jax.jit, static_argnames="config")
+def _revise(config, params, captions, codes, start, guidance):
+    """Replaces codes of a full grid that are much less likely than others."""
+    prior = ProgressivePrior(config).bind({"params": params})
+    both = codes if guidance is None else jnp.concatenate([codes, codes])
+    logits = _guided_logits(prior.predict_left_out(captions, both), guidance, 1)
+    likeliest, margin = revision_margins(logits, codes)
+    unknown = start == config.codes
+    return jnp.where(unknown & (margin >= REVISION_MARGIN), likeliest, codes)
+
+
+def _guided_logits(logits, guidance, share):
+    if guidance is None:
+        return logits
+    with_caption, without = jnp.split(logits, 2)
+    scale = 1 + (guidance - 1) * share
+    return without + scale * (with_caption - without)
 
 
 def revision_margins(

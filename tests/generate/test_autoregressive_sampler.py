@@ -72,20 +72,8 @@ def test_greedy_codes_equal_uncached_guided_argmax(guidance):
 
 
 def test_guidance_of_one_equals_no_guidance_but_three_does_not():
-    # bypasses the shortcut for 1, to compare the doubled batch with the single one
-    options = {
-        "temperature": jnp.float32(1),
-        "top_k": None,
-        "top_p": None,
-        "prompt_length": jnp.int32(0),
-    }
-    options["prompt_codes"] = jnp.zeros((5, 3, 3), jnp.int32)
-    on, strong = (
-        autoregressive_sampler._sample(
-            TINY, PARAMETERS, jnp.asarray(CAPTIONS), _keys(5), guidance=jnp.float32(s), **options
-        )
-        for s in (1.0, 3.0)
-    )
+    # in float32 the first is 1, which compares the doubled batch with the single one
+    on, strong = (draw(CAPTIONS, _keys(5), guidance=scale) for scale in (1 + 1e-12, 3.0))
     np.testing.assert_array_equal(on, draw(CAPTIONS, _keys(5)))
     assert (on != strong).any()
 
@@ -159,10 +147,10 @@ def test_new_values_do_not_compile_again():
     prompt = np.ones((5, 3, 3), int)
     draw(CAPTIONS, _keys(5), temperature=1.0)
     draw(CAPTIONS, _keys(5), guidance=2.0)
-    before = autoregressive_sampler._sample._cache_size()
+    before = autoregressive_sampler._sample_rows._cache_size()
     draw(CAPTIONS, _keys(5, seed=3), temperature=0, prompt_codes=prompt, keep_rows=2)
     draw(CAPTIONS, _keys(5), temperature=0.3, guidance=4.0)
-    assert autoregressive_sampler._sample._cache_size() == before
+    assert autoregressive_sampler._sample_rows._cache_size() == before
 
 
 def test_codes_are_int32_within_the_codebook():
