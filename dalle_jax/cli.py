@@ -10,6 +10,7 @@ from dalle_jax.commands import (
     generate_images,
     import_weights,
     inspect_data,
+    serve_images,
 )
 from dalle_jax.terminal import complaints, show_log_lines
 
@@ -17,6 +18,7 @@ _app, _data, _votes = SubcommandApp(), SubcommandApp(), SubcommandApp()
 _app.command(generate_images.generate)
 _app.command(generate_images.edit)
 _app.command(evaluate_model.evaluate)
+_app.command(serve_images.serve)
 import_weights.add_to(_app)
 _app.command(_data, name="data", help="Look after your own images.")
 _data.command(inspect_data.check)

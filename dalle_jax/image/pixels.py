@@ -40,7 +40,11 @@ class ImageError(UserError):
 
 
 def decode(
-    data: bytes | str | os.PathLike, *, min_px: int = 1, background: str = "white"
+    data: bytes | str | os.PathLike,
+    *,
+    min_px: int = 1,
+    max_pixels: int = MAX_PIXELS,
+    background: str = "white",
 ) -> RGBImage:
     """Reads an image as 8-bit RGB, upright, without transparency.
 
@@ -51,10 +55,10 @@ def decode(
     Args:
       data: the encoded bytes, or the path of a file that holds them.
       min_px: smallest short side allowed, in pixels.
+      max_pixels: most pixels allowed, which are counted before any is decoded.
       background: colour that shows where the image is transparent, as Pillow names it.
     Raises:
-      ImageError: unreadable, truncated, without a known brightness range, too small, or of more
-        than 2**26 pixels.
+      ImageError: unreadable, truncated, without a known brightness range, too small, or too large.
       OSError: if the file cannot be read at all.
     Source: ours.
     """
@@ -64,7 +68,7 @@ def decode(
         name = os.fspath(data).encode("utf-8", "backslashreplace").decode("utf-8")
         with open(data, "rb") as file:
             data = file.read()
-    image = _loaded(data, name)
+    image = _loaded(data, name, max_pixels)
     if image.mode in ("I", "F"):
         raise ImageError(
             f"{name}: 32-bit grey without a known range; save it with 8 or 16 bits a channel"
@@ -77,23 +81,23 @@ def decode(
     return _to_rgb(image, background)
 
 
-def _loaded(data: bytes, name: str) -> Image.Image:
+def _loaded(data: bytes, name: str, max_pixels: int) -> Image.Image:
     """Decodes an image and turns it upright."""
     # Damaged files make Pillow's parsers raise nearly anything (OSError, SyntaxError, struct.error,
     # IndexError, ...); each of them means the same to the owner of the image.
     try:
         try:
-            return _upright(data)
+            return _upright(data, max_pixels)
         except ValueError:
             if not data.startswith(_PNG):
                 raise
             # Pillow refuses a PNG whose texts or colour profile unpack to more than a megabyte
-            return _upright(_without_texts(data))
+            return _upright(_without_texts(data), max_pixels)
     except MemoryError:
         raise
     except (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"{name}: too large ({error}); reduce it to at most {MAX_PIXELS:,} pixels"
+            f"{name}: too large ({error}); reduce it to at most {max_pixels:,} pixels"
         ) from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image in a known format ({_KNOWN})") from None
@@ -105,9 +109,9 @@ class _TooLarge(Exception):
     """An image of more than MAX_PIXELS."""
 
 
-def _upright(data: bytes) -> Image.Image:
+def _upright(data: bytes, max_pixels: int) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
+        if image.width * image.height > max_pixels:
             raise _TooLarge(f"{image.width}x{image.height} pixels")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
