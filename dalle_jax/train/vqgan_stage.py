@@ -130,9 +130,9 @@ class VQGANStage(CodecStage):
     def loss(self, params, batch, key, step):
         """Mean absolute error of pixels in [-1, 1], the codebook's and the unused codes' parts.
 
-        With a discriminator also its own hinge loss, and its score of what is drawn: multiplied so
-        that at the drawn pixels its gradient is as long as that of their error. The release does
-        so at the kernel of the last convolution.
+        With a discriminator also its own hinge loss, and its score of reconstructions, multiplied
+        so that its gradient at their pixels is as long as that of their error. The release does so
+        at the kernel of the last convolution.
         """
         run, judge = self.run, params
         params = self.network(params)
@@ -144,35 +144,35 @@ class VQGANStage(CodecStage):
         table = params["quantize"]["embedding"]
         codes, _ = nearest(z, table)
         entries = table[codes]
-        drawn = self._apply(params, straight_through(z, entries), "decode")
+        reconstructed = self._apply(params, straight_through(z, entries), "decode")
         metrics = {
-            "pixels": jnp.abs(drawn - x).mean(),
+            "pixels": jnp.abs(reconstructed - x).mean(),
             "codebook": losses.codebook_loss(z, entries, commitment=run.commitment),
             "unused": losses.unused_code_pull(z, table, codes),
         }
         loss = metrics["pixels"] + metrics["codebook"] + run.unused_code_weight * metrics["unused"]
         if self.judge is not None:
-            judged, parts = self._judged(judge["judge"], x, drawn)
-            loss += jnp.where(step < run.adversarial_start, 0.0, judged)
+            adversarial, parts = self._adversarial(judge["judge"], x, reconstructed)
+            loss += jnp.where(step < run.adversarial_start, 0.0, adversarial)
             metrics |= parts
         return loss, metrics
 
-    def _judged(self, judge, x, drawn):
-        """The discriminator's loss and its weighted score, which moves what is drawn alone."""
+    def _adversarial(self, judge, x, reconstructed):
+        """The discriminator's loss and its weighted score, which moves reconstructions alone."""
 
-        def score(drawn):
-            return -self.judge.apply({"params": jax.lax.stop_gradient(judge)}, drawn).mean()
+        def score(reconstructed):
+            return -self.judge.apply({"params": jax.lax.stop_gradient(judge)}, reconstructed).mean()
 
-        stopped = jax.lax.stop_gradient(drawn)
+        stopped = jax.lax.stop_gradient(reconstructed)
         lengths = [
             jnp.linalg.norm(jax.grad(part)(stopped))
-            for part in (lambda drawn: jnp.abs(drawn - x).mean(), score)
+            for part in (lambda reconstructed: jnp.abs(reconstructed - x).mean(), score)
         ]
         weight = jax.lax.stop_gradient(lengths[0] / (lengths[1] + 1e-6))
         real, fake = (self.judge.apply({"params": judge}, y) for y in (x, stopped))
         metrics = {"hinge": losses.hinge_loss(real, fake), "score": -score(stopped)}
-        judged = metrics["hinge"] + self.run.adversarial_weight * weight * score(drawn)
-        return judged, metrics
+        adversarial = metrics["hinge"] + self.run.adversarial_weight * weight * score(reconstructed)
+        return adversarial, metrics
 
     def _apply(self, params, x, method):
         return self.model.apply({"params": params}, x, method=method)

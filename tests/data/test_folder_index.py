@@ -82,9 +82,9 @@ def test_any_change_in_the_folder_is_seen(folder, change):
 
 def test_an_index_that_another_process_has_kept_first_is_taken(folder):
     index = open_index(folder)
-    again = folder_index._keep(index, [], index.kept)
-    assert again.kept == index.kept
-    assert list(index.kept.parent.iterdir()) == [index.kept]
+    again = folder_index._save(index, [], index.cache)
+    assert again.cache == index.cache
+    assert list(index.cache.parent.iterdir()) == [index.cache]
 
 
 def test_files_of_this_moment_are_not_trusted_to_stay(folder, tmp_path):
@@ -134,7 +134,7 @@ def test_what_is_not_used_is_counted_in_the_log_at_every_start(folder, caplog):
         with caplog.at_level(logging.WARNING, "dalle_jax.data"):
             FolderSource(folder)
         assert "2 images without a caption are not used, such as 00.png" in caplog.text
-        assert "1 names with captions have no image, such as ghost.txt: no pic" in caplog.text
+        assert "1 names with captions have no image, such as ghost.txt: no image" in caplog.text
 
 
 def test_names_that_are_not_utf_8_reach_the_batches(folder):

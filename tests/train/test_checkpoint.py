@@ -33,13 +33,19 @@ def state_at(step):
     )
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Three saved steps: 10, 20, 30."""
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved")
+    with Checkpoints(path) as checkpoints:
         for step in (10, 20, 30):
             checkpoints.save(step, state_at(step), {"next_index": step}, SETTINGS)
-    return tmp_path / "checkpoints"
+    return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of three saved steps: 10, 20, 30."""
+    return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
 def largest_file(folder):

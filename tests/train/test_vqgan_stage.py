@@ -114,7 +114,7 @@ def test_the_score_moves_what_is_drawn_as_far_as_its_error_and_the_hinge_the_dis
         def hinge(judge):
             return hinge_loss(*(s.judge.apply({"params": judge}, y) for y in (x, drawn)))
 
-        both = jax.grad(lambda judge, drawn: s._judged(judge, x, drawn)[0], (0, 1))
+        both = jax.grad(lambda judge, drawn: s._adversarial(judge, x, drawn)[0], (0, 1))
         return *both(judge, drawn), jax.grad(hinge)(judge)
 
     to_judge, to_drawn, of_hinge = gradients(judge, drawn)
