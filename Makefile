@@ -45,6 +45,7 @@ test: install
 parity: install
 	bash tests/parity/install.sh $(CURDIR)/.parity
 	cd tests/parity && $(CURDIR)/.parity/venv/bin/python oracles.py $(CURDIR)/.parity $(CURDIR)/.parity/files ../golden/weights
+	PYTHONPATH=tests/parity JAX_PLATFORMS=cpu $(BIN)/python tests/parity/flax_oracles.py .parity .parity/files tests/golden/weights
 	PYTHONPATH=.:tests/parity JAX_PLATFORMS=cpu $(BIN)/python tests/parity/compare.py .parity/files
 
 clean:

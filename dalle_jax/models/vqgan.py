@@ -47,6 +47,9 @@ class VQGANConfig:
     quantizer: Quantizer = "nearest"
     """How features become a code: the nearest one; the nearest once both have length 1 (LlamaGen);
     or the greatest of K logits (the release's Gumbel networks). Only the first can be trained."""
+    unit_pixels: bool = False
+    """Whether its pixels lie in [0, 1], as those of dalle-mini's do, and not in [-1, 1]. Such a
+    network is not trained here."""
 
     def __post_init__(self):
         if self.quantizer not in get_args(Quantizer):
@@ -296,7 +299,7 @@ class VQGAN(nn.Module):
         """Features of each grid cell, before they snap to codes.
 
         Args:
-          images: f32 in [-1, 1], as `preprocess` gives them.
+          images: f32, as `preprocess` gives them.
         Raises:
           ValueError: if the image is not square or its side no multiple of f.
         """
@@ -315,7 +318,7 @@ class VQGAN(nn.Module):
         Args:
           z: codes (integers in [0, K)) or what stands in the codebook for them.
         Returns:
-          Pixels, nearly all in [-1, 1].
+          Pixels, nearly all in [-1, 1], or [0, 1] by `unit_pixels`.
         """
         return self.decoder(self.post_quant_conv(self.quantize(z) if z.ndim == 3 else z))
 
@@ -367,9 +370,10 @@ def codes_and_errors(
     config: VQGANConfig, params: PyTree, images: UInt8[Array | np.ndarray, "B R R 3"]
 ) -> tuple[Int[Array, "B G G"], Float16[Array, "B G G"]]:
     """Codes of images, and how badly each cell's code fits: see `Codebook.choose`."""
-    codes, errors = VQGAN(config).apply(
-        {"params": params}, preprocess(images), method="codes_and_errors"
-    )
+    pixels = preprocess(images)
+    if config.unit_pixels:
+        pixels = (pixels + 1) / 2
+    codes, errors = VQGAN(config).apply({"params": params}, pixels, method="codes_and_errors")
     return codes, errors.clip(-65504, 65504).astype(jnp.float16)
 
 
@@ -377,7 +381,8 @@ def decode(
     config: VQGANConfig, params: PyTree, codes: Int[Array | np.ndarray, "B G G"]
 ) -> UInt8[Array, "B R R 3"]:
     """Images of codes."""
-    return to_uint8(VQGAN(config).apply({"params": params}, codes, method="decode"))
+    pixels = VQGAN(config).apply({"params": params}, codes, method="decode")
+    return to_uint8(2 * pixels - 1 if config.unit_pixels else pixels)
 
 
 def to_uint8(pixels: Float[Array, "B R R 3"]) -> UInt8[Array, "B R R 3"]:

@@ -1,15 +1,16 @@
 """Published codecs: the names of their tensors, and the sizes that follow from them.
 
-openai-dvae     encoder.pkl and decoder.pkl: pickled modules, whose code is not run
-taming          Lightning checkpoints of VQ-GANs, by nearest code or (Gumbel) by logits
-llamagen-vq     {"model": ...}; the decoder's groups are numbered coarse to fine
-maskgit-vqgan   a plain state dict
+openai-dvae       encoder.pkl and decoder.pkl: pickled modules, whose code is not run
+taming            Lightning checkpoints of VQ-GANs, by nearest code or (Gumbel) by logits
+dalle-mini-vqgan  the network of taming in flax's msgpack, for pixels in [0, 1]
+llamagen-vq       {"model": ...}; the decoder's groups are numbered coarse to fine
+maskgit-vqgan     a plain state dict
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.maskgit_vqgan import MaskGITVQGANConfig
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.weights.errors import WeightsError
+from dalle_jax.weights.msgpack_file import read_msgpack
 from dalle_jax.weights.rules import CONV, Rule
 from dalle_jax.weights.torch_file import read_torch
 
@@ -123,6 +125,16 @@ LLAMAGEN = (
     Rule("quantize.codebook_used"),
 )
 
+# the names of flax are ours, but for the table
+DALLE_MINI = (
+    Rule("quantize/embedding/embedding", "quantize/embedding"),
+    *(
+        Rule(rule.ours, rule.ours)
+        for rule in TAMING
+        if rule.ours and not rule.ours.startswith("quantize/")
+    ),
+)
+
 MASKGIT = (
     *(
         rule
@@ -177,6 +189,12 @@ def read_maskgit(files: Sequence[Path]) -> Tensors:
     return _state(read_torch(file, shells=True), file)
 
 
+def read_dalle_mini(files: Sequence[Path]) -> Tensors:
+    """Tensors of a VQ-GAN in a msgpack file."""
+    (file,) = files
+    return read_msgpack(file)
+
+
 def dvae_config(tensors: Mapping[str, np.ndarray]) -> DVAEConfig:
     """Sizes of a dVAE."""
     code_width, codes, *_ = _shape(tensors, "decoder.blocks.input.w", 4)
@@ -194,8 +212,7 @@ def taming_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
     by_logits = "quantize.proj.weight" in tensors
     return _vqgan_config(
         tensors,
-        group=r"encoder\.down\.{}",
-        block="block",
+        _TAMING,
         table="quantize.embed.weight" if by_logits else "quantize.embedding.weight",
         quantizer="logits" if by_logits else "nearest",
     )
@@ -203,18 +220,19 @@ def taming_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
 
 def llamagen_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
     """Sizes of a VQ-GAN whose codes have length 1."""
-    return _vqgan_config(
-        tensors,
-        group=r"encoder\.conv_blocks\.{}",
-        block="res",
-        table="quantize.embedding.weight",
-        quantizer="cosine",
-    )
+    table = "quantize.embedding.weight"
+    return _vqgan_config(tensors, _LLAMAGEN, table=table, quantizer="cosine")
+
+
+def dalle_mini_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
+    """Sizes of a VQ-GAN whose pixels lie in [0, 1]."""
+    table = "quantize/embedding/embedding"
+    return _vqgan_config(tensors, _FLAX, table=table, unit_pixels=True)
 
 
 def maskgit_config(tensors: Mapping[str, np.ndarray]) -> MaskGITVQGANConfig:
     """Sizes of MaskGIT's VQ-GAN."""
-    width, multipliers, blocks = _groups(tensors, r"encoder\.down\.{}", "block")
+    width, multipliers, blocks = _groups(tensors, _TAMING)
     codes, code_width = _shape(tensors, "quantize.embedding.weight", 2)
     return MaskGITVQGANConfig(
         width=width,
@@ -225,34 +243,61 @@ def maskgit_config(tensors: Mapping[str, np.ndarray]) -> MaskGITVQGANConfig:
     )
 
 
-def _vqgan_config(tensors, *, group, block, table, quantizer):
-    width, multipliers, blocks = _groups(tensors, group, block)
-    attends = re.compile(group.format(r"(\d+)") + r"\.attn\.0\.norm\.weight")
+class _Names(NamedTuple):
+    """Where a layout's sizes stand: names of tensors, numbered by group and block."""
+
+    conv1: str
+    attention: str
+    ends: str
+    """First and last convolution of the encoder."""
+    features: int
+    """Axis of a kernel that holds what it makes."""
+
+
+_TAMING = _Names(
+    "encoder.down.{}.block.{}.conv1.weight",
+    "encoder.down.{}.attn.0.norm.weight",
+    "encoder.conv_{}.weight",
+    0,
+)
+_LLAMAGEN = _TAMING._replace(
+    conv1="encoder.conv_blocks.{}.res.{}.conv1.weight",
+    attention="encoder.conv_blocks.{}.attn.0.norm.weight",
+)
+_FLAX = _Names(
+    "encoder/down_{}/block_{}/conv1/kernel",
+    "encoder/down_{}/attn_0/norm/scale",
+    "encoder/conv_{}/kernel",
+    3,
+)
+
+
+def _vqgan_config(tensors, names, *, table, **options):
+    width, multipliers, blocks = _groups(tensors, names)
     codes, code_width = _shape(tensors, table, 2)
-    found = filter(None, map(attends.fullmatch, tensors))
     return VQGANConfig(
         width=width,
         multipliers=multipliers,
         blocks_per_group=blocks,
-        attention=tuple(sorted(2 ** int(match[1]) for match in found)),
-        z_width=_shape(tensors, "encoder.conv_out.weight", 4)[0],
+        attention=tuple(
+            2**i for i in range(len(multipliers)) if names.attention.format(i) in tensors
+        ),
+        z_width=_shape(tensors, names.ends.format("out"), 4)[names.features],
         codes=codes,
         code_width=code_width,
-        quantizer=quantizer,
+        **options,
     )
 
 
-def _groups(tensors, group, block):
+def _groups(tensors, names):
     """Width, multipliers of it, and blocks of a group."""
-    width = _shape(tensors, "encoder.conv_in.weight", 4)[0]
-    count = _count(tensors, group.format(r"(\d+)") + r"\..*")
-    first = group.replace("\\", "")
-    sides = [
-        _shape(tensors, f"{first.format(i)}.{block}.0.conv1.weight", 4)[0] for i in range(count)
-    ]
+    width = _shape(tensors, names.ends.format("in"), 4)[names.features]
+    pattern = re.escape(names.conv1).replace(r"\{\}", "{}")
+    count = _count(tensors, pattern.format(r"(\d+)", r"\d+"))
+    sides = [_shape(tensors, names.conv1.format(i, 0), 4)[names.features] for i in range(count)]
     if not width or any(side % width for side in sides):
         raise WeightsError(f"its groups have {sides} channels, no multiples of the first {width}")
-    blocks = _count(tensors, group.format(0) + rf"\.{block}\.(\d+)\..*")
+    blocks = _count(tensors, pattern.format(0, r"(\d+)"))
     return width, tuple(side // width for side in sides), blocks
 
 

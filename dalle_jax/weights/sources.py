@@ -76,6 +76,18 @@ SOURCES: dict[str, Source] = {
         rules=codec_rules.TAMING,
         px=256,
     ),
+    "dalle-mini-vqgan": Source(
+        title="VQ-GAN of dalle-mini and dalle-mega (Dayma et al. 2021), f = 16, 16,384 codes",
+        kind="codec",
+        files=("flax_model.msgpack",),
+        addresses=("https://huggingface.co/dalle-mini/vqgan_imagenet_f16_16384/tree/main",),
+        licence="see its page; the network is taming's, under MIT",
+        note="76M parameters, 304 MB; the same network as taming's, for pixels in [0, 1]",
+        read=codec_rules.read_dalle_mini,
+        config=codec_rules.dalle_mini_config,
+        rules=codec_rules.DALLE_MINI,
+        px=256,
+    ),
     "llamagen-vq": Source(
         title="VQ-16 and VQ-8 of LlamaGen (Sun et al. 2024), 16,384 codes of length 1",
         kind="codec",

@@ -30,13 +30,14 @@ FILES = {
     "openai-dvae": ("openai-dvae", ["encoder.pkl", "decoder.pkl"]),
     "taming-vqgan": ("taming-vqgan", ["vqgan.ckpt"]),
     "taming-gumbel": ("taming-vqgan", ["gumbel.ckpt"]),
+    "dalle-mini-vqgan": ("dalle-mini-vqgan", ["dalle-mini-vqgan.msgpack"]),
     "llamagen-vq": ("llamagen-vq", ["vq_ds16_c2i.pt"]),
     "maskgit-vqgan": ("maskgit-vqgan", ["maskgit.bin"]),
     "openai-clip": ("openai-clip", ["ViT-tiny.pt", "bpe.txt.gz"]),
     "hf-clip": ("hf-clip", ["hf/model.safetensors", "merges.txt", "hf/config.json"]),
     "hf-clip .bin": ("hf-clip", ["hf/pytorch_model.bin", "merges.txt", "hf/config.json"]),
 }
-"""Source and files of each network of `oracles.py`."""
+"""Source and files of each network of `oracles.py` and `flax_oracles.py`."""
 FLOATS = 1e-4
 """How far features, logits and pixels may be apart, relative to the largest."""
 
@@ -91,7 +92,10 @@ def _floats(config, params, images, codes):
         return features, DVAE(config).apply(variables, codes, method="decode")
     if isinstance(config, VQGANConfig):
         network = VQGAN(config)
-        z = network.apply(variables, vqgan.preprocess(images), method="encode")
+        unit = vqgan.preprocess(images) / 2 + 0.5
+        z = network.apply(
+            variables, unit if config.unit_pixels else vqgan.preprocess(images), method="encode"
+        )
         if config.quantizer == "cosine":
             z = vqgan.unit(z)
         if config.quantizer == "logits":
@@ -108,7 +112,7 @@ def _uint8(config, expected):
     pixels = expected["pixels"]
     if isinstance(config, DVAEConfig):
         pixels = expected["images"]
-    elif isinstance(config, VQGANConfig):
+    elif isinstance(config, VQGANConfig) and not config.unit_pixels:
         pixels = (pixels + 1) / 2
     return np.round(255 * pixels.clip(0, 1)).astype(int)
 

@@ -10,6 +10,7 @@ checkout() {  # NAME ADDRESS COMMIT: networks that no package holds
 }
 checkout LlamaGen https://github.com/FoundationVision/LlamaGen ce98ec41803a74a90ce68c40ababa9eaeffeb4ec
 checkout 1d-tokenizer https://github.com/bytedance/1d-tokenizer 942a96fbdd873780179d1b78d5462911528bf8c8
+checkout vqgan-jax https://github.com/patil-suraj/vqgan-jax 10ef240f8ace869e437f3c32d14898f61512db12
 checkout CLIP https://github.com/openai/CLIP d05afc436d78f1c48dc0dbf8e5980a9d471f35f6
 
 ready() {

@@ -17,10 +17,12 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import flax.serialization
 import numpy as np
 
 from dalle_jax.errors import UserError
 from dalle_jax.weights import sources
+from dalle_jax.weights.msgpack_file import read_msgpack
 from dalle_jax.weights.torch_file import read_torch
 from dalle_jax.weights.torch_write import described_tensor, write_torch
 
@@ -46,7 +48,7 @@ class Bait:
 
 
 def seeds() -> list[bytes]:
-    """Good files to start from: both containers, a module's, hostile ones."""
+    """Good files to start from: both containers of PyTorch, and one of flax."""
     files = [(GOLDEN / f"torch_{kind}.pt").read_bytes() for kind in ("zip", "older")]
     with tempfile.TemporaryDirectory() as folder:
         write_torch(
@@ -54,6 +56,8 @@ def seeds() -> list[bytes]:
             {"state_dict": {f"encoder.{i}.weight": np.ones((2, 3), np.float32) for i in range(4)}},
         )
         files.append((Path(folder) / "x.ckpt").read_bytes())
+    tree = {"encoder": {f"conv_{i}": {"kernel": np.ones((2, 3), np.float32)} for i in range(4)}}
+    files.append(flax.serialization.msgpack_serialize(tree))
     return files
 
 
@@ -120,8 +124,9 @@ def view(rng: random.Random) -> bytes:
 def read(path: Path, rng: random.Random) -> str:
     """Reads a file one way or the other; says how that ended."""
     try:
-        if rng.random() < 0.5:
-            content = read_torch(path, shells=rng.random() < 0.5)
+        if rng.random() < 0.6:
+            packed = path.read_bytes()[:1] == b"\x81"
+            content = read_msgpack(path) if packed else read_torch(path, shells=rng.random() < 0.5)
             for value in content.values():
                 if isinstance(value, np.ndarray):
                     value.sum()

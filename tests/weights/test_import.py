@@ -61,6 +61,7 @@ def test_out_and_in_again_is_the_same_bit_for_bit(layout, config, tmp_path):
         ("taming-vqgan", VQGANConfig(width=32), "at least 128 channels everywhere, and not 32"),
         ("taming-vqgan", VQGANConfig(patch=4, attention=()), "a patch of 1, and not 4"),
         ("taming-vqgan", VQGANConfig(quantizer="cosine"), "not by cosine"),
+        ("taming-vqgan", VQGANConfig(unit_pixels=True), r"and not in \[0, 1\]"),
     ],
 )
 def test_what_others_code_cannot_run_is_not_written(layout, config, said, tmp_path):

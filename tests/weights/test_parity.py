@@ -1,10 +1,12 @@
-"""Imported networks give what others' own code gave: golden/weights, by parity/oracles.py."""
+"""Imported networks give what others' own code gave: golden/weights, by parity/*oracles.py."""
 
 import json
 import math
 from pathlib import Path
 
 import compare
+import flax.serialization
+import flax.traverse_util
 import numpy as np
 import pytest
 import recipe
@@ -42,6 +44,10 @@ def published(source, shapes, folder):
             json.dumps({f"{x}_config": {"num_attention_heads": 2} for x in ("text", "vision")})
         )
         return [folder / "model.safetensors", merges, folder / "config.json"]
+    if source == "dalle-mini-vqgan":
+        params = flax.traverse_util.unflatten_dict(made(shapes), sep="/")
+        (folder / "m.msgpack").write_bytes(flax.serialization.msgpack_serialize(params))
+        return [folder / "m.msgpack"]
     key = "model" if source == "llamagen-vq" else "state_dict"
     write_torch(folder / "last.ckpt", {"epoch": 1, key: made(shapes)})
     return [folder / "last.ckpt"]
