@@ -2,8 +2,8 @@
 
     python flax_oracles.py PEERS OUT [GOLDEN]
 
-Writes what `oracles.py` writes of networks in PyTorch. Their packages need a transformers that
-has no flax any more; its two classes that hold settings and weights are stood in for.
+Writes what `oracles.py` writes of networks in PyTorch. Their packages need the last transformers
+with flax, which `install.sh` puts into PEERS/flax.
 """
 
 import json
@@ -20,20 +20,6 @@ import recipe
 
 PEERS, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 GOLDEN = Path(sys.argv[3]) if len(sys.argv) > 3 else None
-
-
-class Config:
-    """In place of transformers.PretrainedConfig."""
-
-    def __init__(self, **options):
-        pass
-
-
-def stand_in():
-    """Makes `import transformers` give what the peers need of it here."""
-    package, utils = types.ModuleType("transformers"), types.ModuleType("modeling_flax_utils")
-    package.PretrainedConfig, utils.FlaxPreTrainedModel = Config, object
-    sys.modules |= {"transformers": package, "transformers.modeling_flax_utils": utils}
 
 
 def filled(network, *inputs):
@@ -78,7 +64,66 @@ def dalle_mini_vqgan():
     )  # fmt: skip
 
 
+def dalle_mini_modules():
+    """Its config and network, without the package around them, which logs to a service."""
+    jnp.DeviceArray = jax.Array  # that JAX has renamed
+    source = PEERS / "dalle-mini" / "src" / "dalle_mini"
+    for name, folder in (("dalle_mini", source), ("dalle_mini.model", source / "model")):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(folder)]
+    utils = types.ModuleType("utils")
+    utils.PretrainedFromWandbMixin = type("Mixin", (), {})
+    sys.modules["dalle_mini.model.utils"] = utils
+    from dalle_mini.model.configuration import DalleBartConfig
+    from dalle_mini.model.modeling import FlaxBartForConditionalGenerationModule
+
+    return DalleBartConfig, FlaxBartForConditionalGenerationModule
+
+
+def inputs_of(config, text, codes):
+    """What the network takes: the start before the codes, masks and positions."""
+    start = jnp.full_like(codes[:, :1], config.decoder_start_token_id)
+    codes = jnp.concatenate([start, codes[:, :-1]], axis=1)
+    places = [jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape) for x in (text, codes)]
+    return text, (text != 1).astype(int), codes, jnp.ones_like(codes), *places
+
+
+def dalle_mini():
+    Config, Network = dalle_mini_modules()
+    sizes = {
+        "encoder_vocab_size": 40, "image_vocab_size": 31, "image_length": 16, "max_text_length": 8,
+        "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "dropout": 0.0,
+        "decoder_start_token_id": 20, "pad_token_id": 21, "gradient_checkpointing": False,
+    }  # fmt: skip
+    text = jnp.asarray([[0, 7, 9, 2, 1, 1, 1, 1], [0, 3, 30, 8, 39, 11, 12, 2]])
+    codes = jnp.asarray(np.random.RandomState(0).randint(0, 20, (2, 16)))
+    for name, scan in (("dalle-mini", False), ("dalle-mini-scanned", True)):
+        config = Config(**sizes, use_scan=scan)
+        inputs = inputs_of(config, text, codes)
+        params, shapes = filled(Network(config), *inputs)
+        logits = Network(config).apply({"params": params}, *inputs).logits
+        write(
+            f"seq2seq/{name}", params, shapes, text=text, codes=codes, logits=logits,
+            config=json.dumps(config.to_dict(), default=str),
+        )  # fmt: skip
+    mini = {"encoder_ffn_dim": 2730, "decoder_ffn_dim": 2730}
+    mega = {"d_model": 2048, "encoder_layers": 24, "decoder_layers": 24, "image_vocab_size": 16415}
+    mega |= {"encoder_vocab_size": 50272}
+    counts = {}
+    for name, other in (("mini", mini), ("mega", mega)):
+        config = Config(**other, use_scan=True, decoder_start_token_id=16384)
+        inputs = inputs_of(config, jnp.zeros((1, 64), int), jnp.zeros((1, 256), int))
+        drawn = jax.eval_shape(Network(config).init, jax.random.key(0), *inputs)
+        counts[name] = sum(leaf.size for leaf in jax.tree.leaves(drawn))
+    for folder in filter(None, (OUT, GOLDEN)):
+        (folder / "seq2seq" / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+    print(counts)
+
+
 if __name__ == "__main__":
-    stand_in()
-    OUT.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(PEERS / "flax"))
+    for folder in filter(None, (OUT, GOLDEN)):
+        (folder / "seq2seq").mkdir(parents=True, exist_ok=True)
     dalle_mini_vqgan()
+    dalle_mini()

@@ -11,7 +11,13 @@ checkout() {  # NAME ADDRESS COMMIT: networks that no package holds
 checkout LlamaGen https://github.com/FoundationVision/LlamaGen ce98ec41803a74a90ce68c40ababa9eaeffeb4ec
 checkout 1d-tokenizer https://github.com/bytedance/1d-tokenizer 942a96fbdd873780179d1b78d5462911528bf8c8
 checkout vqgan-jax https://github.com/patil-suraj/vqgan-jax 10ef240f8ace869e437f3c32d14898f61512db12
+checkout dalle-mini https://github.com/borisdayma/dalle-mini f0be4de610285a002052024a1e096126f9452cc4
 checkout CLIP https://github.com/openai/CLIP d05afc436d78f1c48dc0dbf8e5980a9d471f35f6
+
+# the last transformers with flax, beside our own JAX
+[ -d "$folder/flax/transformers" ] || "${PYTHON:-python3}" -m pip install -qq --no-deps --target "$folder/flax" \
+  transformers==4.40.2 tokenizers==0.19.1 huggingface_hub==0.23.4 einops==0.8.0 filelock fsspec tqdm \
+  requests packaging pyyaml regex urllib3 idna typing_extensions
 
 ready() {
   [ -x "$folder/venv/bin/python" ] && (cd "$here" && "$folder/venv/bin/python" -W ignore -c \
