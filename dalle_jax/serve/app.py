@@ -57,9 +57,11 @@ def create_app(
       captions: examples that the page shows.
       token: that clients send as `Authorization: Bearer ...`; None for open access.
       hosts: names by which clients may call this server, in the header Host.
-      warm_up: whether to compile all sizes of batches at startup.
+      warm_up: whether to compile all sizes of batches first.
     """
-    server = _Server(model, config, captions, token, warm_up)
+    server = _Server(model, config, captions, token)
+    if warm_up:
+        server.worker.warm_up()
     return Starlette(
         routes=[
             Route("/", server.page),
@@ -82,16 +84,13 @@ def create_app(
 
 
 class _Server:
-    def __init__(self, model, config, captions, token, warm_up):
+    def __init__(self, model, config, captions, token):
         self.model, self.config, self.captions, self.token = model, config, captions, token
-        self.warm_up = warm_up
         self.metrics = Metrics()
         self.worker = Worker(model, config, self.metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _) -> AsyncIterator[None]:
-        if self.warm_up:
-            await run_in_threadpool(self.worker.warm_up)
         self.worker.start()
         yield
         await run_in_threadpool(self.worker.stop)

@@ -88,6 +88,7 @@ class Worker:
         while size <= self._largest(part, sampling):
             for _, grids in self._passes(part, sampling, [ImageSpec("image", 0, 0)] * size):
                 self._model.decode(np.where(grids == self._model.codec.codes, 0, grids))
+            _log.info("batches of %d are compiled", size)
             size *= 2
 
     def _run(self) -> None:

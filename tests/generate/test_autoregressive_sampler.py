@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.generate import autoregressive_sampler
-from dalle_jax.generate.autoregressive_sampler import sample
+from dalle_jax.generate.autoregressive_sampler import sample, sample_rows
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
@@ -188,13 +188,14 @@ def test_wrong_caption_length_says_what_the_config_needs():
 
 
 def test_keys_must_be_typed_and_one_an_image():
-    unchecked = getattr(sample, "__wrapped__", sample)  # the shape checker would refuse them first
+    # the shape checker would refuse them first
+    unchecked = getattr(sample_rows, "__wrapped__", sample_rows)
     with pytest.raises(
         ValueError, match=r"got 5 captions and keys of shape \(4,\); give one key per image"
     ):
-        unchecked(TINY, PARAMETERS, CAPTIONS, _keys(4))
+        next(unchecked(TINY, PARAMETERS, CAPTIONS, _keys(4)))
     with pytest.raises(ValueError, match=r"keys have dtype uint32, but must come from jax.random"):
-        unchecked(TINY, PARAMETERS, CAPTIONS, jax.random.key_data(_keys(5)))
+        next(unchecked(TINY, PARAMETERS, CAPTIONS, jax.random.key_data(_keys(5))))
 
 
 def test_grid_of_one_and_one_layer_samples():
