@@ -45,8 +45,8 @@ CASES = {
 
 def stage(name, **changes):
     if name == "dvae":
-        sizes = DVAEConfig(width=8, groups=3, blocks_per_group=1, codes=16, code_width=8)
-        run = short_dvae_run(model=sizes, loop=LOOP, px=16, batch_size=16, kmeans_init=False)
+        sizes = DVAEConfig(width=8, groups=2, blocks_per_group=1, codes=16, code_width=8)
+        run = short_dvae_run(model=sizes, loop=LOOP, px=8, batch_size=16, kmeans_init=False)
         return DVAEStage(run, init_images=lambda: None, validation=lambda: iter(()))
     if name == "clip":
         sizes = CLIPConfig(**CLIP, text_vocabulary=40)
@@ -68,7 +68,7 @@ def stage(name, **changes):
 def batch(name):
     rng = np.random.default_rng(0)
     if name == "dvae":
-        return {"image": rng.integers(0, 256, (16, 16, 16, 3), np.uint8)}
+        return {"image": rng.integers(0, 256, (16, 8, 8, 3), np.uint8)}
     text = rng.integers(0, 40, (16, 7)).astype(np.int32)  # no pads: accumulation weighs them
     if name == "clip":
         return {"image": rng.integers(0, 256, (16, 16, 16, 3), np.uint8), "text": text}
