@@ -127,8 +127,8 @@ def test_a_vqgan_makes_the_codes_in_place_of_the_dvae(tmp_path, monkeypatch):
 # dalle_12b.py at toy size; all that is not named here is its own: no evaluation, no sheets, groups
 # of 8 devices, bfloat16.
 TOY = {
-    "dvae": {"model.width": 8, "model.groups": 2, "model.blocks-per-group": 1, "model.codes": 32}
-    | {"px": 8, "batch-size": 8},
+    "dvae": {"model.width": 8, "model.groups": 3, "model.blocks-per-group": 1, "model.codes": 32}
+    | {"px": 16, "batch-size": 8},
     "prior": {"model.width": 32, "model.heads": 2, "model.depth": 4, "model.kernel": 3}
     | {"model.text-vocabulary": 300, "model.text-length": 16, "model.grid": 4, "model.codes": 32}
     | {"batch-size": 8},
