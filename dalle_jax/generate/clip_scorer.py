@@ -29,7 +29,7 @@ from dalle_jax.image import pixels
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption
-from dalle_jax.text.clip_bpe import load_tokenizer
+from dalle_jax.text.tokenizer_file import load_tokenizer
 
 
 class Clip:

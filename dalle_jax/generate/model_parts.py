@@ -28,7 +28,7 @@ from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.text.clip_bpe import load_tokenizer
+from dalle_jax.text.tokenizer_file import load_tokenizer
 
 Priors = dict[str, tuple[PriorConfig | ProgressiveConfig, Any]]
 Parts = TypeVar("Parts", bound="ModelParts")

@@ -16,7 +16,7 @@ import html
 import itertools
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dalle_jax.errors import UserError
@@ -25,7 +25,8 @@ from dalle_jax.text.bpe import TextError, Tokenizer
 MERGES = 49152 - 256 - 2
 """How many lines of the published list count; 256 bytes, start and end make 49,152."""
 _END = "</w>"
-_ENDINGS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+ENDINGS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+"""English endings, which are words of their own."""
 _LARGEST = 2**26  # bytes of a list of merges, unpacked; the published one has 1.4 MB
 
 
@@ -33,7 +34,7 @@ class CLIPTokenizer(Tokenizer):
     """Merges of CLIP; V counts pieces without start and end."""
 
     def __init__(self, merges: Sequence[tuple[str, str]]):
-        byte_pieces = [_SIGNS[byte] for byte in _ORDER]
+        byte_pieces = [SIGNS[byte] for byte in _ORDER]
         pieces = [*byte_pieces, *(sign + _END for sign in byte_pieces)]
         pieces += [first + second for first, second in merges]
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -67,21 +68,12 @@ class CLIPTokenizer(Tokenizer):
         Raises:
           TextError: if it is no such list.
         """
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                lines = file.read(_LARGEST).decode("utf-8").split("\n")
-        except (OSError, EOFError, ValueError) as error:
-            raise TextError(f"{path} is no list of merges ({error!r:.100})") from error
-        # the first line is a title
-        pairs = [tuple(line.split()) for line in lines[1 : MERGES + 1] if line.strip()]
-        if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise TextError(f"{path} is no list of merges: two pieces are wanted in each line")
-        return cls(pairs)
+        return cls(read_merges(path, MERGES))
 
     def _tokens(self, caption: str) -> list[int]:
         text = html.unescape(html.unescape(caption))
         text = " ".join(unicodedata.normalize("NFC", text).split()).lower()
-        signs = ("".join(_SIGNS[byte] for byte in word.encode()) for word in _words(text))
+        signs = ("".join(SIGNS[byte] for byte in word.encode()) for word in _words(text))
         return [self._ids[piece] for word in signs for piece in self._merge(word)]
 
     def _draw(self, caption: str, dropout: float, seed: int) -> list[int]:
@@ -90,51 +82,64 @@ class CLIPTokenizer(Tokenizer):
     def decode(self, ids) -> str:
         """Returns the caption of one row of ids, spaces between its words; pads say nothing."""
         signs = "".join(self._texts[i] for i in ids if i < self.vocabulary)
-        data = bytes(_BYTES[sign] for sign in signs.replace(_END, " "))
+        data = bytes(BYTES[sign] for sign in signs.replace(_END, " "))
         return data.decode("utf-8", errors="replace").strip()
 
     def _merged(self, word: str) -> tuple[str, ...]:
-        parts = [*word[:-1], word[-1] + _END]
-        while len(parts) > 1:
-            pairs = list(itertools.pairwise(parts))
-            best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
-            if best not in self._ranks:
-                break
-            joined, at = [], 0
-            while at < len(parts):
-                pair = tuple(parts[at : at + 2])
-                joined.append("".join(pair) if pair == best else parts[at])
-                at += 2 if pair == best else 1
-            parts = joined
-        return tuple(parts)
+        return merge([*word[:-1], word[-1] + _END], self._ranks)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads the tokenizer of a model folder, ours or CLIP's; TextError if missing or damaged."""
+def merge(parts: list[str], ranks: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
+    """Joins the parts of a word, pair after pair, the pair of the lowest rank first."""
+    while len(parts) > 1:
+        pairs = list(itertools.pairwise(parts))
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        joined, at = [], 0
+        while at < len(parts):
+            pair = tuple(parts[at : at + 2])
+            joined.append("".join(pair) if pair == best else parts[at])
+            at += 2 if pair == best else 1
+        parts = joined
+    return tuple(parts)
+
+
+def read_merges(path: Path, most: int | None = None) -> list[tuple[str, str]]:
+    """Reads a list of merges below a title, as text or packed (.gz).
+
+    Raises:
+      TextError: if it is no such list.
+    """
     try:
-        data = Path(path).read_bytes()
-        return (CLIPTokenizer if data[:1] == b"{" else Tokenizer).from_bytes(data)
-    except (OSError, TextError) as error:
-        raise TextError(f"cannot read the tokenizer {path}: {error}") from error
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            lines = file.read(_LARGEST).decode("utf-8").split("\n")
+    except (OSError, EOFError, ValueError) as error:
+        raise TextError(f"{path} is no list of merges ({error!r:.100})") from error
+    pairs = [tuple(line.split()) for line in lines[1:][:most] if line.strip()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise TextError(f"{path} is no list of merges: two pieces are wanted in each line")
+    return pairs
 
 
 def _words(text: str) -> Iterator[str]:
     """Runs of letters, single digits, English endings, and runs of other signs."""
     at = 0
     while at < len(text):
-        ending = next((x for x in _ENDINGS if text.startswith(x, at)), None)
+        ending = next((x for x in ENDINGS if text.startswith(x, at)), None)
         end = at + 1
         if ending:
             end = at + len(ending)
-        elif (kind := _kind(text[at])) != "number":
-            while end < len(text) and _kind(text[end]) == kind:
+        elif (kind := kind_of(text[at])) != "number":
+            while end < len(text) and kind_of(text[end]) == kind:
                 end += 1
         if ending or kind != "space":
             yield text[at:end]
         at = end
 
 
-def _kind(sign: str) -> str:
+def kind_of(sign: str) -> str:
+    """What a character is, to cut words by: letter, number, space or other."""
     if sign.isspace():
         return "space"
     return {"L": "letter", "N": "number"}.get(unicodedata.category(sign)[0], "other")
@@ -147,5 +152,5 @@ def _order() -> list[int]:
 
 
 _ORDER = _order()
-_SIGNS = {byte: chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(_ORDER)}
-_BYTES = {sign: byte for byte, sign in _SIGNS.items()} | {" ": 32}
+SIGNS = {byte: chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(_ORDER)}
+BYTES = {sign: byte for byte, sign in SIGNS.items()} | {" ": 32}

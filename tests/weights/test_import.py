@@ -16,7 +16,8 @@ from dalle_jax.models import codec as codecs
 from dalle_jax.models.clip import CLIP, CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.vqgan import VQGANConfig
-from dalle_jax.text.clip_bpe import CLIPTokenizer, load_tokenizer
+from dalle_jax.text.clip_bpe import CLIPTokenizer
+from dalle_jax.text.tokenizer_file import load_tokenizer
 from dalle_jax.train import experiment
 from dalle_jax.weights import sources
 from dalle_jax.weights.errors import WeightsError
