@@ -62,17 +62,21 @@ def sample_jointly(
         np.array([image.number for image in images], np.uint32),
     )
     known = None if images[0].known is None else np.stack([image.known for image in images])
-    arguments = (config, params, text, keys)
+    inputs = (params, text, keys)
     if isinstance(config, ProgressiveConfig):
-        for passes in progressive_sampler.sample_passes(*arguments, sampling=sampling, known=known):
+        for passes in progressive_sampler.sample_passes(
+            config, *inputs, sampling=sampling, known=known
+        ):
             yield np.asarray(passes[-1])
         return
     if sampling.decoder == "jacobi":
-        yield np.asarray(jacobi_sampler.sample(*arguments, sampling=sampling, known=known)[0])
+        yield np.asarray(jacobi_sampler.sample(config, *inputs, sampling=sampling, known=known)[0])
         return
-    grids, row = np.full((len(images), config.grid, config.grid), config.codes, np.int32), 0
+    grids: Int[np.ndarray, "B G G"]
+    grids = np.full((len(images), config.grid, config.grid), config.codes, np.int32)
+    row = 0
     prompt = top_rows(config, known)
-    for rows in autoregressive_sampler.sample_rows(*arguments, sampling=sampling, **prompt):
+    for rows in autoregressive_sampler.sample_rows(config, *inputs, sampling=sampling, **prompt):
         grids[:, row : row + rows.shape[1]] = rows
         row += rows.shape[1]
         yield grids.copy()

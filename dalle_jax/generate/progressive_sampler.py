@@ -127,8 +127,8 @@ def sample_passes(
     codes = start
     spans = np.array_split(np.arange(last), min(SPANS, last)) if last else []
     for span in [*spans, np.array([last])]:
-        plan = (span, before[span], counts[span], (span + 1) / stages)
-        plan = [jnp.asarray(x, jnp.float32 if x.dtype == float else jnp.int32) for x in plan]
+        whole = (jnp.asarray(x, jnp.int32) for x in (span, before[span], counts[span]))
+        plan = [*whole, jnp.asarray((span + 1) / stages, jnp.float32)]
         n = int(counts[span].max())
         codes, cache, grids = _sample_span(
             *(config, params, state, codes, cache, plan),
