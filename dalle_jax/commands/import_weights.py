@@ -24,6 +24,12 @@ _EXTRAS = {
     "dev": (("pytest", "ruff", "hypothesis"), "make test"),
 }
 
+_ABLE = {
+    "codec": "encodes and decodes",
+    "clip": "ranks and compares images",
+    "prior": "generates from captions",
+}
+
 
 def add_to(app: SubcommandApp) -> None:
     """Adds these commands."""
@@ -38,6 +44,7 @@ def import_(
     *,
     out: Path,
     px: int | None = None,
+    codec: str | None = None,
     name: Annotated[str | None, arg(metavar="NAME")] = None,
 ) -> None:
     """Turn weights that others published into a model folder.
@@ -50,6 +57,7 @@ def import_(
       files: Its files, in the order that `dalle-jax models` lists.
       out: Folder for the model.
       px: Side of the images of a codec, in pixels; None for what it was trained on.
+      codec: Of a prior such as dalle-mini: folder of the codec whose codes it samples.
       name: Short name of the model; None for that of the source.
     """
     check_output_folder("--out", out)
@@ -59,9 +67,17 @@ def import_(
     from dalle_jax.generate.model import Model
     from dalle_jax.weights import sources
 
-    source_info, config, tensors = sources.open_source(source, files)
-    if source_info.kind == "clip" and px is not None:
-        raise UserError(f"--px is {px}, but a CLIP reads images of the side it was made for")
+    is_prior = source in sources.SOURCES and sources.SOURCES[source].kind == "prior"
+    if is_prior != (codec is not None):
+        raise UserError(
+            f"--codec is {codec}; dalle-mini needs it (import dalle-mini-vqgan first), and other "
+            "sources have no use for it"
+        )
+    decoder = None if codec is None else Model.load(codec)
+    codes = {} if decoder is None else {"codes": decoder.codec.codes}
+    source_info, config, tensors = sources.open_source(source, files, **codes)
+    if source_info.kind != "codec" and px is not None:
+        raise UserError(f"--px is {px}, but only a codec can be told the side of its images")
     numbers = sum(map(math.prod, sources.shapes(config).values()))
     print(f"{source_info.title}: {numbers:,} parameters, {4 * numbers / 1e6:,.0f} MB in float32")
     print(config)
@@ -73,7 +89,12 @@ def import_(
         "kernels": "float32",
     }
     model: Clip | Model
-    if imported.tokenizer is not None:
+    if decoder is not None:
+        parts |= {"px": decoder.px, "codec": decoder.codec, "codec_params": decoder.codec_params}
+        parts["card"] += f"\n## Codec\n\n{decoder.card}"
+        parts |= {"seq2seq": config, "seq2seq_params": imported.params}
+        model = Model(tokenizer=imported.tokenizer, **parts)
+    elif imported.tokenizer is not None:
         model = Clip(config=config, params=imported.params, tokenizer=imported.tokenizer, **parts)
     else:
         parts["px"] = px or source_info.px
@@ -120,12 +141,12 @@ def models() -> None:
         folder = SHIPPED / name
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
         config = read_config(folder)
-        parts = [p for p in ("dvae", "vqgan", "prior", "progressive") if config.get(p)]
+        parts = [p for p in ("dvae", "vqgan", "prior", "progressive", "seq2seq") if config.get(p)]
         clip = ", clip" if (folder / "clip").is_dir() else ""
         print(f"  {name}: {config['px']} px, {', '.join(parts)}{clip}; {size:.1f} MB")
     print("\nTo import; dalle-jax import SOURCE FILES --out FOLDER:")
     for name, source in SOURCES.items():
-        able = "encodes and decodes" if source.kind == "codec" else "ranks and compares images"
+        able = _ABLE[source.kind]
         print(f"  {name}: {source.title}; {able}")
         print(f"    files: {', '.join(source.files)}")
         print(f"    {source.note}; licence: {source.licence}")

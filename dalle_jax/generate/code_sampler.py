@@ -13,12 +13,18 @@ import numpy as np
 from jaxtyping import Array, Int, Key, UInt32
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate import autoregressive_sampler, jacobi_sampler, progressive_sampler
+from dalle_jax.generate import (
+    autoregressive_sampler,
+    jacobi_sampler,
+    progressive_sampler,
+    seq2seq_sampler,
+)
 from dalle_jax.generate.micro_batching import rectangles
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.kv_cache import layout
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption
 
@@ -37,7 +43,7 @@ class Samples(NamedTuple):
 
 
 def sample_codes(
-    config: PriorConfig | ProgressiveConfig,
+    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -50,7 +56,7 @@ def sample_codes(
     """Samples n grids for each caption, and yields them by micro-batches as they are done.
 
     Args:
-      config: sizes of a prior of either kind.
+      config: sizes of a prior of any kind.
       params: its weights.
       tokenizer: belongs to it.
       prompts: captions, normalized and truncated as in training; the log counts truncated ones.
@@ -109,11 +115,13 @@ def _sample(config, params, text, keys, known, sampling):
         codes, _ = jacobi_sampler.sample(config, params, text, keys, sampling=sampling, known=known)
         return codes[None]
     prompt = top_rows(config, known)
-    codes = autoregressive_sampler.sample(config, params, text, keys, sampling=sampling, **prompt)
-    return codes[None]
+    sampler = seq2seq_sampler if isinstance(config, Seq2SeqConfig) else autoregressive_sampler
+    return sampler.sample(config, params, text, keys, sampling=sampling, **prompt)[None]
 
 
-def top_rows(config: PriorConfig, known: Int[np.ndarray, "B G G"] | None) -> dict[str, Any]:
+def top_rows(
+    config: PriorConfig | Seq2SeqConfig, known: Int[np.ndarray, "B G G"] | None
+) -> dict[str, Any]:
     """What the autoregressive sampler takes for known cells; UserError unless they are top rows."""
     if known is None:
         return {}
@@ -127,7 +135,9 @@ def top_rows(config: PriorConfig, known: Int[np.ndarray, "B G G"] | None) -> dic
     return {"prompt_codes": np.where(is_known, known, 0), "keep_rows": rows}
 
 
-def bytes_each(config: PriorConfig | ProgressiveConfig, sampling: SamplingConfig) -> int:
+def bytes_each(
+    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig, sampling: SamplingConfig
+) -> int:
     """Memory that one image takes while it is sampled."""
     branches = 1 if sampling.guidance == 1 else 2
     if isinstance(config, ProgressiveConfig):  # keys and values, and attention to all cells
@@ -138,6 +148,9 @@ def bytes_each(config: PriorConfig | ProgressiveConfig, sampling: SamplingConfig
         attention = 2 * config.heads * config.length**2  # at most, of a dense layer
         layer = (4 + config.mlp_ratio) * config.length * config.width
         return 4 * (attention + layer + 4 * config.image_length * config.codes) * branches
+    if isinstance(config, Seq2SeqConfig):  # keys and values of codes, and of the caption
+        positions = config.image_length + config.text_slots
+        return 2 * 4 * config.width * config.decoder_depth * positions * branches
     plans = (layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds)
     slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
     text = config.depth * config.text_length  # as if each image had a caption of its own

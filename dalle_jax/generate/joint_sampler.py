@@ -9,12 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from dalle_jax.generate import autoregressive_sampler, jacobi_sampler, progressive_sampler
+from dalle_jax.generate import (
+    autoregressive_sampler,
+    jacobi_sampler,
+    progressive_sampler,
+    seq2seq_sampler,
+)
 from dalle_jax.generate.code_sampler import bytes_each, caption_hash, image_keys, top_rows
 from dalle_jax.generate.micro_batching import LARGEST, MEMORY
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption
 
@@ -33,7 +39,7 @@ class ImageSpec(NamedTuple):
 
 
 def sample_jointly(
-    config: PriorConfig | ProgressiveConfig,
+    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
     params: Any,
     tokenizer: Tokenizer,
     images: Sequence[ImageSpec],
@@ -43,7 +49,7 @@ def sample_jointly(
     """Samples B grids of codes; each is the one that `Model.generate` samples, up to rounding.
 
     Args:
-      config: sizes of a prior of either kind.
+      config: sizes of a prior of any kind.
       params: its weights.
       tokenizer: belongs to it.
       images: as many as one batch holds; all of them without known cells, or all with as many.
@@ -69,6 +75,10 @@ def sample_jointly(
         ):
             yield np.asarray(passes[-1])
         return
+    if isinstance(config, Seq2SeqConfig):
+        prompt = top_rows(config, known)
+        yield np.asarray(seq2seq_sampler.sample(config, *inputs, sampling=sampling, **prompt))
+        return
     if sampling.decoder == "jacobi":
         yield np.asarray(jacobi_sampler.sample(config, *inputs, sampling=sampling, known=known)[0])
         return
@@ -82,6 +92,8 @@ def sample_jointly(
         yield grids.copy()
 
 
-def largest_batch(config: PriorConfig | ProgressiveConfig, sampling: SamplingConfig) -> int:
+def largest_batch(
+    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig, sampling: SamplingConfig
+) -> int:
     """Images that fit into a batch, at least 1."""
     return max(1, min(LARGEST, MEMORY // bytes_each(config, sampling)))

@@ -12,6 +12,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 
 
 def filter_logits(
@@ -97,7 +98,7 @@ def empty_captions(
 
 
 def check_inputs(
-    config: PriorConfig | ProgressiveConfig,
+    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
     text: Int[Array | np.ndarray, "U slots"],
     keys: Array,
     sampling: SamplingConfig,

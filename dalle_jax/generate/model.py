@@ -212,9 +212,8 @@ class Model(ModelParts):
                 f"model {self.name!r} holds a {codecs.TITLES[self.kind]} alone: it can encode and "
                 "decode, but generating needs a prior trained on its codes"
             )
-        part = "progressive" if "progressive" in self.priors else "prior"
-        if sampling.decoder is not None:
-            (part,) = (part for part, names in DECODERS.items() if sampling.decoder in names)
+        fitting = [p for p, names in DECODERS.items() if sampling.decoder in (None, *names)]
+        part = next((part for part in fitting if part in self.priors), fitting[0])
         if part not in self.priors:
             able = " or ".join(name for part in self.priors for name in DECODERS[part])
             raise ModelError(

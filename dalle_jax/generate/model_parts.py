@@ -17,6 +17,7 @@ from dalle_jax.generate.image_codec import Codec
 from dalle_jax.generate.model_folder import CLIP_FOLDER, Dtype, ModelError
 from dalle_jax.generate.part_checks import (
     CONFIGS,
+    AnyPriorConfig,
     check_fingerprints,
     check_parts,
     check_tensors,
@@ -26,11 +27,12 @@ from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.tokenizer_file import load_tokenizer
 
-Priors = dict[str, tuple[PriorConfig | ProgressiveConfig, Any]]
+Priors = dict[str, tuple[AnyPriorConfig, Any]]
 Parts = TypeVar("Parts", bound="ModelParts")
 
 
@@ -52,6 +54,8 @@ class ModelParts(Codec):
         prior_params: Any = None,
         progressive: ProgressiveConfig | None = None,
         progressive_params: Any = None,
+        seq2seq: Seq2SeqConfig | None = None,
+        seq2seq_params: Any = None,
         tokenizer: Tokenizer | None = None,
         clip: Clip | Path | None = None,
         card: str = "",
@@ -72,6 +76,8 @@ class ModelParts(Codec):
           prior_params: its nested parameters.
           progressive: sizes of the progressive prior; None for none.
           progressive_params: its nested parameters.
+          seq2seq: sizes of dalle-mini's prior, which samples code after code; None for none.
+          seq2seq_params: its nested parameters.
           tokenizer: the tokenizer that both were trained with.
           clip: ranks its images; a folder is loaded when the CLIP is first needed.
           card: text of the model card, Markdown, with the attribution of the data.
@@ -93,10 +99,12 @@ class ModelParts(Codec):
             priors["prior"] = prior, prior_params
         if progressive is not None:
             priors["progressive"] = progressive, progressive_params
+        if seq2seq is not None:
+            priors["seq2seq"] = seq2seq, seq2seq_params
         check_parts(self, {part: sizes for part, (sizes, _) in priors.items()})
 
         self.priors: Priors = {}
-        """Sizes and parameters of "prior", "progressive", or both."""
+        """Sizes and parameters of "prior", "progressive" and "seq2seq", those that there are."""
         for part, (sizes, params) in priors.items():
             assert tokenizer is not None  # check_parts has seen to it
             tensors = files.to_tensors(params, kernels=kernels)

@@ -12,24 +12,32 @@ import jax
 from dalle_jax.generate import model_folder as files
 from dalle_jax.generate.model_folder import ModelError, Tensors
 from dalle_jax.generate.sampling import Decoder
-from dalle_jax.models import autoregressive_prior, progressive_prior
+from dalle_jax.models import autoregressive_prior, progressive_prior, seq2seq_prior
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 
 DECODERS: dict[str, tuple[Decoder, ...]] = {
-    "prior": ("autoregressive", "jacobi"),
     "progressive": ("progressive",),
+    "prior": ("autoregressive", "jacobi"),
+    "seq2seq": ("autoregressive",),
 }
-"""What the option `decoder` can be for each prior, the usual one first."""
-CONFIGS = {"prior": PriorConfig, "progressive": ProgressiveConfig}
+"""What the option `decoder` can be for each prior, the usual ones first."""
+CONFIGS = {"prior": PriorConfig, "progressive": ProgressiveConfig, "seq2seq": Seq2SeqConfig}
 """Sizes of each."""
+AnyPriorConfig = PriorConfig | ProgressiveConfig | Seq2SeqConfig
+_NETWORKS = {
+    "prior": autoregressive_prior,
+    "progressive": progressive_prior,
+    "seq2seq": seq2seq_prior,
+}
 
 Shapes = dict[str, jax.ShapeDtypeStruct]  # by the names that weights are stored by
 
 
-def check_parts(model: Any, priors: dict[str, PriorConfig | ProgressiveConfig]) -> None:
+def check_parts(model: Any, priors: dict[str, AnyPriorConfig]) -> None:
     """Raises a ModelError if codec, priors and tokenizer of a model have other sizes."""
     name, px, factor = model.name, model.px, model.codec.factor
     if px < 1 or px % factor:
@@ -82,6 +90,7 @@ def check_fingerprints(name: str, has: dict[str, str], wanted: dict[str, str]) -
         "tokenizer": f"the tokenizer of model {name!r} is not the one it was trained with",
         "prior": f"the prior of model {name!r} is damaged",
         "progressive": f"the progressive prior of model {name!r} is damaged",
+        "seq2seq": f"the prior of model {name!r} is damaged",
     }
     for part, reason in reasons.items():
         if part in wanted and part in has and wanted[part] != has[part]:
@@ -96,10 +105,10 @@ def codec_shapes(config: CodecConfig) -> Shapes:
     return shapes(partial(codecs.init_params, config))
 
 
-def prior_shapes(config: PriorConfig | ProgressiveConfig) -> Shapes:
+def prior_shapes(config: AnyPriorConfig) -> Shapes:
     """Shapes of the weights of a prior."""
-    module = progressive_prior if isinstance(config, ProgressiveConfig) else autoregressive_prior
-    return shapes(partial(module.init_params, config))
+    (part,) = (part for part, kind in CONFIGS.items() if isinstance(config, kind))
+    return shapes(partial(_NETWORKS[part].init_params, config))
 
 
 def shapes(init: Callable, *inputs: Any) -> Shapes:

@@ -51,9 +51,14 @@ class Seq2SeqConfig:
     start_of_image: int = 16384
     """Row that the decoder starts with (`decoder_start_token_id` in the release)."""
 
+    start_of_text: int = 0
+    """Token before a caption."""
+    end_of_text: int = 2
+    """Token behind a caption; the two alone are the empty one."""
+
     def __post_init__(self):
         for name, size in vars(self).items():
-            if size < (name != "start_of_image"):
+            if size < (not name.startswith(("start", "end"))):
                 raise UserError(f"prior {name} is {size}; it must be at least 1")
         if self.width % self.heads:
             raise UserError(
@@ -64,6 +69,11 @@ class Seq2SeqConfig:
                 f"prior image_vocabulary is {self.image_vocabulary}, but must hold {self.codes} "
                 f"codes and the start {self.start_of_image}"
             )
+
+    @property
+    def text_length(self) -> int:
+        """One more than the slots, as of our priors, whose text begins outside of them."""
+        return self.text_slots + 1
 
     @property
     def image_length(self) -> int:

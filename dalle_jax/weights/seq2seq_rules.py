@@ -6,11 +6,15 @@ Layers are stacked (FlaxBartDecoderLayers/..., with a first axis) or numbered
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 from dalle_jax.weights.errors import WeightsError
+from dalle_jax.weights.msgpack_file import read_msgpack
 from dalle_jax.weights.rules import Rule
 
 _LARGEST_CONFIG = 2**20  # bytes
@@ -112,6 +116,11 @@ def dalle_mini_config(path: Path, *, codes: int = 16384) -> Seq2SeqConfig:
         image_vocabulary=_size(config, "image_vocab_size", path) + 1,
         start_of_image=_size(config, "decoder_start_token_id", path),
     )
+
+
+def read_dalle_mini(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Tensors of a prior, the first of its files."""
+    return read_msgpack(files[0])
 
 
 def _read(path: Path) -> dict[str, Any]:

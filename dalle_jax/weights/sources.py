@@ -17,8 +17,11 @@ import numpy as np
 
 from dalle_jax.models import clip as clip_network
 from dalle_jax.models import codec as codecs
+from dalle_jax.models import seq2seq_prior
+from dalle_jax.text.bart_bpe import BARTTokenizer
+from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.clip_bpe import CLIPTokenizer
-from dalle_jax.weights import clip_rules, codec_rules
+from dalle_jax.weights import clip_rules, codec_rules, seq2seq_rules
 from dalle_jax.weights.errors import WeightsError
 from dalle_jax.weights.rules import Rule, Shape, to_ours
 
@@ -31,7 +34,7 @@ class Source:
     """A family of published weights."""
 
     title: str
-    kind: Literal["codec", "clip"]
+    kind: Literal["codec", "clip", "prior"]
     files: tuple[str, ...]
     """What to give, in this order."""
     addresses: tuple[str, ...]
@@ -112,6 +115,20 @@ SOURCES: dict[str, Source] = {
         rules=codec_rules.MASKGIT,
         px=256,
     ),
+    "dalle-mini": Source(
+        title="DALL-E mini and mega (Dayma et al. 2021), captions to codes",
+        kind="prior",
+        files=("flax_model.msgpack", "config.json", "vocab.json", "merges.txt"),
+        addresses=(
+            "https://huggingface.co/dalle-mini/dalle-mini/tree/main",
+            "https://huggingface.co/dalle-mini/dalle-mega/tree/main",
+        ),
+        licence=APACHE,
+        note="438M (mini) and 2.6B (mega) parameters; needs its VQ-GAN, imported, as --codec",
+        read=seq2seq_rules.read_dalle_mini,
+        config=seq2seq_rules.dalle_mini_config,
+        rules=seq2seq_rules.DALLE_MINI,
+    ),
     "openai-clip": Source(
         title="CLIP (Radford et al. 2021) with a vision transformer, as OpenAI publishes it",
         kind="clip",
@@ -145,12 +162,18 @@ class Imported(NamedTuple):
     config: Any
     params: Any
     """Nested, in float32."""
-    tokenizer: CLIPTokenizer | None
+    tokenizer: Tokenizer | None
 
 
-def open_source(name: str, files: Sequence[Path]) -> tuple[Source, Any, dict[str, np.ndarray]]:
+def open_source(
+    name: str, files: Sequence[Path], *, codes: int = 16384
+) -> tuple[Source, Any, dict[str, np.ndarray]]:
     """Opens the files of a source, whose values stay in them until they are used.
 
+    Args:
+      name: of the source.
+      files: its files, in its order.
+      codes: of the codec that a prior samples for.
     Returns:
       The source, the config that its tensors say, and the tensors.
     Raises:
@@ -170,6 +193,8 @@ def open_source(name: str, files: Sequence[Path]) -> tuple[Source, Any, dict[str
                 f"there is no file {file}; {name} is published at {', '.join(source.addresses)}"
             )
     tensors = source.read(files)
+    if source.kind == "prior":
+        return source, source.config(files[1], codes=codes), tensors
     config = source.config(tensors, files) if source.kind == "clip" else source.config(tensors)
     return source, config, tensors
 
@@ -179,9 +204,11 @@ def convert(
 ) -> Imported:
     """Brings opened tensors under our names; WeightsError if they do not fit."""
     arrays = to_ours(tensors, source.rules, shapes(config))
-    tokenizer = None
+    tokenizer: Tokenizer | None = None
     if source.kind == "clip":
         tokenizer = CLIPTokenizer.from_merges(files[1])
+    if source.kind == "prior":
+        tokenizer = BARTTokenizer.from_files(*files[2:], rows=config.text_vocabulary)
     return Imported(source, config, flax.traverse_util.unflatten_dict(arrays, sep="/"), tokenizer)
 
 
@@ -189,7 +216,7 @@ def card(imported: Imported, name: str, files: Sequence[Path]) -> str:
     """Text of the model card: where the weights are from, on which terms, and from which files."""
     source = imported.source
     opened = "dalle_jax.Clip.load" if source.kind == "clip" else "dalle_jax.load"
-    what = "clip" if source.kind == "clip" else codecs.kind(imported.config)
+    what = codecs.kind(imported.config) if source.kind == "codec" else source.kind
     lines = [
         f"# {name}",
         "",
@@ -216,6 +243,8 @@ def shapes(config: Any) -> dict[str, Shape]:
     if isinstance(config, clip_network.CLIPConfig):
         network = clip_network.CLIP(config)
         init = partial(network.init, method=lambda clip: clip.log_scale)
+    elif isinstance(config, seq2seq_prior.Seq2SeqConfig):
+        init = partial(seq2seq_prior.init_params, config)
     else:
         init = partial(codecs.init_params, config)
     drawn = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))

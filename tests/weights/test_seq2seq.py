@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 import recipe
 
+from dalle_jax.cli import main
 from dalle_jax.errors import UserError
-from dalle_jax.models import seq2seq_prior
+from dalle_jax.generate.joint_sampler import ImageSpec, sample_jointly
+from dalle_jax.generate.model import Model
+from dalle_jax.generate.sampling import SamplingConfig
+from dalle_jax.models import seq2seq_prior, vqgan
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
+from dalle_jax.models.vqgan import VQGANConfig
+from dalle_jax.text.clip_bpe import SIGNS
 from dalle_jax.weights.errors import WeightsError
 from dalle_jax.weights.msgpack_file import read_msgpack
 from dalle_jax.weights.rules import to_ours
@@ -105,3 +111,47 @@ def test_a_damaged_config_is_refused_in_a_sentence(data, tmp_path):
     (tmp_path / "config.json").write_text(data)
     with pytest.raises(WeightsError, match=r"config.json (is damaged|holds a list)"):
         dalle_mini_config(tmp_path / "config.json")
+
+
+def test_an_imported_model_generates_with_guidance_as_a_written_out_loop_does(tmp_path, capsys):
+    wanted = np.load(GOLDEN / "dalle-mini-scanned.npz")
+    signs = [*SIGNS.values(), "ca", "cat"]
+    pieces = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", *signs])}
+    (tmp_path / "vocab.json").write_text(json.dumps(pieces))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nc a\nca t\n")
+    shapes = json.loads(str(wanted["shapes"])) | {
+        "model/encoder/embed_tokens/embedding": [len(pieces), 16]
+    }
+    flat = {k: recipe.weights(k, tuple(s)) for k, s in shapes.items()}
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    (tmp_path / "m.msgpack").write_bytes(flax.serialization.msgpack_serialize(params))
+    config = json.loads(str(wanted["config"])) | {"encoder_vocab_size": len(pieces)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = {"width": 4, "multipliers": (1, 1), "blocks_per_group": 1, "attention": ()}
+    codec = VQGANConfig(**sizes, z_width=4, codes=CODES, code_width=4, unit_pixels=True)
+    codec_params = vqgan.init_params(codec, jax.random.key(0))
+    saved = Model(name="v", px=8, codec=codec, codec_params=codec_params, kernels="float32")
+    saved.save(tmp_path / "vqgan")
+    files = [str(tmp_path / x) for x in ("m.msgpack", "config.json", "vocab.json", "merges.txt")]
+    out = ["--out", str(tmp_path / "mini")]
+    main(["import", "dalle-mini", *files, "--codec", str(tmp_path / "vqgan"), *out])
+    assert "parameters" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["import", "dalle-mini", *files, *out])
+    assert "import dalle-mini-vqgan first" in " ".join(capsys.readouterr().err.split())
+
+    model = Model.load(tmp_path / "mini")
+    assert "Codec" in model.card
+    sampling = SamplingConfig(temperature=0, guidance=3)
+    images = model.generate("the cat", n=2, sampling=sampling)
+    sizes, params = model.priors["seq2seq"]
+    ids = model.tokenizer.encode(["the cat", ""], length=8)
+    codes, forward = np.zeros((2, 16), np.int32), jax.jit(seq2seq_prior.forward, static_argnums=0)
+    for position in range(16):
+        c, u = np.asarray(forward(sizes, params, jnp.asarray(ids), jnp.asarray(codes)))
+        codes[:, position] = (u + 3 * (c - u))[position].argmax()
+    np.testing.assert_array_equal(images[0, 0], model.decode(codes[:1].reshape(1, 4, 4))[0])
+    np.testing.assert_array_equal(images[0, 0], images[0, 1])
+    specs = [ImageSpec("the cat", 0, 0)]
+    (grids,) = sample_jointly(sizes, params, model.tokenizer, specs, sampling=sampling)
+    np.testing.assert_array_equal(grids.reshape(1, 16), codes[:1])

@@ -1,0 +1,86 @@
+"""Samples codes from dalle-mini's prior, one after the other, in one compiled loop.
+
+Letters: U prompts, B images, P caption slots, G grid side, K codebook.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from dalle_jax.generate.logits import check_inputs, sample_logits, traced_options
+from dalle_jax.generate.sampling import SamplingConfig
+from dalle_jax.models import seq2seq_prior
+from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
+
+
+def sample(
+    config: Seq2SeqConfig,
+    params: dict,
+    text: Int[Array | np.ndarray, "U P"],
+    keys: Key[Array, " B"],
+    *,
+    sampling: SamplingConfig = SamplingConfig(),
+    prompt_codes: Int[Array | np.ndarray, "B G G"] | None = None,
+    keep_rows: int = 0,
+) -> Int[Array, "B G G"]:
+    """Samples grids of codes, as `autoregressive_sampler.sample` does from our prior.
+
+    Guidance is against the empty caption, which is start and end alone.
+
+    Source: Dayma et al. 2021, and the authors' release.
+    """
+    check_inputs(config, text, keys, sampling)
+    if prompt_codes is None:
+        prompt_codes = jnp.zeros((keys.size, config.grid, config.grid), jnp.int32)
+    return _sample(
+        config,
+        params,
+        jnp.asarray(text),
+        keys,
+        **traced_options(sampling),
+        prompt_codes=jnp.asarray(prompt_codes, jnp.int32),
+        prompt_length=jnp.int32(keep_rows * config.grid),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _sample(
+    config, params, text, keys, *, temperature, top_k, top_p, guidance, prompt_codes, prompt_length
+):
+    B, G = keys.shape[0], config.grid
+    guided = guidance is not None  # None has no leaves, so that jit compiles it in
+    if guided:
+        text = jnp.concatenate([text, jnp.broadcast_to(_empty(config), text.shape)])
+    captions = seq2seq_prior.encode(config, params, text)
+
+    def step(carry, inputs):
+        cache, previous = carry
+        position, prompt_code = inputs
+        previous = jnp.tile(previous, 2) if guided else previous
+        logits, cache = seq2seq_prior.decode_step(
+            config, params, captions, cache, previous, position
+        )
+        if guided:
+            with_caption, without = jnp.split(logits, 2)
+            logits = without + guidance * (with_caption - without)
+        of_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+        code, _ = sample_logits(logits, of_position, temperature, top_k, top_p)
+        code = jnp.where(position < prompt_length, prompt_code, code)
+        return (cache, code), code
+
+    cache = seq2seq_prior.init_cache(config, 2 * B if guided else B)
+    inputs = jnp.arange(config.image_length), prompt_codes.reshape(B, -1).T
+    _, codes = jax.lax.scan(step, (cache, jnp.zeros(B, jnp.int32)), inputs)
+    return codes.T.reshape(B, G, G)
+
+
+def _empty(config):
+    """The caption without a token, [1, P]."""
+    slots = jnp.arange(config.text_slots, dtype=jnp.int32)
+    pads = config.text_vocabulary + slots
+    return jnp.where(slots > 1, pads, jnp.where(slots, config.end_of_text, config.start_of_text))[
+        None
+    ]
