@@ -144,13 +144,13 @@ def bytes_each(
         cached = 2 * config.depth * config.length * config.width
         attention = 2 * config.heads * config.image_length * config.length
         return 4 * (cached + attention) * branches
+    if isinstance(config, Seq2SeqConfig):  # keys and values of codes, and of the caption
+        positions = config.image_length + config.text_slots
+        return 2 * 4 * config.width * config.decoder_depth * positions * branches
     if sampling.decoder == "jacobi":  # what is inside one layer, and the logits
         attention = 2 * config.heads * config.length**2  # at most, of a dense layer
         layer = (4 + config.mlp_ratio) * config.length * config.width
         return 4 * (attention + layer + 4 * config.image_length * config.codes) * branches
-    if isinstance(config, Seq2SeqConfig):  # keys and values of codes, and of the caption
-        positions = config.image_length + config.text_slots
-        return 2 * 4 * config.width * config.decoder_depth * positions * branches
     plans = (layout(kind, grid=config.grid, kernel=config.kernel) for kind in config.kinds)
     slots = sum((plan.lane.max() + 1) * plan.seen.shape[1] for plan in plans)
     text = config.depth * config.text_length  # as if each image had a caption of its own
