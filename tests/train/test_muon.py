@@ -15,7 +15,7 @@ from dalle_jax.train.vqgan_stage import VQGANRun, VQGANStage
 
 LOOP = LoopConfig(steps=100)
 CODEC = {"init_images": lambda: None, "validation": lambda: iter(())}
-PRIOR = {"tokens": None, "tokenizer": None, "validation": lambda: iter(()), "captions": ()}
+PRIOR = {"codec_model": None, "tokenizer": None, "validation": lambda: iter(()), "captions": ()}
 
 
 def dvae(**changes):

@@ -145,3 +145,8 @@ def test_sides_that_do_not_fit_the_grid_are_refused():
 def test_quantizers_of_imported_networks_are_not_trained(quantizer):
     with pytest.raises(ValueError, match=f"'{quantizer}', which imported networks have"):
         VQGANRun(model=dataclasses.replace(SIZES, quantizer=quantizer), px=8)
+
+
+def test_pixels_of_imported_networks_are_not_trained():
+    with pytest.raises(ValueError, match="unit_pixels is for imported networks"):
+        VQGANRun(model=dataclasses.replace(SIZES, unit_pixels=True), px=8)
