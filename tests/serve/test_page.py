@@ -46,7 +46,7 @@ def page(server):
         options = ["--no-sandbox", "--disable-gpu"]
         browser = player.chromium.launch(executable_path=BROWSER, args=options)
         page = browser.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)  # the first images compile
         problems = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(server[0])
