@@ -13,7 +13,13 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.logits import check_inputs, empty_captions, sample_logits, traced_options
+from dalle_jax.generate.logits import (
+    check_inputs,
+    empty_captions,
+    guide,
+    sample_logits,
+    traced_options,
+)
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
@@ -105,7 +111,7 @@ def sample_rows(
 def _prefill(config, params, text, *, samples, guided):
     if guided:
         text = jnp.concatenate([text, empty_captions(config, text)])
-    return _bound(config, params).prefill(text, samples=samples)
+    return bind_prior(config, params).prefill(text, samples=samples)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="caches")
@@ -114,18 +120,15 @@ def _sample_rows(
     prompt_length,
 ):  # fmt: skip
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
-    decode = _bound(config, params).decode_step()
+    decode = bind_prior(config, params).decode_step()
 
     def step(carry, inputs):
         caches, previous = carry
         position, known = inputs
         previous = jnp.tile(previous, 2) if guided else previous
         logits, caches = decode(caches, previous, position)  # B K, or twice B
-        if guided:
-            with_caption, without = jnp.split(logits, 2)
-            logits = without + guidance * (with_caption - without)
         of_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        code, _ = sample_logits(logits, of_position, temperature, top_k, top_p)
+        code, _ = sample_logits(guide(logits, guidance), of_position, temperature, top_k, top_p)
         code = jnp.where(position < prompt_length, known, code)
         return (caches, code), code
 
@@ -136,8 +139,9 @@ def _sample_rows(
     return codes.T.reshape(known.shape), caches
 
 
-def _bound(config, params):
-    dtype = params["layers"]["mlp_in"]["kernel"].dtype  # of products, as of kernels
+def bind_prior(config: PriorConfig, params: dict) -> AutoregressivePrior:
+    """The prior with its weights, whose kernels say the type of its products."""
+    dtype = params["layers"]["mlp_in"]["kernel"].dtype
     return AutoregressivePrior(config, dtype=dtype).bind({"params": params})
 
 

@@ -82,8 +82,11 @@ def sample_codes(
             np.tile(columns.indices, u).astype(np.uint32),
         )
         start = None if known is None else np.concatenate([known[columns.indices]] * u)
-        passes = _sample(config, params, text[rows.indices], keys, start, sampling)
-        passes = np.asarray(passes).reshape(-1, u, w, config.grid, config.grid)
+        inputs = (config, params, text[rows.indices], keys)
+        parts = list(sample_in_parts(*inputs, sampling=sampling, known=start))
+        whole_passes = isinstance(config, ProgressiveConfig)
+        passes = np.concatenate(parts) if whole_passes else parts[-1]
+        passes = passes.reshape(-1, u, w, config.grid, config.grid)
         yield Samples(
             prompts=rows.indices[: rows.valid],
             sample_numbers=columns.indices[: columns.valid],
@@ -106,17 +109,45 @@ def passes_by_row(samples: Samples) -> Samples:
     return samples._replace(passes=np.stack(cut))
 
 
-def _sample(config, params, text, keys, known, sampling):
+def sample_in_parts(
+    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
+    params: Any,
+    text: Int[np.ndarray, "U slots"],
+    keys: Key[Array, " B"],
+    *,
+    sampling: SamplingConfig,
+    known: Int[np.ndarray, "B G G"] | None,
+) -> Iterator[Int[np.ndarray, "F B G G"]]:
+    """Samples a micro-batch in a few compiled calls, by the sampler of its prior and decoder.
+
+    Returns:
+      After each call the grids so far: of the progressive prior one for each of its passes since
+      the call before, else one, with K in the cells that are not sampled yet.
+    """
     if isinstance(config, ProgressiveConfig):
-        return progressive_sampler.sample(
+        for passes in progressive_sampler.sample_passes(
             config, params, text, keys, sampling=sampling, known=known
-        )
-    if sampling.decoder == "jacobi":
+        ):
+            yield np.asarray(passes)
+        return
+    if sampling.decoder == "jacobi" and isinstance(config, PriorConfig):
         codes, _ = jacobi_sampler.sample(config, params, text, keys, sampling=sampling, known=known)
-        return codes[None]
+        yield np.asarray(codes)[None]
+        return
     prompt = top_rows(config, known)
-    sampler = seq2seq_sampler if isinstance(config, Seq2SeqConfig) else autoregressive_sampler
-    return sampler.sample(config, params, text, keys, sampling=sampling, **prompt)[None]
+    if isinstance(config, Seq2SeqConfig):
+        codes = seq2seq_sampler.sample(config, params, text, keys, sampling=sampling, **prompt)
+        yield np.asarray(codes)[None]
+        return
+    grids: Int[np.ndarray, "B G G"]
+    grids = np.full((len(keys), config.grid, config.grid), config.codes, np.int32)
+    row = 0
+    for rows in autoregressive_sampler.sample_rows(
+        config, params, text, keys, sampling=sampling, **prompt
+    ):
+        grids[:, row : row + rows.shape[1]] = rows
+        row += rows.shape[1]
+        yield grids[None].copy()
 
 
 def top_rows(

@@ -18,9 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from dalle_jax.generate.logits import check_inputs, empty_captions, sample_logits, traced_options
+from dalle_jax.generate.autoregressive_sampler import bind_prior
+from dalle_jax.generate.logits import (
+    check_inputs,
+    empty_captions,
+    guide,
+    sample_logits,
+    traced_options,
+)
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
 
 
@@ -58,8 +64,7 @@ def sample(
 
 @partial(jax.jit, static_argnames="config")
 def _sample(config, params, text, keys, known, *, temperature, top_k, top_p, guidance):
-    dtype = params["layers"]["mlp_in"]["kernel"].dtype  # of products, as of kernels
-    prior = AutoregressivePrior(config, dtype=dtype).bind({"params": params})
+    prior = bind_prior(config, params)
     B = len(keys)
     text = jnp.repeat(text, B // len(text), axis=0)
     known = known.reshape(B, -1)
@@ -70,11 +75,8 @@ def _sample(config, params, text, keys, known, *, temperature, top_k, top_p, gui
     def improve(carry):
         codes, _, passes = carry
         _, logits = prior(both, codes if guidance is None else jnp.tile(codes, (2, 1)))  # B I K
-        if guidance is not None:
-            with_caption, without = jnp.split(logits, 2)
-            logits = without + guidance * (with_caption - without)
         new, _ = jax.vmap(sample_logits, (1, 0, None, None, None), 1)(
-            logits, of_position, temperature, top_k, top_p
+            guide(logits, guidance), of_position, temperature, top_k, top_p
         )
         new = jnp.where(known < config.codes, known, new)
         return new, (new != codes).any(), passes + 1

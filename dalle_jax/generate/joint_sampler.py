@@ -9,13 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from dalle_jax.generate import (
-    autoregressive_sampler,
-    jacobi_sampler,
-    progressive_sampler,
-    seq2seq_sampler,
-)
-from dalle_jax.generate.code_sampler import bytes_each, caption_hash, image_keys, top_rows
+from dalle_jax.generate.code_sampler import bytes_each, caption_hash, image_keys, sample_in_parts
 from dalle_jax.generate.micro_batching import LARGEST, MEMORY
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.prior_config import PriorConfig
@@ -68,28 +62,8 @@ def sample_jointly(
         np.array([image.number for image in images], np.uint32),
     )
     known = None if images[0].known is None else np.stack([image.known for image in images])
-    inputs = (params, text, keys)
-    if isinstance(config, ProgressiveConfig):
-        for passes in progressive_sampler.sample_passes(
-            config, *inputs, sampling=sampling, known=known
-        ):
-            yield np.asarray(passes[-1])
-        return
-    if isinstance(config, Seq2SeqConfig):
-        prompt = top_rows(config, known)
-        yield np.asarray(seq2seq_sampler.sample(config, *inputs, sampling=sampling, **prompt))
-        return
-    if sampling.decoder == "jacobi":
-        yield np.asarray(jacobi_sampler.sample(config, *inputs, sampling=sampling, known=known)[0])
-        return
-    grids: Int[np.ndarray, "B G G"]
-    grids = np.full((len(images), config.grid, config.grid), config.codes, np.int32)
-    row = 0
-    prompt = top_rows(config, known)
-    for rows in autoregressive_sampler.sample_rows(config, *inputs, sampling=sampling, **prompt):
-        grids[:, row : row + rows.shape[1]] = rows
-        row += rows.shape[1]
-        yield grids.copy()
+    for passes in sample_in_parts(config, params, text, keys, sampling=sampling, known=known):
+        yield passes[-1]
 
 
 def largest_batch(

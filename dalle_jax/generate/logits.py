@@ -89,6 +89,22 @@ def sample_logits(
     return codes.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def guide(logits: Float[Array, "B2 *cells K"], scale: Float[Array, ""] | None) -> Array:
+    """Classifier-free guidance, u + s (c - u) of logits with (c) and without (u) the caption.
+
+    Args:
+      logits: those with the caption, then those without; if scale is None, those with it alone.
+      scale: s; None for no guidance.
+    Returns:
+      Logits of each image.
+    Source: Ho and Salimans 2021.
+    """
+    if scale is None:
+        return logits
+    with_caption, without = jnp.split(logits, 2)
+    return without + scale * (with_caption - without)
+
+
 def empty_captions(
     config: PriorConfig | ProgressiveConfig, text: Int[Array, "U slots"]
 ) -> Int[Array, "U slots"]:

@@ -13,7 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate.logits import check_inputs, empty_captions, sample_logits, traced_options
+from dalle_jax.generate.logits import (
+    check_inputs,
+    empty_captions,
+    guide,
+    sample_logits,
+    traced_options,
+)
 from dalle_jax.generate.sampling import SamplingConfig, Schedule
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, pad_cache
 
@@ -127,8 +133,8 @@ def sample_passes(
     codes = start
     spans = np.array_split(np.arange(last), min(SPANS, last)) if last else []
     for span in [*spans, np.array([last])]:
-        whole = (jnp.asarray(x, jnp.int32) for x in (span, before[span], counts[span]))
-        plan = [*whole, jnp.asarray((span + 1) / stages, jnp.float32)]
+        integers = (jnp.asarray(x, jnp.int32) for x in (span, before[span], counts[span]))
+        plan = [*integers, jnp.asarray((span + 1) / stages, jnp.float32)]
         n = int(counts[span].max())
         codes, cache, grids = _sample_span(
             *(config, params, state, codes, cache, plan),
@@ -200,14 +206,15 @@ def _sample_span(
         if order == "confidence":
             all_cells = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
             logits = prior.predict(cache, twice(all_cells), count=at)
-            logits = _guided_logits(logits, guidance, share)
+            logits = guide(logits, _guidance_at(guidance, share))
             sampled, log_q = sample_logits(logits, key, temperature, top_k, top_p)
             priority = log_q + (1 - share) * noise
         _, cells = jax.lax.top_k(jnp.where(codes == K, priority, -jnp.inf), n)
         if order == "confidence":
             new = jnp.take_along_axis(sampled, cells, axis=1)
         else:
-            logits = _guided_logits(prior.predict(cache, twice(cells), count=at), guidance, share)
+            logits = prior.predict(cache, twice(cells), count=at)
+            logits = guide(logits, _guidance_at(guidance, share))
             new, _ = sample_logits(logits, key, temperature, top_k, top_p)
         if length is not None:  # the codes of the last stage are not cached
             cache = prior.extend(cache, twice(new), twice(cells), at=at, count=count)
@@ -227,18 +234,15 @@ def _revise(config, params, captions, codes, start, guidance):
     """Replaces codes of a full grid that are much less likely than others."""
     prior = ProgressivePrior(config).bind({"params": params})
     both = codes if guidance is None else jnp.concatenate([codes, codes])
-    logits = _guided_logits(prior.predict_left_out(captions, both), guidance, 1)
+    logits = guide(prior.predict_left_out(captions, both), _guidance_at(guidance, 1))
     likeliest, margin = revision_margins(logits, codes)
     unknown = start == config.codes
     return jnp.where(unknown & (margin >= REVISION_MARGIN), likeliest, codes)
 
 
-def _guided_logits(logits, guidance, share):
-    if guidance is None:
-        return logits
-    with_caption, without = jnp.split(logits, 2)
-    scale = 1 + (guidance - 1) * share
-    return without + scale * (with_caption - without)
+def _guidance_at(guidance, share):
+    """The scale of guidance rises along a line, to the whole one when all cells are filled."""
+    return None if guidance is None else 1 + (guidance - 1) * share
 
 
 def revision_margins(

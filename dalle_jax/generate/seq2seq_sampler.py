@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from dalle_jax.generate.logits import check_inputs, sample_logits, traced_options
+from dalle_jax.generate.logits import check_inputs, guide, sample_logits, traced_options
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models import seq2seq_prior
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
@@ -63,11 +63,8 @@ def _sample(
         logits, cache = seq2seq_prior.decode_step(
             config, params, captions, cache, previous, position
         )
-        if guided:
-            with_caption, without = jnp.split(logits, 2)
-            logits = without + guidance * (with_caption - without)
         of_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        code, _ = sample_logits(logits, of_position, temperature, top_k, top_p)
+        code, _ = sample_logits(guide(logits, guidance), of_position, temperature, top_k, top_p)
         code = jnp.where(position < prompt_length, prompt_code, code)
         return (cache, code), code
 
