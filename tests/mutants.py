@@ -89,8 +89,8 @@ def _import_everything(copy: Path) -> None:
     os.chdir(copy)
     os.environ["PYTHONPATH"] = str(copy)
     # this tree's own modules are not to be found, those of the copy are
-    others = [path for path in sys.path if ROOT not in (Path(path), *Path(path).parents)]
-    sys.path[:] = [str(copy), *others]
+    own = (ROOT, ROOT / "tests")  # not .venv, which lies below the first
+    sys.path[:] = [str(copy), *(path for path in sys.path if Path(path).resolve() not in own)]
     runpy.run_path(str(copy / "tests" / "conftest.py"))  # how JAX is set up for tests
     install_import_hook("dalle_jax", "beartype.beartype")
     for name in ("chex", "hypothesis", *_imports(copy)):

@@ -666,9 +666,9 @@ MUTANTS = [
     ),
     Mutant(
         "guidance",
-        "generate/autoregressive_sampler.py",
-        "without + guidance * (with_caption - without)",
-        "with_caption + guidance * (with_caption - without)",
+        "generate/logits.py",
+        "without + scale * (with_caption - without)",
+        "with_caption + scale * (with_caption - without)",
         "generate/test_autoregressive_sampler.py -k greedy_codes",
     ),
     Mutant(
