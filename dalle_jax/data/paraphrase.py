@@ -85,7 +85,7 @@ class Paraphrased:
         for i in range(PER_RECORD - 1):
             name = rng.choice(names)
             if i < PER_RECORD // 3:
-                yield f"{name}, {style} style"
+                yield styled_caption(name, style)
                 continue
             said = rng.choice([name, *ways[name]])
             styled = i < PER_RECORD * 7 // 12
@@ -107,8 +107,13 @@ class Paraphrased:
 
 def official_names(record: Record) -> list[str]:
     """The names among the captions of an emoji."""
-    ending = f", {record['style']} style"
+    ending = styled_caption("", record["style"])
     return [c.removesuffix(ending) for c in record["captions"] if c.endswith(ending)]
+
+
+def styled_caption(name: str, style: str) -> str:
+    """The caption of an emoji that names both."""
+    return f"{name}, {style} style"
 
 
 def in_other_words(name: str) -> list[str]:

@@ -6,17 +6,14 @@ Source: ours.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-
 from dalle_jax.data.sources import DataSource
 from dalle_jax.evaluate.composition import Case, Judge, Row, chance, table
 from dalle_jax.evaluate.emoji_cases import FAMILIES, emoji_cases
 from dalle_jax.evaluate.image_sets import sampled_images, stack_images
 from dalle_jax.evaluate.result_cache import ResultCache
+from dalle_jax.evaluate.suites import decode_images
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.image.pixels import crop_center, decode
 
 NOTE = (
     "Held-out combinations, each beside a seen one: does the judge rank the right caption first "
@@ -59,20 +56,18 @@ def composition_study(
     sources = {split: open_split(split) for split in ("train", *FAMILIES.values())}
     records = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
     images = {r["id"]: r["image"] for found in records.values() for r in found}
-    batches = []
-    for batch in sampled_images(
-        model, [c.caption for c in cases], sampling, n=n, seed=seed, cache=cache
-    ):
-        batch.images()
-        batches.append(batch)
-        progress(sum(len(batch.rows) for batch in batches), len(cases))
-    truth = _decode_images([images[case.id] for case in cases], model.px)
+    captions = [case.caption for case in cases]
+    samples = stack_images(
+        sampled_images(model, captions, sampling, n=n, seed=seed, cache=cache),
+        lambda done: progress(done, len(cases)),
+    )
+    truth = decode_images([images[case.id] for case in cases], model.px)
     rows = table(
         cases,
-        stack_images(batches),
+        samples,
         truth=truth,
         reconstructions=model.decode(model.encode(truth)),
-        training=_decode_images([record["image"] for record in records["train"]], model.px),
+        training=decode_images([record["image"] for record in records["train"]], model.px),
         ids=[record["id"] for record in records["train"]],
         captions=[record["captions"] for record in records["train"]],
         judge=judge,
@@ -92,10 +87,6 @@ def _first(cases: Sequence[Case], num_cases: int | None) -> list[Case]:
         if num_cases is None or found[case.family] <= num_cases:
             chosen.append(case)
     return chosen
-
-
-def _decode_images(files: Sequence[bytes], px: int) -> UInt8[np.ndarray, "B R R 3"]:
-    return np.stack([crop_center(decode(file), px) for file in files])
 
 
 def _line(row: Row) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 
 from dalle_jax.data.emoji_svgs import list_emoji, role
+from dalle_jax.data.paraphrase import official_names, styled_caption
 from dalle_jax.data.sources import DataSource, Record
 from dalle_jax.evaluate.composition import Case
 
@@ -39,7 +40,7 @@ def emoji_cases(open_split: Callable[[str], DataSource]) -> list[Case]:
                     id=one["id"],
                     family=family,
                     held_out=one is record,
-                    caption=_captioned(_names(one)[0], one["style"]),
+                    caption=styled_caption(official_names(one)[0], one["style"]),
                     alternatives=table.alternatives(family, one),
                 )
                 for one in pair
@@ -74,7 +75,7 @@ class _Table:
                 if family == "style" or cell[1] in self._people:
                     for axis, parts in axes.items():
                         key = family, axis, _rest(cell, parts)
-                        self._captions[key][_captioned(name, cell[0])] = None
+                        self._captions[key][styled_caption(name, cell[0])] = None
 
     def partner(self, family: str, record: Record, seen: dict[str, Record]) -> Record | None:
         """A training record of the same style: of the same role, or at least as toned."""
@@ -92,7 +93,7 @@ class _Table:
     def alternatives(self, family: str, record: Record) -> dict[str, tuple[str, ...]]:
         """For each axis the captions of cells that differ in it alone and are called otherwise."""
         cell = self._cell[record["id"]]
-        own = {_captioned(name, record["style"]) for name in _names(record)}
+        own = {styled_caption(name, record["style"]) for name in official_names(record)}
         found = {
             axis: tuple(c for c in self._captions[family, axis, _rest(cell, parts)] if c not in own)
             for axis, parts in AXES[family].items()
@@ -106,16 +107,6 @@ def _rest(cell: _Cell, parts: tuple[int, ...]) -> tuple:
 
 def _records(source: DataSource) -> dict[str, Record]:
     return {record["id"]: record for record in (source[i] for i in range(len(source)))}
-
-
-def _names(record: Record) -> list[str]:
-    """The bare names among a record's captions: those that also stand with the style."""
-    captions = record["captions"]
-    return [name for name in captions if _captioned(name, record["style"]) in captions]
-
-
-def _captioned(name: str, style: str) -> str:
-    return f"{name}, {style} style"
 
 
 def _lot(text: str) -> str:

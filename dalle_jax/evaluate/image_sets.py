@@ -104,8 +104,18 @@ def reconstructions(model: Model, batches: Iterable[ImageBatch]) -> Iterator[Ima
         yield ImageBatch(rows=batch.rows, key=key, images=images)
 
 
-def stack_images(batches: Iterable[ImageBatch]) -> UInt8[np.ndarray, "M ..."]:
-    """All images of a set in one array, in the order of their rows."""
-    made = [(batch.rows, batch.images()) for batch in batches]
-    rows, images = zip(*made, strict=True)
+def stack_images(
+    batches: Iterable[ImageBatch], progress: Callable[[int], None] = lambda done: None
+) -> UInt8[np.ndarray, "M ..."]:
+    """All images of a set in one array, in the order of their rows.
+
+    Args:
+      batches: of the set.
+      progress: called after each batch with the rows so far.
+    """
+    rows, images = [], []
+    for batch in batches:
+        rows.append(batch.rows)
+        images.append(batch.images())
+        progress(sum(map(len, rows)))
     return np.concatenate(images)[np.argsort(np.concatenate(rows))]

@@ -5,7 +5,7 @@ Letters: M captions, n images of each, A true images of all splits, R image side
 
 import collections
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from dalle_jax.data.paraphrase import official_names
+from dalle_jax.data.paraphrase import official_names, styled_caption
 from dalle_jax.data.sources import DataSource
 from dalle_jax.evaluate.composition import Judge, interval, nearest_captions
 from dalle_jax.evaluate.image_sets import sampled_images, stack_images
 from dalle_jax.evaluate.result_cache import ResultCache
+from dalle_jax.evaluate.studies import clip_scores
+from dalle_jax.evaluate.suites import decode_images
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.image.pixels import crop_center, decode
 
 GROUPS = {"train": "seen", "heldout_cell": "held-out cell", "heldout_style": "held-out style"}
 """Splits of the emoji that captions are taken from, and what they are called in the table."""
@@ -66,24 +67,21 @@ def retrieval_study(
     Returns:
       Rows of a table, the shares as [mean, lower end, upper end].
     """
-    splits = {split: _records(open_split(split)) for split in (*GROUPS, "validation")}
+    sources = {split: open_split(split) for split in (*GROUPS, "validation")}
+    splits = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
     records = [record for found in splits.values() for record in found]
-    true = np.stack([crop_center(decode(record["image"]), model.px) for record in records])
+    true = decode_images([record["image"] for record in records], model.px)
     known = [record["captions"] for record in splits["train"]]
     groups = [_group(split, records, splits[split], captions, seed) for split in GROUPS]
     groups.append(_free_form(records, captions))
     total, done, rows = sum(len(group.captions) for group in groups), 0, []
     for group in groups:
-        batches = []
-        for batch in sampled_images(model, group.captions, sampling, n=n, seed=seed, cache=cache):
-            batch.images()
-            batches.append(batch)
-            done += len(batch.rows)
-            progress(done, total)
-        images = stack_images(batches)
+        batches = list(sampled_images(model, group.captions, sampling, n=n, seed=seed, cache=cache))
+        images = stack_images(batches, lambda part, before=done: progress(before + part, total))
+        done += len(group.captions)
         found = {"samples": group.is_right(nearest(images, true))}
         if reranker is not None and n > 1:
-            best = _best(reranker, images, group.captions)
+            best = clip_scores(reranker, batches, group.captions).argmax(axis=1)
             found[f"best of {n}"] = np.take_along_axis(found["samples"], best[:, None], axis=1)
         if group.title in GROUPS.values():
             own = true[[min(right) for right in group.right]]
@@ -123,7 +121,7 @@ def _group(split, records, own, captions, seed) -> _Group:
     some = [own[i] for i in np.random.default_rng(seed).permutation(len(own))[:captions]]
     return _Group(
         title=GROUPS[split],
-        captions=[f"{record['captions'][0]}, {STYLE} style" for record in some],
+        captions=[styled_caption(record["captions"][0], STYLE) for record in some],
         right=[{numbers[record["id"]]} for record in some],
     )
 
@@ -165,16 +163,3 @@ def nearest(
         ]
         found[start : start + BLOCK] = np.concatenate(apart, axis=1).argmin(1)
     return found.reshape(M, n)
-
-
-def _best(reranker: Judge, images, captions: Sequence[str]) -> Int[np.ndarray, " M"]:
-    texts = np.asarray(reranker.encode_texts(list(captions)))
-    scores = [
-        np.asarray(reranker.encode_images(some)) @ text
-        for some, text in zip(images, texts, strict=True)
-    ]
-    return np.stack(scores).argmax(1)
-
-
-def _records(source: DataSource) -> list[dict]:
-    return [source[i] for i in range(len(source))]

@@ -43,8 +43,15 @@ class Suite:
         return Suite(name=self.name, source=self.source, real=self.real, **parts)
 
     def images(self, records: Sequence[int], px: int) -> UInt8[np.ndarray, "B R R 3"]:
-        """Images of records: short side scaled to `px` (Lanczos), middle square."""
-        return np.stack([crop_center(decode(self.source[i]["image"]), px) for i in records])
+        """Images of records, see `decode_images`."""
+        return decode_images([self.source[i]["image"] for i in records], px)
+
+
+def decode_images(
+    files: Sequence[bytes | str | os.PathLike], px: int
+) -> UInt8[np.ndarray, "B R R 3"]:
+    """Decodes images, as bytes or by path: short side scaled to `px` (Lanczos), middle square."""
+    return np.stack([crop_center(decode(file), px) for file in files])
 
 
 def open_suite(
