@@ -7,6 +7,7 @@ from dalle_jax.errors import UserError
 PACKAGES = {
     "train": ("array_record", "grain", "optax", "orbax", "tensorflow_datasets"),
     "emoji": ("tensorflow_datasets",),
+    "serve": ("prometheus_client", "starlette", "uvicorn"),
 }
 """Modules that each extra brings and this package imports at the head of a file."""
 

@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from dalle_jax.commands.process import prepare_process
 from dalle_jax.errors import UserError
+from dalle_jax.extras import require
 from dalle_jax.serve.config import ServeConfig
 
 TOKEN = "DALLE_JAX_TOKEN"
@@ -36,16 +37,12 @@ def serve(
       limits: What the server takes on.
     """
     prepare_process()
-    try:
-        import uvicorn
+    require("serve")
+    import uvicorn
 
-        from dalle_jax.serve.app import create_app
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"the server needs the package {error.name}; pip install dalle_jax[serve]"
-        ) from error
     import dalle_jax
     from dalle_jax.generate.model_folder import default_captions, shipped_models
+    from dalle_jax.serve.app import create_app
 
     token = os.environ.get(TOKEN) or None
     try:

@@ -2,10 +2,10 @@
 
     python experiments/benchmarks/accelerator.py --out accelerator.jsonl [--quick]
 
-Peaks of the machine; one update and one sample of every stage, so that each is seen to run; model
-FLOP utilisation of training; the share of the memory's bandwidth that decoding reaches;
-progressive against autoregressive sampling; forms of attention. Each finished piece is a line of
-`--out`. Started again, the script goes on with what is missing; at the end it prints the table.
+Peaks of the machine; model FLOP utilisation of training; the share of the memory's bandwidth that
+decoding reaches; progressive against autoregressive sampling; forms of attention. Each finished
+piece is a line of `--out`. Started again, the script goes on with what is missing; at the end it
+prints the table.
 """
 
 import json

@@ -31,7 +31,7 @@ class Options:
     topology: str = "v5e:2x2"
     """Slice of TPUs; one chip of it is used."""
     batch: int = 1
-    """Pictures B."""
+    """Images B."""
     heads: int = 8
     """Attention heads N."""
     head_size: int = 64
