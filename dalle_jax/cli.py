@@ -11,6 +11,7 @@ from dalle_jax.commands import (
     import_weights,
     inspect_data,
     serve_images,
+    train_model,
 )
 from dalle_jax.terminal import complaints, show_log_lines
 
@@ -19,6 +20,7 @@ _app.command(generate_images.generate)
 _app.command(generate_images.edit)
 _app.command(evaluate_model.evaluate)
 _app.command(serve_images.serve)
+_app.command(train_model.train)
 import_weights.add_to(_app)
 _app.command(_data, name="data", help="Look after your own images.")
 _data.command(inspect_data.check)

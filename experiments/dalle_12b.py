@@ -17,7 +17,6 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
-from folder import FolderOptions
 
 from dalle_jax.data.record_filters import PAPER, Filters
 from dalle_jax.errors import UserError
@@ -27,6 +26,7 @@ from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR, MeshConfig
 from dalle_jax.planner import plan as planning
 from dalle_jax.terminal import complaints
 from dalle_jax.train.clip_stage import ClipRun
+from dalle_jax.train.data_options import FolderOptions
 from dalle_jax.train.dvae_stage import DVAERun
 from dalle_jax.train.experiment import main
 from dalle_jax.train.loop import LoopConfig

@@ -1,47 +1,23 @@
-"""Your own images with captions.
+"""Your own images with captions: one stage at a time, with every setting, on any number of devices.
 
-    python experiments/folder.py all --data my_images/ --workdir runs/mine
+    python experiments/folder.py prior --data my_images/ --workdir runs/mine --mesh.fsdp 8
 
-docs/data.md says what the folder may hold; `dalle-jax data check my_images/` looks it over. The
-defaults are sized for one CPU and some thousands of images.
+`dalle-jax train my_images/ --workdir runs/mine` needs no settings: it chooses them by the images.
+Here they are the paper's kind of model, a dVAE and an autoregressive prior, sized for one CPU and
+some thousands of images, unless options say otherwise.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from dalle_jax.data.record_filters import Filters
-from dalle_jax.data.sources import folder_splits
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.train.clip_stage import ClipRun, short_clip_run
+from dalle_jax.train.data_options import FolderOptions
 from dalle_jax.train.dvae_stage import DVAERun, short_dvae_run
 from dalle_jax.train.experiment import main
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorRun, short_prior_run
-from dalle_jax.train.trainers import Data
 from dalle_jax.train.vqgan_stage import VQGANRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderOptions:
-    """A folder of images with captions."""
-
-    data: Path
-    """Folder with x.jpg beside x.txt, or with captions.jsonl or captions.csv."""
-    filters: Filters = field(default_factory=Filters)
-
-    def open(self, px: int) -> Data:
-        """Splits the folder into training and validation images."""
-        train, validation = folder_splits(self.data, filters=self.filters)
-        few = range(min(6, len(validation)))
-        return Data(
-            train=train,
-            validation=validation,
-            captions=[validation[i]["captions"][0] for i in few],
-            attribution=f"Images and captions of the folder {self.data.name}.",
-        )
 
 
 def dvae() -> DVAERun:

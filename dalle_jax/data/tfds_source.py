@@ -59,6 +59,11 @@ class PreparedSource:
         }
 
 
+def split_names(path: str | os.PathLike) -> list[str]:
+    """Names of the splits of a prepared set, whose folder is that of one version."""
+    return list(tfds.builder_from_directory(os.fspath(path)).info.splits)
+
+
 def _texts(value: Any) -> list[str]:
     if isinstance(value, str | bytes):
         text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,7 @@ class PriorStage(Stage):
       validation: a function giving one pass over the validation set, in batches with int32
         "text" [B, P - 1] and "codes" [B, G, G].
       captions: drawn on the sample sheets.
+      initial: parameters to begin with; None to draw them.
     """
 
     name = "prior"
@@ -127,6 +128,7 @@ class PriorStage(Stage):
         tokenizer: Tokenizer | None,
         validation: Callable[[], Iterable[dict[str, np.ndarray]]],
         captions: Sequence[str],
+        initial: Any = None,
     ):
         if run.grad_dtype not in ("float32", run.precision):
             raise UserError(
@@ -148,7 +150,7 @@ class PriorStage(Stage):
             examples = run.batch_size // run.loop.accumulation_steps
             self.scaling = ResblockScaling(self.config.depth, examples=examples)
         self._codec_model, self._tokenizer = codec_model, tokenizer
-        self._validation, self._captions = validation, captions
+        self._validation, self._captions, self._initial = validation, captions, initial
         after = None
         if run.learning_rate_end is not None:
             length = run.loop.steps - run.warmup_steps
@@ -172,6 +174,10 @@ class PriorStage(Stage):
     def init(self, key):
         """Draws the parameters."""
         return self.draw(self.config, key)
+
+    def init_from_data(self, params):
+        """Takes the parameters to begin with, if there are any."""
+        return params if self._initial is None else self._initial
 
     def loss(self, params, batch, key, step, *, scales=None):
         """1/8 of the text's and 7/8 of the image's mean cross-entropy, in nats per token."""

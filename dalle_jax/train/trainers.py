@@ -81,23 +81,40 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
     return model
 
 
-def train_prior(run: PriorRun, data: Data, codec_model: Model, *, workdir: Path) -> Model:
+def train_prior(
+    run: PriorRun, data: Data, codec_model: Model, *, workdir: Path, continued: bool = False
+) -> Model:
     """Trains or resumes a prior of either kind; gives the complete model, not yet saved.
 
     The weights of the model stay sharded over the devices that trained them: of several processes
     all have to write it together.
+
+    Args:
+      run: the settings.
+      data: for training and evaluation.
+      codec_model: its codec makes codes of images.
+      workdir: folder of this run alone.
+      continued: begin with the prior of that model, which has the sizes of the run, and keep its
+        tokenizer.
     """
-    run, tokenizer = _with_tokenizer(run, data, workdir)
+    stage_class = ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage
+    initial = init_from = None
+    if continued:
+        tokenizer, part = codec_model.tokenizer, stage_class.name
+        initial, init_from = codec_model.priors[part][1], codec_model.fingerprints[part]
+    else:
+        run, tokenizer = with_tokenizer(run, data, workdir)
     text = {"px": codec_model.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
     validation = data.validation
     if run.loop.evaluate_every is not None:  # read again and again, so always encoded once
         validation = cached_codes(validation, codec_model, workdir / "codes" / "validation")
-    stage = (ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage)(
+    stage = stage_class(
         run,
         codec_model=codec_model,
         tokenizer=tokenizer,
         validation=lambda: one_epoch(validation, batch_size=64, **text),
         captions=data.captions,
+        initial=initial,
     )
     source = data.train
     if run.encode_once:
@@ -115,7 +132,9 @@ def train_prior(run: PriorRun, data: Data, codec_model: Model, *, workdir: Path)
     if not run.encode_once:
         iterator = EncodedBatches(iterator, codec_model)
     fingerprints = codec_model.fingerprints | {"tokenizer": tokenizer.fingerprint}
-    state = train(stage, iterator, **_train_options(run, workdir, fingerprints))
+    options = _train_options(run, workdir, fingerprints)
+    options["settings"]["init_from"] = init_from
+    state = train(stage, iterator, **options)
     codec_lines = [
         line for line in codec_model.card.splitlines() if line.startswith(f"- {codec_model.kind}:")
     ]
@@ -136,7 +155,7 @@ def train_clip(
       name: of the experiment.
       workdir: folder of this run alone.
     """
-    run, tokenizer = _with_tokenizer(run, data, workdir)
+    run, tokenizer = with_tokenizer(run, data, workdir)
     px = run.model.px
     text = {"tokenizer": tokenizer, "text_length": run.model.slots + 1}  # no end token in batches
     source, validation = data.train, {"": data.validation}
@@ -206,7 +225,7 @@ def _first_images(source: DataSource, px: int):
     return next(one_epoch(source, batch_size=INIT_IMAGES, px=px))["image"]
 
 
-def _with_tokenizer(run: Any, data: Data, workdir: Path) -> tuple[Any, Tokenizer]:
+def with_tokenizer(run: Any, data: Data, workdir: Path) -> tuple[Any, Tokenizer]:
     """Gives the run's tokenizer, and the run with the size of its vocabulary."""
     wanted = run.model.text_vocabulary
     tokenizer = run_tokenizer(data.train, vocabulary=wanted, folder=workdir)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from dalle_jax.data.own_images import own_splits
 from dalle_jax.data.sources import SourceError
 from dalle_jax.data.tfds_source import PreparedSource
 from dalle_jax.evaluate import suites
@@ -137,3 +138,5 @@ def test_a_prepared_set_gives_the_same_suite_as_a_folder(folder, prepared):
 def test_an_unknown_split_of_a_prepared_set_is_named(prepared):
     with pytest.raises(SourceError, match="has no split 'test'; choose from validation"):
         PreparedSource(prepared, "test")
+    with pytest.raises(SourceError, match="has the splits validation, but training needs train"):
+        own_splits(prepared)

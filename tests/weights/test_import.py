@@ -1,7 +1,6 @@
 """From files of others to folders of ours, and back."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.text.clip_bpe import CLIPTokenizer
 from dalle_jax.text.tokenizer_file import load_tokenizer
-from dalle_jax.train import experiment
+from dalle_jax.train.all_stages import open_codec
 from dalle_jax.weights import sources
 from dalle_jax.weights.errors import WeightsError
 from dalle_jax.weights.export import write_codec
@@ -83,8 +82,7 @@ def test_an_imported_codec_is_a_model_folder_and_makes_codes_for_experiments(tmp
     for said in ("cdn.openai.com/dall-e/encoder.pkl", "- dvae: dVAE of DALL-E", "encoder.pkl: "):
         assert said in model.card
     assert "Modified MIT" in model.license
-    options = SimpleNamespace(codec=str(out), workdir=tmp_path / "run")
-    tokens = experiment._codec_model(options)
+    tokens = open_codec(str(out), tmp_path / "run")
     assert tokens.codec_fingerprint == model.codec_fingerprint
     main(["export", str(out), "openai-dvae", "--out", str(tmp_path / "again.ckpt")])
     again = [tmp_path / "again.ckpt", tmp_path / "again-decoder.ckpt"]
