@@ -62,7 +62,8 @@ def lines(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "data", "decode", "products", "startup", "tokenise", "train_step"]
+    "name",
+    ["attention", "data", "decode", "products", "serve", "startup", "tokenise", "train_step"],
 )
 def test_help_explains_every_option(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
