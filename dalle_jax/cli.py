@@ -12,6 +12,7 @@ from dalle_jax.commands import (
     inspect_data,
     serve_images,
     train_model,
+    watch_run,
 )
 from dalle_jax.terminal import complaints, show_log_lines
 
@@ -21,6 +22,7 @@ _app.command(generate_images.edit)
 _app.command(evaluate_model.evaluate)
 _app.command(serve_images.serve)
 _app.command(train_model.train)
+_app.command(watch_run.watch)
 import_weights.add_to(_app)
 _app.command(_data, name="data", help="Look after your own images.")
 _data.command(inspect_data.check)

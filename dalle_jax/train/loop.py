@@ -31,7 +31,7 @@ from dalle_jax.train import checkpoint_diff
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.lock import locked
-from dalle_jax.train.log import MetricsLog, ProgressLog
+from dalle_jax.train.log import MetricsLog, ProgressLog, installed_sinks
 from dalle_jax.train.metrics_buffer import MetricsBuffer
 from dalle_jax.train.stage import Stage
 from dalle_jax.train.state import TrainState
@@ -184,7 +184,12 @@ def train(
             ema_every=config.ema_every,
             ema_decay=config.ema_decay,
         )
-        metrics_log = MetricsLog(workdir / "metrics.jsonl", stage=stage.name, step=step)
+        metrics_log = MetricsLog(
+            workdir / "metrics.jsonl",
+            stage=stage.name,
+            step=step,
+            sinks=installed_sinks(workdir, step=step),
+        )
         buffer = MetricsBuffer(checkpoints)
         with ProgressLog(stage.name, step=step, steps=config.steps) as progress:
             while step < config.steps:

@@ -1,11 +1,18 @@
 import json
 import logging
+import struct
 
 import pytest
 
 from dalle_jax import terminal
 from dalle_jax.terminal import show_log_lines
-from dalle_jax.train.log import MetricsLog, ProgressLog, clock, read_metrics
+from dalle_jax.train.log import (
+    MetricsLog,
+    ProgressLog,
+    clock,
+    installed_sinks,
+    read_metrics,
+)
 
 
 def test_metrics_are_one_object_a_line(tmp_path):
@@ -48,3 +55,71 @@ def test_terminal_shows_a_bar_and_log_lines_beside_it(capsys, monkeypatch):
 
 def test_clock_reads_as_minutes_or_hours():
     assert [clock(s) for s in (0.0, 59.6, 250.0, 3661.0)] == ["0:00", "1:00", "4:10", "1:01:01"]
+
+
+class Sink:
+    def __init__(self, fails_at=None):
+        self.seen, self.fails_at = [], fails_at
+
+    def write(self, step, metrics):
+        if step == self.fails_at:
+            raise OSError(28, "No space left on device")
+        self.seen.append((step, metrics))
+
+
+def test_sinks_get_the_same_metrics_and_one_that_fails_is_left_out(tmp_path, caplog):
+    good, bad = Sink(), Sink(fails_at=2)
+    log = MetricsLog(tmp_path / "metrics.jsonl", stage="dvae", step=0, sinks=[bad, good])
+    with caplog.at_level("WARNING"):
+        for step in (1, 2, 3):
+            log.write(step, {"loss": float(step)})
+    assert good.seen == [(step, {"loss": float(step)}) for step in (1, 2, 3)]
+    assert bad.seen == [(1, {"loss": 1.0})]
+    assert caplog.messages == ["Sink takes no more metrics (No space left on device)"]
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_tensorboard_reads_the_metrics_and_forgets_what_a_resumed_run_does_again(tmp_path):
+    pytest.importorskip("tensorboardX")
+    for start, steps in ((0, (1, 2)), (1, (2, 3))):
+        sinks = installed_sinks(tmp_path, step=start)
+        log = MetricsLog(tmp_path / "x", stage="dvae", step=start, sinks=sinks)
+        for step in steps:
+            log.write(step, {"loss": step / 2, "eval/loss": float(start)})
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.suffix)
+    assert [scalars(path) for path in files] == [
+        [("start", 1, 0.0)]
+        + [x for s in (1, 2) for x in (("loss", s, s / 2), ("eval/loss", s, 0.0))],
+        [("start", 2, 0.0)]
+        + [x for s in (2, 3) for x in (("loss", s, s / 2), ("eval/loss", s, 1.0))],
+    ]
+
+
+def test_events_are_framed_as_tensorboardx_frames_them(tmp_path):
+    record_writer = pytest.importorskip("tensorboardX.record_writer")
+    from dalle_jax.train.tensorboard import _record
+
+    writer = record_writer.RecordWriter(str(tmp_path / "records"))
+    writer.write(b"some bytes")
+    writer.close()
+    assert _record(b"some bytes") == (tmp_path / "records").read_bytes()
+
+
+def scalars(path):
+    """(tag, step, value) of each event in a file: length, its check, the event, its check."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        if event.HasField("session_log"):
+            found.append(("start", event.step, 0.0))
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_without_the_package_there_is_no_other_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert installed_sinks(tmp_path, step=0) == []
+    assert list(tmp_path.iterdir()) == []

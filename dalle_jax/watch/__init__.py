@@ -1,0 +1,1 @@
+"""A run in progress: its curves and sheets, in a browser or in one HTML file."""
