@@ -56,8 +56,9 @@ def _count(descending, top_k, top_p):
     rank = jnp.broadcast_to(jnp.arange(descending.shape[-1]), descending.shape)
     share = jax.nn.softmax(jnp.where(rank < top_k, descending, -jnp.inf), axis=-1)
     before = jnp.cumsum(share, axis=-1) - share
-    # float32 sums can reach 1 before the last code, so that 1 is not left to the comparison
-    inside = (before < top_p) | jnp.greater_equal(top_p, 1)
+    # float32 sums can reach 1 before the last code, so that 1 is not left to the comparison; a
+    # top_p that float32 rounds to 0 still keeps one code
+    inside = (before < top_p) | jnp.greater_equal(top_p, 1) | (rank == 0)
     return jnp.sum(inside & (rank < top_k), axis=-1, keepdims=True)
 
 

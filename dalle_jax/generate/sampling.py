@@ -1,7 +1,6 @@
 """How codes are sampled: one list of options for `Model`, the command line and evaluation."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -11,6 +10,10 @@ from dalle_jax.errors import UserError
 Decoder = Literal["autoregressive", "jacobi", "progressive"]
 Schedule = Literal["cosine", "linear"]
 Order = Literal["random", "raster", "dynamic", "confidence"]
+
+LARGEST = (
+    1e9  # of a temperature or a scale: beyond any use, and its products stay finite in float32
+)
 
 PROGRESSIVE_ONLY = ("stages", "schedule", "order", "choice_temperature", "revise")
 
@@ -76,25 +79,26 @@ class SamplingConfig:
             if value not in get_args(choices) and (name, value) != ("decoder", None):
                 allowed = " or ".join(get_args(choices))
                 raise UserError(f"{name} is {value!r}, but must be {allowed}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not 0 <= self.temperature <= LARGEST:
             raise UserError(
                 f"temperature is {self.temperature}, but must be 0 (always the likeliest code) or "
-                "a positive finite number"
+                f"a positive number up to {LARGEST:g}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, but must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
-        if not math.isfinite(self.guidance):
+        if not abs(self.guidance) <= LARGEST:
             raise UserError(
-                f"guidance is {self.guidance}, but must be a finite number; 1 turns it off"
+                f"guidance is {self.guidance}, but must be a number up to {LARGEST:g}; 1 turns it "
+                "off"
             )
         if self.stages is not None and self.stages < 1:
             raise UserError(f"stages is {self.stages}, but must be at least 1")
-        if not (math.isfinite(self.choice_temperature) and self.choice_temperature >= 0):
+        if not 0 <= self.choice_temperature <= LARGEST:
             raise UserError(
                 f"choice_temperature is {self.choice_temperature}, but must be 0 (no noise) or a "
-                "positive finite number"
+                f"positive number up to {LARGEST:g}"
             )
         if self.revise < 0:
             raise UserError(f"revise is {self.revise}; it is a number of passes, 0 for none")

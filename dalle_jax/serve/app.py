@@ -235,7 +235,7 @@ class _Server:
         finally:
             gone.cancel()
             result.cancel()
-            job.cancel()
+            self.worker.withdraw(job)
 
     async def _events(self, job: Job, latest: "_LatestImages", start: float) -> AsyncIterator[str]:
         result = asyncio.wrap_future(job.result)
@@ -255,7 +255,7 @@ class _Server:
             yield _event("error", _error_body(500, FAILED))
         finally:
             result.cancel()
-            job.cancel()
+            self.worker.withdraw(job)
 
     def _decode_upload(self, name, text):
         return decode(

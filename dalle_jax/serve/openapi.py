@@ -69,8 +69,9 @@ def openapi_document(model: str) -> dict[str, Any]:
 
 def _post(summary, schema):
     media = {"application/json": {"schema": _reference("Images")}}
-    media["text/event-stream"] = {"schema": {"type": "string"}}
-    answers = {"200": {"description": "Images, or events if `stream` is true", "content": media}}
+    media["text/event-stream"] = {}
+    text = "Images, or server-sent events if `stream` is true"
+    answers = {"200": {"description": text, "content": media}}
     for status, text in _ERRORS.items():
         content = {"application/json": {"schema": _ERROR}}
         answers[str(status)] = {"description": text, "content": content}

@@ -91,6 +91,12 @@ class Worker:
             _log.info("batches of %d are compiled", size)
             size *= 2
 
+    def withdraw(self, job: Job) -> None:
+        """Gives up a job: its images that are in no batch yet leave the queue at once."""
+        with self._condition:
+            job.cancel()
+            self._drop(job)
+
     def _run(self) -> None:
         while True:
             with self._condition:
@@ -106,21 +112,21 @@ class Worker:
     def _next_batch(self, jobs: Sequence[Job]) -> list[tuple[Job, int]]:
         """Images of the first job, and of later ones that can be sampled with them."""
         ready = [job for job in jobs if self._is_ready(job)]
-        if not ready:
-            return []
-        alike = [job for job in ready if job.batch_key == ready[0].batch_key]
-        waiting = [(job, i) for job in alike for i in range(job.next_number, job.request.n)]
-        largest = min(len(waiting), self._largest(ready[0].part, ready[0].sampling))
-        batch = waiting[: 2 ** (largest.bit_length() - 1)]
-        for job, number in batch:
-            job.next_number = number + 1
         with self._condition:
+            ready = [job for job in ready if not job.cancelled]  # meanwhile
+            if not ready:
+                return []
+            alike = [job for job in ready if job.batch_key == ready[0].batch_key]
+            waiting = [(job, i) for job in alike for i in range(job.next_number, job.request.n)]
+            largest = min(len(waiting), self._largest(ready[0].part, ready[0].sampling))
+            batch = waiting[: 2 ** (largest.bit_length() - 1)]
+            for job, number in batch:
+                job.next_number = number + 1
             self._jobs = [job for job in self._jobs if job.next_number < job.request.n]
         return batch
 
     def _is_ready(self, job: Job) -> bool:
         if job.cancelled:
-            self._fail(job, UserError("the client has gone"))
             return False
         if job.part is None:
             try:
@@ -183,10 +189,14 @@ class Worker:
         if not isinstance(error, UserError):
             _log.error("a request failed", exc_info=error)
         with self._condition:
-            self._change_pending(job.next_number - job.request.n)  # those in no batch
-            job.next_number = job.request.n
-            self._jobs = [other for other in self._jobs if other is not job]
+            self._drop(job)
         job.result.set_exception(error)
+
+    def _drop(self, job: Job) -> None:
+        """Takes images that are in no batch out of the queue; the lock is held."""
+        self._change_pending(job.next_number - job.request.n)
+        job.next_number = job.request.n
+        self._jobs = [other for other in self._jobs if other is not job]
 
     def _change_pending(self, change: int) -> None:
         self._pending += change

@@ -48,6 +48,10 @@ def test_top_p_keeps_the_code_that_crosses_p(top_p, kept):
     assert _kept(SHARES, top_p=top_p) == kept
 
 
+def test_top_p_below_all_of_float32_keeps_the_likeliest_code():
+    assert _kept(SHARES, top_p=1e-300) == _kept(SHARES, top_k=1)
+
+
 def test_top_p_counts_shares_of_what_top_k_left():
     # of all, 0.6 needs codes 1 and 3; of the top two, whose shares are 2/3 and 1/3, code 1 will do
     assert _kept(SHARES, top_p=0.6) == [1, 3]

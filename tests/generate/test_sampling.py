@@ -47,7 +47,8 @@ def test_it_describes_what_is_not_at_its_default():
         ({"top_p": 0.0}, "top_p is 0.0, but must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5, but must be above 0 and at most 1"),
         ({"top_p": math.nan}, "top_p is nan, but must be above 0 and at most 1"),
-        ({"guidance": math.inf}, "guidance is inf, but must be a finite number; 1 turns it off"),
+        ({"guidance": -1e300}, "guidance is -1e\\+300, but must be a number up to 1e\\+09"),
+        ({"guidance": math.inf}, "guidance is inf, but must be a number up to 1e\\+09; 1 turns"),
         (
             {"decoder": "diffusion"},
             "decoder is 'diffusion', but must be autoregressive or jac",

@@ -1,16 +1,14 @@
 """The load script against a server of a tiny model; nothing is timed."""
 
 import importlib.util
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import tiny
-import uvicorn
+from served import served
 
 from dalle_jax.serve import job, worker
-from dalle_jax.serve.app import create_app
 from dalle_jax.serve.config import ServeConfig
 
 SCRIPTS = Path(__file__).parent.parent.parent / "experiments" / "benchmarks"
@@ -46,17 +44,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def address(model):
-    """Of a server in a thread, on the loopback."""
-    config = uvicorn.Config(create_app(model, ServeConfig(max_batch=4)), port=0, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    host, port = server.servers[0].sockets[0].getsockname()
-    yield f"http://{host}:{port}"
-    server.should_exit = True
-    thread.join()
+    """Of a server."""
+    with served(model, ServeConfig(max_batch=4)) as address:
+        yield address
 
 
 def test_clients_at_once_get_all_of_their_own_images(serve, model, address):
