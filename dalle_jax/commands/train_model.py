@@ -17,6 +17,7 @@ def train(
     px: int | None = None,
     minutes: float | None = None,
     clip: bool = True,
+    pad: bool = False,
     filters: Filters = Filters(),
     plan_only: bool = False,
 ) -> None:
@@ -36,6 +37,7 @@ def train(
       minutes: Time that the run may take, more or less; None for as many updates as the shipped
         models had.
       clip: Train a CLIP too, if there are 500 images or more.
+      pad: Lay images that are not square on white squares, in place of cutting out their middle.
       filters: Images and captions of a folder to leave out.
       plan_only: Say what the run would do, and end.
     """
@@ -46,7 +48,7 @@ def train(
     from dalle_jax.planner.plan_text import describe
     from dalle_jax.train.data_options import FolderOptions
 
-    options = FolderOptions(data=images, filters=filters)
+    options = FolderOptions(data=images, filters=filters, pad=pad)
     model = None if init_from is None else Model.load(init_from)
     plan = make_plan(options, workdir=workdir, model=model, px=px, clip=clip, minutes=minutes)
     print(describe(plan, model), flush=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from dalle_jax.data.record import DamagedRecordError, DataSource, Record, SourceError, printable
-from dalle_jax.image.pixels import ImageError, decode
+from dalle_jax.image.pixels import ImageError, decode, pad_to_square
 
 Batch = dict[str, np.ndarray]
 
@@ -108,6 +108,8 @@ class ImageReader:
         self._names[threading.get_ident()] = printable(record["id"])
         if "codes" in record:
             return record, None
+        if record.get("pad"):
+            return record, pad_to_square(decode(record["image"]))
         return record, decode(record["image"], min_px=self._min_px)
 
     def _skip(self, name: str, error: Exception) -> None:

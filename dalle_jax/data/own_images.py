@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dalle_jax.data.record import DataSource, SourceError
+from dalle_jax.data.record import DataSource, Record, SourceError
 from dalle_jax.data.record_filters import Filters
 from dalle_jax.data.sources import folder_splits
 
@@ -11,8 +11,22 @@ PREPARED = "dataset_info.json"  # of a set that TensorFlow Datasets prepared
 _HELD_OUT = ("validation", "val", "test")
 
 
+class Padded:
+    """A source whose images are laid on white squares; they have other names than without."""
+
+    def __init__(self, source: DataSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[index]
+        return record | {"id": f"{record['id']}, padded", "pad": True}
+
+
 def own_splits(
-    path: str | os.PathLike, *, filters: Filters | None = None
+    path: str | os.PathLike, *, filters: Filters | None = None, pad: bool = False
 ) -> tuple[DataSource, DataSource]:
     """Opens the images to train on and those held out.
 
@@ -20,9 +34,15 @@ def own_splits(
       path: a folder of images with captions, see `folder_splits`; or the folder of one version of a
         prepared set, whose splits are "train" and one of "validation", "val" and "test".
       filters: images and captions of a folder to leave out.
+      pad: lay images on white squares, in place of cutting squares out of them.
     Raises:
       SourceError: if there are none.
     """
+    train, held_out = _splits(path, filters)
+    return (Padded(train), Padded(held_out)) if pad else (train, held_out)
+
+
+def _splits(path: str | os.PathLike, filters: Filters | None) -> tuple[DataSource, DataSource]:
     if not (Path(path) / PREPARED).is_file():
         return folder_splits(path, filters=filters)
     if filters not in (None, Filters()):

@@ -2,6 +2,7 @@
 
 A record is a dict with "id" (str), "image" (bytes or path of an image file) or "codes"
 (uint16 [G, G]), and "captions" (list of str, at least one, the first being the primary one).
+If it has "pad" (True), the image is laid on a white square before anything is cut out of it.
 """
 
 from typing import Any, Protocol, runtime_checkable

@@ -277,6 +277,17 @@ def crop_center(image: RGBImage, px: int) -> Square:
     return np.array(resized)
 
 
+def pad_to_square(image: RGBImage) -> UInt8[np.ndarray, "side side 3"]:
+    """Lays an image in the middle of a white square of its longer side."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    if height == width:
+        return image
+    padded = Image.new("RGB", (side, side), "white")
+    padded.paste(Image.fromarray(image), ((side - width) // 2, (side - height) // 2))
+    return np.asarray(padded)
+
+
 def square(image: np.ndarray, px: int) -> Square:
     """Gives an image of side px: as it is, or by `crop_center`.
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 SAMPLED = 256  # records that are looked at to choose sizes
+OBLONG = 1.5  # long side over short side from which an image is called so
 LONGEST = 512  # tokens of a caption that are counted
 LEAST_STEPS = 200  # of a stage, however short the time
 
@@ -45,7 +46,9 @@ class Plan:
     """To train on."""
     held_out: int
     side: int
-    """Short side of the images, in pixels, the median."""
+    """Short side of the images (the long one if they are padded), in pixels, the median."""
+    oblong: float
+    """Share of the images that lose a third and more when their middle square is cut out."""
     cut: float
     """Share of the captions that are longer than what the prior reads."""
     stages: dict[str, StageForecast]
@@ -91,7 +94,7 @@ def make_plan(
         raise UserError(f"--minutes is {minutes}, but has to be more than 0")
     data = options.open(px or 0)
     images, held_out = len(data.train), len(data.validation)
-    side = _median_side(data.train)
+    side, oblong = _shapes(data.train)
     recipe = choose_recipe(images, side, px=px, clip=clip, model=model)
     prior = recipe.prior_stage
     with locked(workdir):
@@ -118,6 +121,7 @@ def make_plan(
         images=images,
         held_out=held_out,
         side=side,
+        oblong=oblong,
         cut=float(np.mean(tokens > recipe.prior.model.text_length - 1)),
         stages={name: StageForecast(**stage) for name, stage in kept["stages"].items()},
         memory=kept["memory"],
@@ -203,19 +207,21 @@ def _some(source: DataSource) -> Iterable[dict]:
     return (source[i * len(source) // count] for i in range(count))
 
 
-def _median_side(source: DataSource) -> int:
-    sides = []
+def _shapes(source: DataSource) -> tuple[int, float]:
+    """The median of the sides that training sees, and the share of oblong images."""
+    sides, oblong = [], []
     for record in _some(source):
-        image = record["image"]
+        image, pad = record["image"], record.get("pad", False)
         try:
             size = decode(image).shape[:2] if isinstance(image, bytes) else read_size(image)
         except (ImageError, OSError):
             continue
         if size is not None:
-            sides.append(min(size))
+            sides.append(max(size) if pad else min(size))
+            oblong.append(not pad and max(size) > OBLONG * min(size))
     if not sides:
         raise UserError("none of the images can be read; `dalle-jax data check` says why")
-    return int(np.median(sides))
+    return int(np.median(sides)), float(np.mean(oblong))
 
 
 def _token_counts(source: DataSource, tokenizer: Tokenizer) -> Int[np.ndarray, " captions"]:

@@ -4,8 +4,8 @@ Source: ours; what to expect is from docs/lab.md and docs/progressive.md.
 """
 
 from dalle_jax.generate.model import Model
-from dalle_jax.planner.own_run import Plan
-from dalle_jax.planner.recipe import ENOUGH_FOR_CLIP, FEW, Run
+from dalle_jax.planner.own_run import OBLONG, Plan
+from dalle_jax.planner.recipe import ENOUGH_FOR_CLIP, EPOCHS, FEW, Run
 from dalle_jax.train.vqgan_stage import VQGANRun
 
 TITLES = {
@@ -26,8 +26,14 @@ def describe(plan: Plan, model: Model | None = None) -> str:
     recipe = plan.recipe
     lines = [
         f"Images: {plan.images:,} to train on and {plan.held_out:,} held out, "
-        f"most with a short side of about {plan.side} px.",
+        f"seen as squares of about {plan.side} px before they are reduced.",
     ]
+    if plan.oblong >= 0.05:
+        lines.append(
+            f"Shapes: {plan.oblong:.0%} are more than {OBLONG} times as long as wide, or wide as "
+            "long, and training sees their middle square. --pad lays them on white squares, "
+            "--filters.max-aspect leaves them out."
+        )
     if model is not None:
         lines.append(
             f"Goes on from {model.name}: its codec ({model.px} px in {model.grid} x {model.grid} "
@@ -57,7 +63,8 @@ def describe(plan: Plan, model: Model | None = None) -> str:
             f"No CLIP, which ranks images by how well they fit, with fewer than {ENOUGH_FOR_CLIP} "
             "images."
         )
-    return "\n".join([*lines, f"Expect: {_expectation(plan.images, model)}"])
+    lines.append(f"Expect: {_expectation(plan, model)}")
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
@@ -79,17 +86,17 @@ def _sizes(run: Run, plan: Plan) -> str:
     return f"{kind}, width {run.model.width}, {run.model.depth} layers"
 
 
+def _epochs(plan: Plan) -> float:
+    """How often the prior sees each image."""
+    return plan.recipe.prior.loop.steps * plan.recipe.prior.batch_size / plan.images
+
+
 def _times(epochs: float) -> str:
-    return (
-        "once"
-        if round(epochs) == 1
-        else f"{epochs:.2g} times"
-        if epochs < 1
-        else f"{epochs:.0f} times"
-    )
+    return f"{epochs:.1f} times" if epochs < 3 else f"{epochs:,.0f} times"
 
 
-def _expectation(images: int, model: Model | None) -> str:
+def _expectation(plan: Plan, model: Model | None) -> str:
+    images, epochs = plan.images, _epochs(plan)
     if images < FEW and model is None:
         return (
             f"fewer than {FEW} images are learned by heart, and new captions give mixtures of "
@@ -98,6 +105,12 @@ def _expectation(images: int, model: Model | None) -> str:
         )
     if images < FEW:
         return f"the look of your images; with fewer than {FEW} of them, also copies of them."
+    if epochs < EPOCHS["progressive"] / 2 and model is None:
+        return (
+            f"colours and blurred shapes: the prior sees each image {_times(epochs)}, where that "
+            f"of `people` saw its images {EPOCHS['progressive']} times. Give it more --minutes, or "
+            "leave them out."
+        )
     if images < 3_000:
         return (
             "the look of your images. How far captions are followed depends on how much alike the "

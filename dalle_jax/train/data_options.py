@@ -31,10 +31,12 @@ class FolderOptions:
     """Folder with x.jpg beside x.txt, or with captions.jsonl or captions.csv; or one version of a
     set that TensorFlow Datasets prepared."""
     filters: Filters = field(default_factory=Filters)
+    pad: bool = False
+    """Lay images that are not square on white squares, in place of cutting out their middle."""
 
     def open(self, px: int) -> Data:
         """Opens the images to train on and those held out."""
-        train, validation = own_splits(self.data, filters=self.filters)
+        train, validation = own_splits(self.data, filters=self.filters, pad=self.pad)
         few = range(min(6, len(validation)))
         return Data(
             train=train,

@@ -13,7 +13,9 @@ from PIL import Image
 
 import dalle_jax
 from dalle_jax.cli import main
+from dalle_jax.data.own_images import Padded
 from dalle_jax.data.shapes import ShapesSource
+from dalle_jax.data.sources import FolderSource
 from dalle_jax.errors import UserError
 from dalle_jax.planner import forecast, own_run, recipe
 from dalle_jax.planner.forecast import StageForecast, forecast_stage
@@ -99,6 +101,15 @@ def test_a_plan_is_kept_with_its_steps_and_made_anew_for_other_options(
     assert other.recipe.prior.loop.steps > first.recipe.prior.loop.steps
 
 
+def test_shapes_are_those_that_training_sees(tmp_path):
+    for number, size in enumerate(((40, 40), (60, 40), (61, 40), (20, 100))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("black")
+    source = FolderSource(tmp_path)
+    assert own_run._shapes(source) == (40, 0.5)
+    assert own_run._shapes(Padded(source)) == (60, 0.0)
+
+
 class Line(Stage):
     """Two numbers, which compile in no time."""
 
@@ -144,7 +155,7 @@ def test_a_run_goes_on_from_a_model_and_keeps_codec_tokenizer_and_terms(
     command = ["train", str(images), "--workdir", str(workdir), "--init-from", str(begun)]
     main([*command, "--plan-only"])
     said = capsys.readouterr().out
-    assert "Images: 29 to train on and 1 held out, most with a short side of about 24 px." in said
+    assert "Images: 29 to train on and 1 held out, seen as squares of about 24 px" in said
     assert "its codec (16 px in 4 x 4 codes of 12) and tokenizer are kept" in said
     assert not (workdir / "model").exists()
     main(command)
@@ -177,7 +188,14 @@ def _moved():
 def plan(images, *, model=None, **changes):
     chosen = recipe.choose_recipe(images, 111, model=model)
     stages = {name: forecasts()[name] for name, _ in chosen.stages()}
-    fields = {"recipe": chosen, "images": images, "held_out": 5, "side": 111, "cut": 0.0}
+    fields = {
+        "recipe": chosen,
+        "images": images,
+        "held_out": 5,
+        "side": 111,
+        "oblong": 0.0,
+        "cut": 0.0,
+    }
     return own_run.Plan(**fields | {"stages": stages, "memory": 2**30} | changes)
 
 
@@ -187,7 +205,10 @@ def test_the_plan_says_sizes_times_and_what_to_expect():
     assert "1,500 updates of 8 images, each image 16 times; about 25 min" in said
     assert "Memory: 1.0 GiB" in said
     assert "3% have more than the 63 tokens that the prior reads" in said
-    assert "--init-from" not in said
+    assert "--init-from" not in said and "--pad" not in said and "of 1,409 by one" in said
+    assert "Shapes: 30% are more than 1.5 times as long" in describe(plan(746, oblong=0.3))
+    short = plan(746).recipe.with_steps({"vqgan": 400, "progressive": 400, "clip": 200})
+    assert "the prior sees each image 4 times, where" in describe(plan(746, recipe=short))
     assert describe(plan(150)).count("Better: --init-from") == 1
     assert "copies of them" in describe(
         plan(150, model=tiny.model(**tiny.progressive_parts())), tiny.model()
