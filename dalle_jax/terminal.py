@@ -80,10 +80,13 @@ def complaints(program: str) -> Iterator[None]:
     Args:
       program: its name, which comes first.
     Raises:
-      SystemExit: 2 in place of a UserError; all other errors go on, with their traceback.
+      SystemExit: 2 in place of a UserError, 130 after Ctrl-C; all other errors go on, with their
+        traceback.
     """
     try:
         yield
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

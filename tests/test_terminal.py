@@ -63,3 +63,10 @@ def test_every_other_error_goes_on_with_its_traceback(capsys, kind):
     with pytest.raises(kind), complaints("dalle"):
         raise kind("all the input arrays must have matching shapes")
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_ends_a_program_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped, complaints("dalle"):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == ""

@@ -34,7 +34,7 @@ def train(
       init_from: A shipped model by name, or a model folder, whose codec and tokenizer are kept and
         whose prior goes on training; None to begin from nothing.
       px: Side of the model's images in pixels; None to choose it.
-      minutes: Time that the run may take, more or less; None for as many updates as the shipped
+      minutes: Time that the run may take at most, about; None for as many updates as shipped
         models had.
       clip: Train a CLIP too, if there are 500 images or more.
       pad: Lay images that are not square on white squares, in place of cutting out their middle.
@@ -44,7 +44,7 @@ def train(
     prepare_process()
     require("train")
     from dalle_jax.generate.model import Model
-    from dalle_jax.planner.own_run import make_plan, run_plan
+    from dalle_jax.planner.own_run import make_plan, overfit, run_plan
     from dalle_jax.planner.plan_text import describe
     from dalle_jax.train.data_options import FolderOptions
 
@@ -55,6 +55,8 @@ def train(
     if plan_only:
         return
     run_plan(plan, options, workdir=workdir, codec=init_from or "vqgan", model=model)
+    if said := overfit(workdir / plan.recipe.prior_stage / "metrics.jsonl"):
+        print(said)
     print(
         f"The model is in {workdir / 'model'}, samples are in {workdir / 'sheet.png'}.\n"
         f'Next: dalle-jax generate "{options.open(0).captions[0]}" --model {workdir / "model"}'

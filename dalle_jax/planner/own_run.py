@@ -26,6 +26,7 @@ from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.all_stages import train_stages
 from dalle_jax.train.data_options import ContinuedOptions, DataOptions
 from dalle_jax.train.lock import locked
+from dalle_jax.train.log import read_metrics
 from dalle_jax.train.trainers import with_tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ PLAN = "plan.json"
 SAMPLED = 256  # records that are looked at to choose sizes
 OBLONG = 1.5  # long side over short side from which an image is called so
 LONGEST = 512  # tokens of a caption that are counted
+OVERFIT = 1.03  # held-out loss over its lowest from which it is said to have risen
 LEAST_STEPS = 200  # of a stage, however short the time
 
 
@@ -86,7 +88,7 @@ def make_plan(
       model: goes on training, with its codec and tokenizer; None to begin from nothing.
       px: side of the new model's images; None to choose it.
       clip: whether to train a CLIP, if there are images enough.
-      minutes: that the run may take; None for as many steps as the recipe has.
+      minutes: that the run may take at most; None for any number.
     Raises:
       UserError: if the images cannot be used, or an option does not fit.
     """
@@ -154,6 +156,25 @@ def run_plan(
     )
 
 
+def overfit(metrics: Path) -> str:
+    """Says when a prior was best on held-out images, if that was well before its end.
+
+    Args:
+      metrics: file of its run.
+    Returns:
+      A sentence, or "" for none.
+    """
+    losses = [(e["eval/loss"], e["step"]) for e in read_metrics(metrics) if e.get("eval/loss")]
+    if not losses or losses[-1][0] <= OVERFIT * min(losses)[0]:
+        return ""
+    best, step = min(losses)
+    return (
+        f"The loss on held-out images was lowest, {best:.3g}, after {step:,} updates, and is now "
+        f"{losses[-1][0]:.3g}: since then the prior has learned images by heart. For new captions "
+        "fewer --minutes in a new workdir, or more images, are better."
+    )
+
+
 def _timed(recipe: Recipe, held_out: int, vocabulary: int, minutes: float | None) -> dict[str, Any]:
     stages = {}
     for name, run in recipe.stages():
@@ -174,7 +195,7 @@ def _timed(recipe: Recipe, held_out: int, vocabulary: int, minutes: float | None
 
 
 def steps_in(seconds: float, recipe: Recipe, stages: dict[str, StageForecast]) -> dict[str, int]:
-    """Steps of each stage that fill a time: a few, and the same share of the recipe's others.
+    """Steps of each stage that fit into a time: a few, and the same share of the recipe's others.
 
     Raises:
       UserError: if the time is too short for a few.
@@ -189,6 +210,7 @@ def steps_in(seconds: float, recipe: Recipe, stages: dict[str, StageForecast]) -
         )
     others = {name: run.loop.steps - LEAST_STEPS for name, run in runs.items()}
     share = (seconds - least) / sum(stages[name].update_s * n for name, n in others.items())
+    share = min(share, 1.0)
     return {name: LEAST_STEPS + int(share * n) for name, n in others.items()}
 
 

@@ -108,8 +108,7 @@ def _expectation(plan: Plan, model: Model | None) -> str:
     if epochs < EPOCHS["progressive"] / 2 and model is None:
         return (
             f"colours and blurred shapes: the prior sees each image {_times(epochs)}, where that "
-            f"of `people` saw its images {EPOCHS['progressive']} times. Give it more --minutes, or "
-            "leave them out."
+            f"of `people` saw its images {EPOCHS['progressive']} times. Give it more --minutes."
         )
     if images < 3_000:
         return (
@@ -120,5 +119,5 @@ def _expectation(plan: Plan, model: Model | None) -> str:
     return (
         "the look of your images; the thing that a caption names only if there are many of it. Of "
         "6,750 emoji of all kinds a prior that had seen each six times drew 6 % of seen captions "
-        "right; more updates (--minutes) help as long as the held-out loss falls."
+        "right; more updates help as long as the held-out loss falls."
     )

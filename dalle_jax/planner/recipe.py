@@ -28,8 +28,9 @@ LEAST_STEPS = {"vqgan": 1500, "progressive": 1500, "clip": 300}
 BATCH = 8
 TEXT_LENGTHS = (24, 32, 48, 64, 96, 128)
 # Of a prior that goes on: what it knows is worth keeping, so it moves less far and for less long.
+# On 746 Tux Paint stamps held-out loss was lowest after 6 epochs, and rose from then on.
 CONTINUED = {"learning_rate": 5e-4, "muon_learning_rate": 0.003, "learning_rate_end": 5e-5}
-LEAST_CONTINUED = 500
+EPOCHS_CONTINUED, LEAST_CONTINUED = 6, 300
 
 Run = VQGANRun | PriorRun | ClipRun
 
@@ -149,7 +150,7 @@ def _continued(images: int, model: Model) -> PriorRun:
             f"{model.name} has no prior that training can go on from (priors: {has}); choose a "
             "model with a progressive or an autoregressive one, or leave --init-from out"
         )
-    steps = max(LEAST_CONTINUED, EPOCHS["progressive"] * images // BATCH // 2)
+    steps = max(LEAST_CONTINUED, math.ceil(EPOCHS_CONTINUED * images / BATCH))
     sizes = model.priors[part][0]
     run = _prior_run(PriorConfig(), steps, **CONTINUED)
     return progressive_run(run, model=sizes) if part == "progressive" else _with(run, model=sizes)

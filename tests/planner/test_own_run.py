@@ -64,14 +64,13 @@ def test_seconds_are_those_of_compiling_updates_and_evaluations():
     assert stage.disk_bytes(run) == 3 * 4000 + 4 * 1000
 
 
-def test_a_time_is_filled_by_the_same_share_of_each_stages_steps():
+def test_a_time_takes_the_same_share_of_each_stages_steps_and_no_more_than_all():
     chosen = recipe.choose_recipe(746, 111)
     stages = forecasts()
     runs = dict(chosen.stages())
     whole = sum(stages[name].seconds(run) for name, run in runs.items())
     steps = {name: run.loop.steps for name, run in runs.items()}
-    filled = steps_in(whole, chosen, stages)
-    assert all(abs(filled[name] - steps[name]) <= 1 for name in steps)
+    assert steps_in(2 * whole, chosen, stages) == steps
     half = steps_in(whole / 2, chosen, stages)
     took = chosen.with_steps(half)
     assert sum(stages[n].seconds(r) for n, r in took.stages()) == pytest.approx(whole / 2, rel=0.02)
@@ -90,13 +89,13 @@ def test_a_plan_is_kept_with_its_steps_and_made_anew_for_other_options(
 
     monkeypatch.setattr(own_run, "forecast_stage", timed)
     options, model = FolderOptions(data=images), dalle_jax.load(begun)
-    first = make_plan(options, workdir=tmp_path, model=model, minutes=5.0)
-    again = make_plan(options, workdir=tmp_path, model=model, minutes=5.0)
+    first = make_plan(options, workdir=tmp_path, model=model, minutes=2.5)
+    again = make_plan(options, workdir=tmp_path, model=model, minutes=2.5)
     assert (again, asked) == (first, [1])
     assert first.images == 29
     steps = json.loads((tmp_path / PLAN).read_text())["steps"]
     assert first.recipe.prior.loop.steps == steps["progressive"]
-    other = make_plan(options, workdir=tmp_path, model=model, minutes=10.0)
+    other = make_plan(options, workdir=tmp_path, model=model, minutes=3.0)
     assert len(asked) == 2
     assert other.recipe.prior.loop.steps > first.recipe.prior.loop.steps
 
@@ -197,6 +196,19 @@ def plan(images, *, model=None, **changes):
         "cut": 0.0,
     }
     return own_run.Plan(**fields | {"stages": stages, "memory": 2**30} | changes)
+
+
+def test_a_prior_that_got_worse_on_held_out_images_is_told_of(tmp_path):
+    def after(*losses):
+        lines = [{"step": 100 * i, "eval/loss": x} for i, x in enumerate(losses, 1)]
+        text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 999, "loss": 0.1}])
+        (tmp_path / "metrics.jsonl").write_text(text)
+        return own_run.overfit(tmp_path / "metrics.jsonl")
+
+    assert after(4.5, 4.4, 4.41) == after(4.5, 4.4) == after() == ""
+    assert after(4.5, 4.4, 5.8).startswith(
+        "The loss on held-out images was lowest, 4.4, after 200 updates, and is now 5.8:"
+    )
 
 
 def test_the_plan_says_sizes_times_and_what_to_expect():

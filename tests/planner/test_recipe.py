@@ -63,6 +63,8 @@ def test_a_model_that_goes_on_keeps_its_sizes_and_codec():
     recipe = choose_recipe(100, 500, model=model)
     assert (recipe.codec, recipe.prior_stage) == (None, "progressive")
     assert recipe.prior.model == tiny.progressive_parts()["progressive"]
+    assert recipe.prior.loop.steps == 300
+    assert choose_recipe(800, 500, model=model).prior.loop.steps == 600
     assert recipe.prior.learning_rate < choose_recipe(100, 500).prior.learning_rate
     autoregressive = choose_recipe(100, 500, model=tiny.model())
     assert autoregressive.prior_stage == "prior"
