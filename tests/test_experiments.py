@@ -270,6 +270,20 @@ def test_help_names_and_explains_every_option(script, monkeypatch, capsys):
     assert [option for option, text in said.items() if not re.search("[a-z]{3}", text)] == []
 
 
+@pytest.mark.parametrize(
+    ("preset", "defaults"),
+    [((), {"--model.width": "192", "--batch-size": "8", "--steps": "9000"}),
+     (("--preset", "gpu"), {"--model.width": "256", "--batch-size": "32", "--steps": "7000"})],
+)  # fmt: skip
+def test_a_preset_sets_the_sizes_of_the_emoji_experiment(preset, defaults, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "90")
+    with pytest.raises(SystemExit):
+        run("emoji", *preset, "progressive", "--help", monkeypatch=monkeypatch)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for option, value in defaults.items():
+        assert re.search(rf"{option} \S+ .*?\(default: (\S+)\)", text)[1] == value
+
+
 def options(cls, prefix):
     """The options of a dataclass of settings; those of the loop have no prefix of their own."""
     found = set()
