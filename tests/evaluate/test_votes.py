@@ -1,10 +1,9 @@
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import browse
 
 from dalle_jax.evaluate.votes import VotesError, count_votes, wilson, write_page
 
@@ -165,50 +164,58 @@ def test_intervals_are_wilsons():
     assert np.isnan(wilson(0, 0)).all()
 
 
-CLICKS = """
-const nodes = {};
-const node = () => ({ children: [], setAttribute() {}, focus() {},
-  append(...more) { this.children.push(...more); },
-  replaceChildren(...more) { this.children = more; } });
-let saved, stored = {};
-globalThis.document = {
-  getElementById: id => nodes[id] ||= node(),
-  createElement: kind => ({ ...node(), click() {} }),
-};
-globalThis.localStorage = {
-  setItem: (key, text) => { stored[key] = text; }, getItem: key => stored[key] ?? null };
-globalThis.Blob = class { constructor(parts) { saved = parts[0]; } };
-URL.createObjectURL = () => "";
-PAGE
-const press = (row, text) => nodes.questions.children[row].children
-  .find(child => child.textContent === text && child.onclick).onclick();
-nodes.voter = { ...node(), value: "ann b." };
-nodes.begin.onclick();
-for (let pair = 0; pair < content.pairs.length; pair++) {
-  if (!nodes.next.disabled) throw "next before an answer";
-  press(0, "left");
-  if (nodes.next.disabled !== true) throw "next before both answers";
-  press(1, pair === 0 ? "neither" : "right");
-  nodes.next.onclick();
-  if (pair === 1) { state.votes = []; nodes.begin.onclick(); }
-}
-nodes.save.onclick();
-console.log(saved);
-"""
+def answer(page, realism, caption):
+    """Answers both questions about a pair, and goes on."""
+    next_pair = page.get_by_role("button", name="Next")
+    for question, choice in zip(page.locator("fieldset").all(), (realism, caption), strict=True):
+        assert next_pair.is_disabled()
+        question.get_by_role("button", name=choice).click()
+    next_pair.click()
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
+def begin(page, voter):
+    page.get_by_label("Your name").fill(voter)
+    page.keyboard.press("Enter")
+
+
+@pytest.mark.browser
 def test_a_voter_clicks_through_the_page_and_comes_back_to_it(tmp_path, page):
     path, key = page
-    (script,) = re.findall(r"<script>(.*)</script>", path.read_text(), re.DOTALL)
-    program = tmp_path / "clicks.js"
-    program.write_text(CLICKS.replace("PAGE", script))
-    run = subprocess.run(["node", program], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    votes = json.loads(run.stdout)
+    with browse(path.as_uri()) as tab:
+        begin(tab, "ann b.")
+        shown = [tab.locator("#caption").inner_text()]
+        answer(tab, "left", "neither")
+        answer(tab, "left", "right")
+        tab.reload()
+        begin(tab, "ann b.")
+        for _ in range(2):
+            shown.append(tab.locator("#caption").inner_text())
+            answer(tab, "left", "right")
+        tab.get_by_role("button", name="Save").wait_for()
+        with tab.expect_download() as download:
+            tab.get_by_role("button", name="Save").click()
+        assert download.value.suggested_filename == "votes-ann-b-.json"
+        download.value.save_as(tmp_path / "votes.json")
+    captions = [pair["caption"] for pair in content(path)["pairs"]]
+    assert shown == [captions[0], *captions[2:]]
+    votes = json.loads((tmp_path / "votes.json").read_text())
     assert votes["voter"] == "ann b."
     assert [vote["pair"] for vote in votes["votes"]] == [0, 1, 2, 3]
     assert [vote["caption"] for vote in votes["votes"]] == ["neither", "right", "right", "right"]
-    (tmp_path / "votes.json").write_text(run.stdout)
     tallies, _ = count_votes(key, [tmp_path / "votes.json"])
     assert sum(tallies[0].majorities) == 4
+
+
+@pytest.mark.browser
+def test_a_voter_can_go_back_and_use_the_keyboard_and_a_phone(page):
+    with browse(page[0].as_uri(), viewport={"width": 320, "height": 640}) as tab:
+        begin(tab, "ann")
+        answer(tab, "left", "right")
+        tab.get_by_role("button", name="Back").click()
+        pressed = tab.locator("[aria-pressed=true]").all_inner_texts()
+        assert pressed == ["left", "right"]
+        tab.get_by_role("button", name="neither").focus()
+        tab.keyboard.press("Enter")
+        assert tab.locator(":focus").inner_text() == "neither"
+        assert tab.locator("[aria-pressed=true]").all_inner_texts() == ["left", "neither"]
+        assert tab.evaluate("document.documentElement.scrollWidth") == 320

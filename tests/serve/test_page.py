@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +9,7 @@ import sys
 import httpx2
 import pytest
 import tiny
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+from browser import browse
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +35,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def page(server):
-    if BROWSER is None:
-        pytest.skip("no Chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as player:
-        options = ["--no-sandbox", "--disable-gpu"]
-        browser = player.chromium.launch(executable_path=BROWSER, args=options)
-        page = browser.new_page()
-        page.set_default_timeout(120_000)  # the first images compile
-        problems = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(server[0])
+    with browse(server[0], timeout=120) as page:  # the first images compile
         yield page
-        browser.close()
-        assert problems == []
 
 
 @pytest.mark.browser
@@ -90,6 +74,15 @@ def test_people_generate_vary_edit_and_read_errors(page, server):
     page.get_by_text("Prompt is empty; say what the image shows").wait_for()
     page.reload()
     page.get_by_text("16 px").wait_for()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_the_page_fits_a_phone(server):
+    with browse(server[0], viewport={"width": 360, "height": 640}) as page:
+        page.get_by_text("16 px").wait_for()
+        page.get_by_label("Prompt").fill("a" * 200)
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
 @pytest.mark.slow

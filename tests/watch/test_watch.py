@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from browser import browse
 
 from dalle_jax.cli import main
 from dalle_jax.errors import UserError
@@ -16,9 +17,6 @@ from dalle_jax.image.pixels import encode_png
 from dalle_jax.watch.page import make_server, page_file
 from dalle_jax.watch.run_files import POINTS, read_run
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 PIXELS = encode_png(np.full((4, 4, 3), 200, np.uint8))
 
 
@@ -144,15 +142,7 @@ def test_a_run_that_has_not_begun_is_said_and_looked_for_again(ask, run):
 @pytest.mark.browser
 @pytest.mark.slow
 def test_the_page_draws_the_run_and_follows_it(ask, run):
-    if BROWSER is None:
-        pytest.skip("no Chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    problems = []
-    with playwright.sync_playwright() as player:
-        browser = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800})
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(f"http://127.0.0.1:{ask.port}/")
+    with browse(f"http://127.0.0.1:{ask.port}/", viewport={"width": 390, "height": 800}) as page:
         prior = page.locator("#prior")
         prior.wait_for()
         assert "10 of 40 updates" in prior.inner_text()
@@ -166,6 +156,4 @@ def test_the_page_draws_the_run_and_follows_it(ask, run):
         page.goto((run / "file.html").as_uri())
         page.locator("#prior img").wait_for()
         assert "training 1.25" in page.locator("#prior").inner_text()
-        browser.close()
-    assert problems == []
     assert time.time() - read_run(run)["stages"][1]["written"] < 60
