@@ -38,8 +38,11 @@ class EvaluationConfig:
     def settings(self, base: SamplingConfig) -> list[SamplingConfig]:
         """Settings of the sampling study, each once: `base`, then one change at a time.
 
+        Args:
+          base: with a scale of guidance.
+
         >>> config = EvaluationConfig(temperatures=(0.5,), top_ps=(0.9,), guidances=())
-        >>> [sampling.describe() for sampling in config.settings(SamplingConfig())]
+        >>> [sampling.describe() for sampling in config.settings(SamplingConfig(guidance=1))]
         ['as trained', 'temperature 0.5', 'top_p 0.9']
         """
         values = {

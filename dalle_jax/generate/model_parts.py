@@ -60,6 +60,7 @@ class ModelParts(Codec):
         clip: Clip | Path | None = None,
         card: str = "",
         license: str = "",
+        guidance: float = 1.0,
         fingerprints: dict[str, str] | None = None,
         kernels: Dtype = "bfloat16",
         dtype: Dtype = "float32",
@@ -82,6 +83,7 @@ class ModelParts(Codec):
           clip: ranks its images; a folder is loaded when the CLIP is first needed.
           card: text of the model card, Markdown, with the attribution of the data.
           license: text of the weights' licence.
+          guidance: scale that samples best, for callers who name none.
           fingerprints: of the parts that the prior was trained with; None for those of these parts.
           kernels: dtype that kernels are rounded to and stored in; float32 for imported models.
           dtype: of the priors' kernels and of their products; bfloat16 halves their memory.
@@ -93,6 +95,7 @@ class ModelParts(Codec):
         super().__init__(px=px, codec=codec, codec_params=codec_params, kernels=kernels)
         self.name = name
         self.tokenizer, self.card, self.license = tokenizer, card, license
+        self.guidance = guidance
         self._clip = clip
         priors: Priors = {}
         if prior is not None:
@@ -154,6 +157,7 @@ class ModelParts(Codec):
         return cls(
             codec_params=files.to_params(files.read_tensors(folder / files.CODECS[kind])),
             fingerprints=fingerprints,
+            guidance=config.get("guidance", 1.0),
             kernels=config.get("kernels", "bfloat16"),
             dtype=dtype,
             mesh=mesh,
@@ -187,6 +191,7 @@ class ModelParts(Codec):
             **{self.kind: self.codec},
             **{part: sizes for part, (sizes, _) in self.priors.items()},
             fingerprints=self.fingerprints,
+            guidance=self.guidance,
             kernels=self.kernels,
         )
         codec = files.to_tensors(self.codec_params, kernels=self.kernels)

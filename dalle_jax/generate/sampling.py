@@ -45,10 +45,11 @@ class SamplingConfig:
     top_p: float | None = None
     """Sample from the likeliest codes that hold this probability, above 0 and up to 1; None for all
     of them."""
-    guidance: float = 1.0
+    guidance: float | None = None
     """Scale s of classifier-free guidance, u + s (c - u) of the logits with (c) and without (u)
-    caption: 1 is off, 2 to 4 follow the caption more closely. The progressive decoder raises s
-    along a line, from near 1 in the first stage."""
+    caption: 1 is off, 2 to 4 follow the caption more closely. None for what the model's folder
+    recommends, else 1. The progressive decoder raises s along a line, from near 1 in the first
+    stage."""
     decoder: Decoder | None = None
     """Code after code (autoregressive); the same codes in passes over all cells, until none changes
     any more, for devices on which a step takes as long as a pass (jacobi); or in few passes from
@@ -88,7 +89,7 @@ class SamplingConfig:
             raise UserError(f"top_k is {self.top_k}, but must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
-        if not abs(self.guidance) <= LARGEST:
+        if self.guidance is not None and not abs(self.guidance) <= LARGEST:
             raise UserError(
                 f"guidance is {self.guidance}, but must be a number up to {LARGEST:g}; 1 turns it "
                 "off"
@@ -111,7 +112,11 @@ class SamplingConfig:
 
     def describe(self) -> str:
         """Names the options that are not at their defaults, or says "as trained"."""
-        changed = [f"{name} {value}" for name, value in self._changed().items()]
+        changed = [
+            f"{name} {value}"
+            for name, value in self._changed().items()
+            if (name, value) != ("guidance", 1)
+        ]
         return ", ".join(changed) or "as trained"
 
     def _changed(self) -> dict[str, Any]:

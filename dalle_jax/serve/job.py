@@ -109,7 +109,8 @@ class Job:
             codes = model.prompt_codes(self.image, request.keep_rows)
             self._known = np.repeat(codes, request.n, axis=0)
         # who names the default decoder is sampled with who does not
-        self.sampling = dataclasses.replace(sampling, decoder=sampling.decoder or DECODERS[part][0])
+        decoder = sampling.decoder or DECODERS[part][0]
+        self.sampling = dataclasses.replace(model.with_guidance(sampling), decoder=decoder)
         self._images = np.empty((request.n, model.px, model.px, 3), np.uint8)
         self.part = part
 

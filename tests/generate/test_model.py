@@ -113,6 +113,21 @@ def test_every_option_of_sampling_reaches_the_decoder(model, option):
     assert (model.generate("red apple", n=2) != changed).any()
 
 
+def test_a_model_samples_with_its_own_guidance_unless_another_is_named(model, tmp_path):
+    named = [SamplingConfig(guidance=scale) for scale in (1, 3)]
+    off, on = (model.generate("red apple", n=2, sampling=sampling) for sampling in named)
+    assert (off != on).any()
+    np.testing.assert_array_equal(model.generate("red apple", n=2), off)
+    model.guidance, before = 3.0, model.guidance
+    try:
+        model.save(tmp_path / "guided")
+    finally:
+        model.guidance = before
+    guided = Model.load(tmp_path / "guided")
+    np.testing.assert_array_equal(guided.generate("red apple", n=2), on)
+    np.testing.assert_array_equal(guided.generate("red apple", n=2, sampling=named[0]), off)
+
+
 def test_image_prompt_keeps_its_top_rows_of_codes(model, images, monkeypatch):
     decoded = []
     monkeypatch.setattr(model, "decode", lambda codes: decoded.append(codes) or images[:2])

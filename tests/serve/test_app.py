@@ -286,9 +286,10 @@ def test_health_metrics_models_and_openapi_answer(client):
     )
     (entry,) = client.get("/v1/models").json()["data"]
     assert (entry["id"], entry["px"], entry["ranks"]) == ("tiny", 16, True)
+    assert entry["guidance"] == 1
     assert entry["decoders"] == ["autoregressive", "jacobi", "progressive"]
     document = client.get("/openapi.json").json()
     fields = document["components"]["schemas"]["ImageRequest"]["properties"]
     assert set(SamplingConfig.__dataclass_fields__) < set(fields)
-    assert fields["guidance"]["type"] == "number"
+    assert fields["guidance"]["anyOf"] == [{"type": "number"}, {"type": "null"}]
     assert "classifier-free guidance" in fields["guidance"]["description"]
