@@ -33,7 +33,7 @@ def kind(config: CodecConfig) -> str:
 
 
 def init_params(config: CodecConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters in float32."""
+    """Initialises the parameters in float32."""
     return _NETWORKS[kind(config)].init_params(config, key)
 
 

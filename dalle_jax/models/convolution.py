@@ -54,7 +54,7 @@ class Conv(nn.Module):
 
 
 def init_kernels(shapes: PyTree, key: Key[Array, ""]) -> PyTree:
-    """Draws kernels from N(0, 1 / (C_in * size**2)); gains are 1 and biases 0.
+    """Initialises kernels from N(0, 1 / (C_in * size**2)); gains are 1 and biases 0.
 
     One draw serves all kernels, since XLA takes about a second to compile each draw of its own.
 

@@ -1,4 +1,4 @@
-"""The patch discriminator: says of each part of an image whether it is real or drawn.
+"""The patch discriminator: says of each part of an image whether it is real or reconstructed.
 
 Letters: B batch, R pixel side, S side of the grid of patches, H and W sides, C and D channels.
 Source: Isola et al. 2017, appendix 6.1.2, as Esser et al. 2021 use it; groups of channels are
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from dalle_jax.models.convolution import init_kernels
-from dalle_jax.models.vqgan import Norm
+from dalle_jax.models.vqgan_blocks import Norm
 
 
 class PatchConv(nn.Module):

@@ -191,7 +191,7 @@ class DVAE(nn.Module):
 
 
 def init_params(config: DVAEConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws the first parameters, as `convolution.init_kernels` does; there is no factor for ReLU.
+    """Initialises the parameters, as `convolution.init_kernels` does; there is no factor for ReLU.
 
     Args:
       config: sizes; `code_std` replaces the deviation of the decoder's first kernel.

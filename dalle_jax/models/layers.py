@@ -93,7 +93,7 @@ def init_layers(
     mlp: int,
     stds: dict[str, float],
 ) -> Weights:
-    """Draws the parameters of all layers, stacked on a first axis of size L; biases are zero.
+    """Initialises the parameters of all layers, stacked on a first axis of size L; biases are zero.
 
     Args:
       key: for the weights.
@@ -154,7 +154,7 @@ def init_norm(shape: tuple[int, ...]) -> Weights:
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Float[Array, "..."]:
-    """Draws float32 numbers from N(0, std^2)."""
+    """Samples float32 numbers from N(0, std^2)."""
     return std * jax.random.normal(key, shape, jnp.float32)
 
 

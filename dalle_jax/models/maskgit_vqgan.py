@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
 from dalle_jax.errors import UserError
 from dalle_jax.models.convolution import Conv, init_kernels, upsample
-from dalle_jax.models.vqgan import Norm, nearest
+from dalle_jax.models.vqgan import nearest
+from dalle_jax.models.vqgan_blocks import Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class MaskGITVQGAN(nn.Module):
 
 
 def init_params(config: MaskGITVQGANConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws parameters as `convolution.init_kernels` does; codes from N(0, 1)."""
+    """Initialises the parameters as `convolution.init_kernels` does; codes from N(0, 1)."""
     key_network, key_codes = jax.random.split(key)
     image = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
     init = MaskGITVQGAN(config).init

@@ -207,7 +207,7 @@ def decode_step(
 
 
 def init_params(config: Seq2SeqConfig, key: Key[Array, ""]) -> PyTree:
-    """Draws parameters from N(0, 0.02^2) as the release does; layers are stacked."""
+    """Initialises the parameters from N(0, 0.02^2) as the release does; layers are stacked."""
     D, F = config.width, config.mlp
     kernels = iter(jax.random.split(key, 32))
 

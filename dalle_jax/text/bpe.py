@@ -33,7 +33,7 @@ _SPACE = "\u2581"  # SentencePiece writes a space so, and would read this sign b
 _LETTERS = string.ascii_lowercase
 _RUN = re.compile("[a-z]+|[^a-z]", re.DOTALL)
 _MERGED = re.compile("[a-z]{2,}$")
-# Merging takes time that grows with the square of a run, so longer ones are drawn in parts.
+# Merging takes time that grows with the square of a run, so longer ones are encoded in parts.
 _PART = re.compile("[a-z]{1,64}|[^a-z]", re.DOTALL)
 SMALLEST_VOCABULARY = 1 + 256 + len(_SPACE) + len(_LETTERS)  # <unk>, bytes, the space, the letters
 
@@ -168,7 +168,7 @@ class Tokenizer:
     def _draw(self, caption: str, dropout: float, seed: int) -> list[int]:
         """Algorithm 1 of Provilkov et al. 2019: every merge may be left out at every step.
 
-        SentencePiece 0.2.3 has it too, but draws differently in each process for the same seed.
+        SentencePiece 0.2.3 has it too, but samples differently in each process for the same seed.
         """
         draw = random.Random(int(seed)).random
         tokens: list[int] = []

@@ -1,4 +1,4 @@
-"""What a caption is before it becomes tokens, in training and when drawing alike."""
+"""What a caption is before it becomes tokens, in training and in sampling alike."""
 
 import unicodedata
 

@@ -51,8 +51,8 @@ class ClipRun(MuonOptions):
     shift: int = 0
     """Pixels that a training image is moved by at most, its border repeated (ours)."""
     reconstructions: bool = False
-    """Show every image a second time, as the dVAE draws it (ours), so that scores hold for drawn
-    images too."""
+    """Show every image a second time, as the codec reconstructs it (ours), so that scores hold for
+    samples too."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of matrix products and attention; weights, residual stream and features are float32."""
     folder: str = "clip"
@@ -132,7 +132,7 @@ class ClipStage(Stage):
         self._features = jax.jit(self._encode)
 
     def init(self, key):
-        """Draws the parameters."""
+        """Initialises the parameters."""
         c = self.run.model
         images, text = jnp.zeros((1, c.px, c.px, 3), jnp.uint8), jnp.zeros((1, c.slots), jnp.int32)
         return self.model.init(key, images, text)["params"]

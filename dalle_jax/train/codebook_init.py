@@ -1,7 +1,7 @@
 """A start for the codebook in which every code already means something.
 
-Source: ours. Drawn at random, most codes never win a cell and die within a few hundred updates.
-Clusters of the untrained encoder's features give each of them a part of the images at once.
+Source: ours. Of random codes most never win a cell and die within a few hundred updates. Clusters
+of the untrained encoder's features give each of them a part of the images at once.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def kmeans_init(
 
     Args:
       key: for the choice of first centres and the rotation.
-      params: a dVAE's, freshly drawn; the given tree is left as it was.
+      params: a dVAE's, freshly initialised; the given tree is left as it was.
       config: of that dVAE.
       images: some hundreds of training images.
     Returns:

@@ -46,7 +46,7 @@ class CodecStage(Stage):
         self._reconstruct = jax.jit(self._codes_and_images)
 
     def init(self, key):
-        """Draws the parameters; see the network's own file."""
+        """Initialises the parameters; see the network's own file."""
         return codecs.init_params(self.run.model, key)
 
     def network(self, params: PyTree) -> PyTree:
@@ -84,11 +84,13 @@ class CodecStage(Stage):
         }
 
     def sheet(self, params):
-        """Draws validation images, each row above its reconstruction."""
+        """Shows validation images, each row above its reconstruction."""
         images = next(iter(self._images()))
         images = images[: min(len(images) // 8, 2) * 8 or len(images)]  # whole rows of eight
-        _, drawn = self._reconstruct(params, images)
-        pairs = zip(*(np.split(x, max(len(x) // 8, 1)) for x in (images, drawn)), strict=True)
+        _, reconstructed = self._reconstruct(params, images)
+        pairs = zip(
+            *(np.split(x, max(len(x) // 8, 1)) for x in (images, reconstructed)), strict=True
+        )
         rows = [row for pair in pairs for row in pair]
         return contact_sheet(np.stack(rows), ["images", "reconstructions"] * (len(rows) // 2))
 

@@ -267,14 +267,14 @@ def _ahead(batches: Iterator[dict]) -> Iterator[dict]:
 
 
 def cached_reconstructions(source: DataSource, model: Model, folder: Path) -> FolderSource:
-    """Gives images as the codec draws them from their codes, kept as a folder of PNG files.
+    """Gives images as the codec reconstructs them, cached as a folder of PNG files.
 
     They are made the first time they are asked for, each from the middle square of its image.
     Several processes share the work.
 
     Args:
       source: images with captions.
-      model: its codec draws them.
+      model: its codec reconstructs them.
       folder: where they are kept, in a folder for each codec and state of the data.
     Raises:
       CheckpointError: if another run works there.

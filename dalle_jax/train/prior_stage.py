@@ -111,14 +111,14 @@ class PriorStage(Stage):
       tokenizer: belongs to the captions in the batches; None as well.
       validation: a function giving one pass over the validation set, in batches with int32
         "text" [B, P - 1] and "codes" [B, G, G].
-      captions: drawn on the sample sheets.
+      captions: of the sample sheets.
       initial: parameters to begin with; None to draw them.
     """
 
     name = "prior"
     rules = PRIOR
     prior, draw = AutoregressivePrior, staticmethod(init_params)
-    """The network, and what draws its parameters."""
+    """The network, and what initialises its parameters."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class PriorStage(Stage):
         self._measure = jax.jit(self._loss)
 
     def init(self, key):
-        """Draws the parameters."""
+        """Initialises the parameters."""
         return self.draw(self.config, key)
 
     def init_from_data(self, params):
@@ -204,7 +204,7 @@ class PriorStage(Stage):
         return means
 
     def sheet(self, params):
-        """Draws four images for each of the run's captions."""
+        """Samples four images for each of the run's captions."""
         images = self.to_model(params).generate(self._captions, n=4)
         return contact_sheet(images, self._captions)
 

@@ -17,7 +17,7 @@ from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePri
 from dalle_jax.train.cell_orders import Order, order_ranks, order_scores
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 
-STAGES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of stages that training draws from
+STAGES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of stages in training
 WRONG = 0.1  # share of a held-out image's codes that are replaced to see what is repaired
 
 
@@ -117,7 +117,7 @@ class ProgressiveStage(PriorStage):
 
 
 def sample_stages(key: Key[Array, ""], rank: Int[Array, "B I"]) -> Int[Array, "B I"]:
-    """Draws a number of stages for each image, and says which stage fills each cell.
+    """Samples a number of stages for each image, and says which stage fills each cell.
 
     Args:
       key: for the numbers.

@@ -110,7 +110,7 @@ class VQGANStage(CodecStage):
             self.optimizer = optax.multi_transform(parts, {"network": "network", "judge": "judge"})
 
     def init(self, key):
-        """Draws the parameters; with a discriminator they are those of "network" and "judge"."""
+        """Initialises the parameters; with a discriminator, those of "network" and "judge"."""
         if self.judge is None:
             return super().init(key)
         key_network, key_judge = jax.random.split(key)

@@ -247,6 +247,6 @@ def shapes(config: Any) -> dict[str, Shape]:
         init = partial(seq2seq_prior.init_params, config)
     else:
         init = partial(codecs.init_params, config)
-    drawn = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
-    flat = flax.traverse_util.flatten_dict(drawn.get("params", drawn), sep="/")
+    shapes = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
+    flat = flax.traverse_util.flatten_dict(shapes.get("params", shapes), sep="/")
     return {name: leaf.shape for name, leaf in flat.items()}
