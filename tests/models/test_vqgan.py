@@ -10,20 +10,15 @@ import pytest
 
 from dalle_jax.models.vqgan import (
     VQGAN,
-    Attention,
-    Downsample,
-    Norm,
-    Upsample,
     VQGANConfig,
     codes_and_errors,
     decode,
-    fold,
     init_params,
     nearest,
     straight_through,
     to_uint8,
-    unfold,
 )
+from dalle_jax.models.vqgan_blocks import Attention, Downsample, Norm, Upsample, fold, unfold
 
 SMALL = VQGANConfig(
     width=4, multipliers=(1, 2), blocks_per_group=1, attention=(), z_width=4, codes=5, code_width=3
