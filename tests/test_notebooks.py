@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import tiny
 
+from dalle_jax.commands import train_model
 from dalle_jax.evaluate.evaluation_config import EvaluationConfig
 from dalle_jax.evaluate.features import Network
 from dalle_jax.evaluate.report import evaluate
 from dalle_jax.evaluate.suites import Suite
 from dalle_jax.image.pixels import encode_png
+from dalle_jax.planner import own_run
+from dalle_jax.planner.forecast import StageForecast
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -39,8 +42,15 @@ def run(name, folder, monkeypatch):
     return names
 
 
+PARTS = {
+    "progressive": {"prior": None, "prior_params": None, **tiny.progressive_parts()},
+    "both": tiny.progressive_parts(),
+    "vqgan": {"codec": tiny.VQGAN_CONFIG, "codec_params": tiny.vqgan_params(0)},
+}
+
+
 def test_first_images_runs(tmp_path, monkeypatch):
-    tiny.model().save(tmp_path / "tiny")
+    tiny.model(**PARTS["progressive"]).save(tmp_path / "tiny")
     names = run("first_images", tmp_path / "tiny", monkeypatch)
     shape = (2, 4, tiny.PX, tiny.PX, 3)
     assert names["images"].shape == names["endings"].shape == shape
@@ -55,8 +65,9 @@ def test_rerank_runs(tmp_path, monkeypatch):
     assert curve == sorted(curve)
 
 
-def test_coarse_to_fine_runs(tmp_path, monkeypatch):
-    tiny.model(**tiny.progressive_parts()).save(tmp_path / "tiny")
+@pytest.mark.parametrize("parts", ["both", "progressive"])
+def test_coarse_to_fine_runs(tmp_path, monkeypatch, parts):
+    tiny.model(**PARTS[parts]).save(tmp_path / "tiny")
     names = run("coarse_to_fine", tmp_path / "tiny", monkeypatch)
     assert names["frames"].shape == (8, 1, 2, tiny.PX, tiny.PX, 3)
     below = names["edited"][0, :, -tiny.PX // 4 :]
@@ -64,9 +75,64 @@ def test_coarse_to_fine_runs(tmp_path, monkeypatch):
     assert (names["varied"] != names["image"]).any()
 
 
-def test_evaluate_runs(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="the evaluate extra is not installed")
-    monkeypatch.setenv("MPLBACKEND", "agg")
+@pytest.fixture
+def plots(monkeypatch):
+    """Plots go nowhere."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="the evaluate extra is not installed")
+    pyplot.switch_backend("agg")
+    yield pyplot
+    pyplot.close("all")
+
+
+def test_tokenizer_runs(tmp_path, monkeypatch, plots):
+    tiny.model(**PARTS["vqgan"]).save(tmp_path / "tiny")
+    names = run("tokenizer", tmp_path / "tiny", monkeypatch)
+    assert names["codes"].shape == (4, 4, 4)
+    assert names["reach"].any(axis=(1, 2)).sum() >= 4  # one of five may be the code itself
+    assert 1 <= names["perplexity"] <= names["used"] <= 12
+    assert names["shares"].max(axis=1).min() > 0.9  # at the lowest temperature
+    assert names["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert names["kl"][-1] < np.log(8)
+
+
+def test_masks_runs(tmp_path, monkeypatch, plots):
+    names = run("masks", tmp_path, monkeypatch)
+    assert names["masks"]["row"][-1].sum() == 6 + 7
+    assert names["shares"] == sorted(names["shares"])
+    assert names["shares"][-1] == 1
+
+
+def test_own_images_runs(tmp_path, monkeypatch, plots):
+    def train(plan, options, *, workdir, codec, model):
+        trained.append((plan.images, options.data, codec))
+        tiny.model(**tiny.progressive_parts()).save(workdir / "model")
+        (workdir / "sheet.png").write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8)))
+        (workdir / "vqgan").mkdir()
+        lines = ({"step": 1, "stage": "vqgan", "time_s": 1, name: 2.0} for name in LOSSES)
+        (workdir / "vqgan" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    trained = []
+    seconds = StageForecast(
+        parameters=1, state_bytes=1, compile_s=1.0, update_s=0.1, evaluation_s=1.0
+    )
+    monkeypatch.setattr(own_run, "forecast_stage", lambda run, *, held_out: seconds)
+    monkeypatch.setattr(own_run, "run_plan", train)
+    monkeypatch.setattr(train_model, "prepare_process", lambda: None)
+    monkeypatch.setenv("DALLE_JAX_WORKDIR", str(tmp_path / "run"))
+    monkeypatch.delenv("DALLE_JAX_IMAGES", raising=False)
+    names = run("own_images", tmp_path, monkeypatch)
+    ((images, folder, codec),) = trained
+    assert folder == tmp_path / "run" / "shapes"
+    assert (images, codec) == (82, "vqgan")
+    (axis,) = names["axes"][0]
+    assert [line.get_label() for line in axis.lines] == ["train", "held out"]
+    assert names["images"].shape == (2, 6, tiny.PX, tiny.PX, 3)
+
+
+LOSSES = ("loss", "eval/loss")
+
+
+def test_evaluate_runs(tmp_path, monkeypatch, plots):
     source = [{"image": encode_png(np.full((16, 16, 3), 40 * i, np.uint8))} for i in range(4)]
     suite = Suite(
         name="stand-in",
