@@ -67,6 +67,7 @@ def train_stages(
         title = TITLES[codec_model.kind]
         _check_fit(prior, px=codec_model.px, codec=codec_model.codec, title=title)
         opened = _opened(data, codec_model.px)
+        codec_model.name = name  # that of the model to come, whosever codec it is
         model = train_prior(
             prior, opened, codec_model, workdir=workdir / stage, continued=continued
         )

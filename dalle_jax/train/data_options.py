@@ -4,6 +4,7 @@ Source: ours.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -57,10 +58,13 @@ class ContinuedOptions:
     def open(self, px: int) -> Data:
         """Opens the images."""
         data = self.images.open(px)
-        _, _, before = self.model.card.partition("## Data\n")
-        begun = f"The weights go on from those of the model {self.model.name}."
-        return dataclasses.replace(
-            data,
-            attribution="\n\n".join(filter(None, (data.attribution, begun, before.strip()))),
-            license=self.model.license,
-        )
+        begun = f"The weights go on from those of the model {self.model.name}, whose card says:"
+        attribution = "\n\n".join((data.attribution, begun, _data_section(self.model.card)))
+        return dataclasses.replace(data, attribution=attribution, license=self.model.license)
+
+
+def _data_section(card: str) -> str:
+    """What a model card says of the data, as a quotation; all of it if it has no such section."""
+    found = re.search(r"^## Data.*\n((?:(?!## ).*\n?)*)", card, re.MULTILINE)
+    text = found[1] if found else card
+    return "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines())

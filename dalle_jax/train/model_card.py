@@ -30,6 +30,8 @@ def model_card(
     """
     head = [f"# {name}", "", f"A dalle_jax model: `{opener}` opens this folder.", ""]
     terms = f"\nTerms of the weights: {license}." if license else ""
+    if "\n" in license:
+        terms = "\n\nTerms of the weights: see LICENSE."
     return "\n".join([*head, *stages, "", "## Data", "", attribution + terms, ""])
 
 

@@ -7,6 +7,7 @@ Each works in a folder of its own: checkpoints, metrics.jsonl, sheets, and for a
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -135,9 +136,10 @@ def train_prior(
     options = _train_options(run, workdir, fingerprints)
     options["settings"]["init_from"] = init_from
     state = train(stage, iterator, **options)
-    codec_lines = [
-        line for line in codec_model.card.splitlines() if line.startswith(f"- {codec_model.kind}:")
-    ]
+    # with the lines that an entry goes on in
+    codec_lines = re.findall(
+        rf"^- {codec_model.kind}:.*(?:\n  .*)*", codec_model.card, re.MULTILINE
+    )
     summary = stage_summary(stage.name, run, state.step, workdir)
     card = _card(codec_model.name, data, [*codec_lines, summary])
     return stage.to_model(state.ema_params, card=card, license=data.license)

@@ -40,7 +40,7 @@ def images(tmp_path_factory):
 def begun(tmp_path_factory):
     """A model to go on from."""
     folder = tmp_path_factory.mktemp("models") / "begun"
-    card = "# begun\n\n## Data\n\nFruit by Ann.\n"
+    card = "# begun\n\n- dvae: 9 updates\n  of 8 images\n\n## Data and terms\n\nFruit by Ann.\n"
     tiny.model(**tiny.progressive_parts(), card=card, license="CC BY 4.0").save(folder)
     return folder
 
@@ -167,7 +167,9 @@ def test_a_run_goes_on_from_a_model_and_keeps_codec_tokenizer_and_terms(
     moved = [float(np.abs(x - y).max()) for x, y in zip(old, new, strict=True)]
     assert 0 < max(moved) < 0.1  # a few updates of it, not of other weights
     assert "images of the folder" not in after.card
-    assert "go on from those of the model tiny.\n\nFruit by Ann." in after.card
+    assert "go on from those of the model tiny, whose card says:\n\n> Fruit by Ann." in after.card
+    assert "- dvae: 9 updates\n  of 8 images\n- progressive: 5 updates" in after.card
+    assert after.name == "mine"
     assert after.license == "CC BY 4.0"
     with Image.open(workdir / "sheet.png") as sheet:
         assert sheet.width > 16

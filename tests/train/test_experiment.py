@@ -8,7 +8,7 @@ from dalle_jax.train import checkpoint_diff, run_settings
 from dalle_jax.train.clip_stage import ClipRun
 from dalle_jax.train.dvae_stage import DVAERun
 from dalle_jax.train.loop import LoopConfig
-from dalle_jax.train.model_card import stage_summary
+from dalle_jax.train.model_card import model_card, stage_summary
 from dalle_jax.train.prior_stage import PriorRun
 from dalle_jax.train.run_settings import MAY_CHANGE
 from dalle_jax.train.run_tokenizer import run_tokenizer
@@ -91,3 +91,9 @@ def test_the_card_counts_updates_done_and_not_those_asked_for(tmp_path):
     assert stage_summary("prior", run, 20, tmp_path).startswith(
         "- prior: 20 updates of 1024 examples"
     )
+
+
+def test_a_card_names_short_terms_and_points_to_long_ones():
+    short, long = (model_card("a", [], attribution="", license=x) for x in ("MIT", "MIT\n\nFree."))
+    assert "Terms of the weights: MIT." in short
+    assert "Terms of the weights: see LICENSE." in long and "Free" not in long
