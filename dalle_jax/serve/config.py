@@ -28,9 +28,9 @@ class ServeConfig:
     """Pixels of an uploaded image."""
     max_passes: int = 256
     """Stages and revisions of the progressive decoder together; each new number compiles."""
-    request_timeout: float = 600
+    request_timeout: float = 600.0
     """Seconds from a request's arrival to its last image."""
-    upload_timeout: float = 20
+    upload_timeout: float = 20.0
     """Seconds that a client may take to send its request."""
 
     def __post_init__(self):
