@@ -16,14 +16,17 @@ import numpy as np
 from jaxtyping import Int
 
 from dalle_jax import atomic
+from dalle_jax.data.batches import one_epoch
 from dalle_jax.data.record import DataSource
 from dalle_jax.errors import UserError
 from dalle_jax.generate.model import Model
-from dalle_jax.image.pixels import ImageError, decode, read_size
+from dalle_jax.image.pixels import ImageError, decibels, decode, read_size
+from dalle_jax.image.sheet import save_png
 from dalle_jax.planner.forecast import StageForecast, forecast_stage, peak_memory
 from dalle_jax.planner.recipe import Recipe, choose_recipe, with_text_length
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.all_stages import train_stages
+from dalle_jax.train.codec_stage import reconstruction_sheet
 from dalle_jax.train.data_options import ContinuedOptions, DataOptions
 from dalle_jax.train.lock import locked
 from dalle_jax.train.log import read_metrics
@@ -31,7 +34,7 @@ from dalle_jax.train.trainers import with_tokenizer
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.json"
+PLAN, RECONSTRUCTIONS = "plan.json", "reconstructions.png"
 SAMPLED = 256  # records that are looked at to choose sizes
 OBLONG = 1.5  # long side over short side from which an image is called so
 LONGEST = 512  # tokens of a caption that are counted
@@ -54,6 +57,8 @@ class Plan:
     cut: float
     """Share of the captions that are longer than what the prior reads."""
     stages: dict[str, StageForecast]
+    psnr: float | None
+    """Of reconstructions of held-out images by a codec that is kept, in dB; None for a new one."""
     memory: int
     """Most bytes in use while the updates were timed."""
 
@@ -116,6 +121,7 @@ def make_plan(
         kept = _kept(workdir / PLAN, made_of)
         if kept is None:
             kept = {"made_of": made_of} | _timed(recipe, held_out, size, minutes)
+            kept["psnr"] = model and _reconstructed(data.validation, model, workdir)
             atomic.write(workdir / PLAN, json.dumps(kept, indent=2) + "\n")
     recipe = recipe.with_steps(kept["steps"])
     return Plan(
@@ -126,6 +132,7 @@ def make_plan(
         oblong=oblong,
         cut=float(np.mean(tokens > recipe.prior.model.text_length - 1)),
         stages={name: StageForecast(**stage) for name, stage in kept["stages"].items()},
+        psnr=kept["psnr"],
         memory=kept["memory"],
     )
 
@@ -212,6 +219,17 @@ def steps_in(seconds: float, recipe: Recipe, stages: dict[str, StageForecast]) -
     share = (seconds - least) / sum(stages[name].update_s * n for name, n in others.items())
     share = min(share, 1.0)
     return {name: LEAST_STEPS + int(share * n) for name, n in others.items()}
+
+
+def _reconstructed(source: DataSource, model: Model, workdir: Path) -> float:
+    """The PSNR of reconstructions by a codec; those of some images are drawn on a sheet."""
+    images = next(one_epoch(source, batch_size=32, px=model.px))["image"]
+
+    def reconstruct(images):
+        return model.decode(model.encode(images))
+
+    save_png(workdir / RECONSTRUCTIONS, reconstruction_sheet(images, reconstruct))
+    return float(np.mean(decibels(images, reconstruct(images))[0]))
 
 
 def _kept(path: Path, made_of: dict) -> dict | None:

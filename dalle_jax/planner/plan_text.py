@@ -4,7 +4,7 @@ Source: ours; what to expect is from docs/lab.md and docs/progressive.md.
 """
 
 from dalle_jax.generate.model import Model
-from dalle_jax.planner.own_run import OBLONG, Plan
+from dalle_jax.planner.own_run import OBLONG, RECONSTRUCTIONS, Plan
 from dalle_jax.planner.recipe import ENOUGH_FOR_CLIP, EPOCHS, FEW, Run
 from dalle_jax.train.vqgan_stage import VQGANRun
 
@@ -28,16 +28,21 @@ def describe(plan: Plan, model: Model | None = None) -> str:
         f"Images: {plan.images:,} to train on and {plan.held_out:,} held out, "
         f"seen as squares of about {plan.side} px before they are reduced.",
     ]
+    if model is not None:
+        lines.append(
+            f"Goes on from {model.name}: its codec ({model.px} px in {model.grid} x {model.grid} "
+            f"codes of {model.codec.codes:,}) and tokenizer are kept, its prior is trained."
+        )
+    if plan.psnr is not None:
+        lines.append(
+            f"Its codec reconstructs held-out images at {plan.psnr:.1f} dB ({RECONSTRUCTIONS} in "
+            "the workdir): no sample will be sharper than that."
+        )
     if plan.oblong >= 0.05:
         lines.append(
             f"Shapes: {plan.oblong:.0%} are more than {OBLONG} times as long as wide, or wide as "
             "long, and training sees their middle square. --pad lays them on white squares, "
             "--filters.max-aspect leaves them out."
-        )
-    if model is not None:
-        lines.append(
-            f"Goes on from {model.name}: its codec ({model.px} px in {model.grid} x {model.grid} "
-            f"codes of {model.codec.codes:,}) and tokenizer are kept, its prior is trained."
         )
     for name, run in recipe.stages():
         stage = plan.stages[name]
@@ -103,9 +108,13 @@ def _expectation(plan: Plan, model: Model | None) -> str:
             "them. Better: --init-from with a shipped or imported model keeps its codec and "
             "tokenizer, and what its prior knows."
         )
-    if images < FEW:
-        return f"the look of your images; with fewer than {FEW} of them, also copies of them."
-    if epochs < EPOCHS["progressive"] / 2 and model is None:
+    if model is not None:
+        return (
+            "colours and shapes of your images as its codec draws them. Captions are followed "
+            "where its own were of the same kind; if not, it takes an image codec of your own, a "
+            f"run without --init-from, and many more images than {FEW}."
+        )
+    if epochs < EPOCHS["progressive"] / 2:
         return (
             f"colours and blurred shapes: the prior sees each image {_times(epochs)}, where that "
             f"of `people` saw its images {EPOCHS['progressive']} times. Give it more --minutes."

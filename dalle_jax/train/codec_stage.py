@@ -104,6 +104,17 @@ class CodecStage(Stage):
         return codes, codecs.decode(config, params, codes)
 
 
+def reconstruction_sheet(
+    images: UInt8[np.ndarray, "B R R 3"], reconstruct: Callable[[np.ndarray], np.ndarray]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Draws up to 16 images, each row of eight above its reconstructions."""
+    images = images[: min(len(images) // 8, 2) * 8 or len(images)]  # whole rows of eight
+    drawn = reconstruct(images)
+    pairs = zip(*(np.split(x, max(len(x) // 8, 1)) for x in (images, drawn)), strict=True)
+    rows = [row for pair in pairs for row in pair]
+    return contact_sheet(np.stack(rows), ["images", "reconstructions"] * (len(rows) // 2))
+
+
 def check_sides(model: CodecConfig, *, px: int, crop_px: int | None) -> None:
     """Raises a UserError unless images and the squares cut from them fit the grid."""
     f = model.factor

@@ -88,6 +88,7 @@ def test_a_plan_is_kept_with_its_steps_and_made_anew_for_other_options(
         return forecasts()["progressive"]
 
     monkeypatch.setattr(own_run, "forecast_stage", timed)
+    monkeypatch.setattr(own_run, "_reconstructed", lambda *_: 17.0)
     options, model = FolderOptions(data=images), dalle_jax.load(begun)
     first = make_plan(options, workdir=tmp_path, model=model, minutes=2.5)
     again = make_plan(options, workdir=tmp_path, model=model, minutes=2.5)
@@ -156,6 +157,7 @@ def test_a_run_goes_on_from_a_model_and_keeps_codec_tokenizer_and_terms(
     said = capsys.readouterr().out
     assert "Images: 29 to train on and 1 held out, seen as squares of about 24 px" in said
     assert "its codec (16 px in 4 x 4 codes of 12) and tokenizer are kept" in said
+    assert "reconstructs held-out images at" in said and (workdir / "reconstructions.png").exists()
     assert not (workdir / "model").exists()
     main(command)
     assert "Next: dalle-jax generate" in capsys.readouterr().out
@@ -197,7 +199,8 @@ def plan(images, *, model=None, **changes):
         "oblong": 0.0,
         "cut": 0.0,
     }
-    return own_run.Plan(**fields | {"stages": stages, "memory": 2**30} | changes)
+    fields |= {"stages": stages, "psnr": None, "memory": 2**30}
+    return own_run.Plan(**fields | changes)
 
 
 def test_a_prior_that_got_worse_on_held_out_images_is_told_of(tmp_path):
@@ -224,9 +227,10 @@ def test_the_plan_says_sizes_times_and_what_to_expect():
     short = plan(746).recipe.with_steps({"vqgan": 400, "progressive": 400, "clip": 200})
     assert "the prior sees each image 4 times, where" in describe(plan(746, recipe=short))
     assert describe(plan(150)).count("Better: --init-from") == 1
-    assert "copies of them" in describe(
-        plan(150, model=tiny.model(**tiny.progressive_parts())), tiny.model()
-    )
+    model = tiny.model(**tiny.progressive_parts())
+    said = describe(plan(150, model=model, psnr=17.71), model)
+    assert "reconstructs held-out images at 17.7 dB (reconstructions.png in the workdir)" in said
+    assert "Expect: colours and shapes of your images as its codec draws them." in said
 
 
 @pytest.mark.parametrize(
