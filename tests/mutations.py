@@ -607,6 +607,20 @@ MUTANTS = [
         "precision/test_formats.py",
     ),
     Mutant(
+        "moments-stay-float32",
+        "train/prior_stage.py",
+        'in_16_bits=run.moments == "16-bit"',
+        "in_16_bits=False",
+        "train/test_prior_stage.py -k moments",
+    ),
+    Mutant(
+        "means-are-not-rounded",
+        "optim/optimizer.py",
+        "encode(jnp.clip(x, -bound, bound), format)",
+        "jnp.clip(x, -bound, bound)",
+        "optim/test_optimizer.py -k rounded",
+    ),
+    Mutant(
         "errors-forgotten",
         "parallel/powersgd.py",
         "_stored(e - sent, config), unsent",

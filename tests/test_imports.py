@@ -15,7 +15,7 @@ ROOMS = {
     "text": set(),
     "precision": set(),
     "losses": set(),
-    "optim": set(),
+    "optim": {"precision"},
     "parallel": {"precision"},
     "models": {"image", "precision"},
     "data": {"cache_folder", "image", "text"},

@@ -10,6 +10,9 @@ from jaxtyping import PyTree
 from optax import tree_utils
 
 from dalle_jax.optim.muon import Muon
+from dalle_jax.precision.formats import decode, encode, largest
+
+MEAN, VARIANCE = "1-6-9", "0-6-10"  # formats of Adam's moments in 16 bits
 
 
 def scale_by_clipped_adam(
@@ -45,6 +48,44 @@ def scale_by_clipped_adam(
     return optax.GradientTransformation(init, update)
 
 
+def store_in_16_bits(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam that keeps the moments of the layers' kernels in 16 bits between updates.
+
+    The mean is in 1-6-9, the variance in 0-6-10; numbers too large for them become their largest.
+    Gains, biases, embeddings and heads keep float32 moments, as in the paper.
+
+    Args:
+      adam: a transformation with optax's Adam state.
+    Source: Ramesh et al. 2021, appendix D.
+    """
+
+    def each(change, tree):
+        def of_leaf(path, x):
+            is_kernel = path[0].key == "layers" and path[-1].key == "kernel"
+            return change(x) if is_kernel else x
+
+        return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+    def stored(state):
+        def clamped(x, format):
+            bound = largest(format)
+            return encode(jnp.clip(x, -bound, bound), format)
+
+        mean = each(lambda x: clamped(x, MEAN), state.mu)
+        return state._replace(mu=mean, nu=each(lambda x: clamped(x, VARIANCE), state.nu))
+
+    def init(params):
+        return stored(adam.init(params))
+
+    def update(updates, state, params=None):
+        mean = each(lambda x: decode(x, MEAN), state.mu)
+        variance = each(lambda x: decode(x, VARIANCE), state.nu)
+        updates, state = adam.update(updates, state._replace(mu=mean, nu=variance), params)
+        return updates, stored(state)
+
+    return optax.GradientTransformation(init, update)
+
+
 def decayed(params: PyTree) -> PyTree:
     """True for the weights that weight decay pulls on: every `kernel`, and nothing else (ours).
 
@@ -63,6 +104,7 @@ def adamw(
     grad_clip_norm: float | None = None,
     max_second_moment: float | None = None,
     plateau_steps: int | None = None,
+    in_16_bits: bool = False,
     muon: Muon | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with the paper's additions, each left out when it is None.
@@ -77,6 +119,7 @@ def adamw(
       max_second_moment: see `scale_by_clipped_adam`.
       plateau_steps: the learning rate is halved whenever the mean loss over this many updates has
         not fallen for four such spans, five times at most. The paper halved it by eye.
+      in_16_bits: see `store_in_16_bits`.
       muon: moves matrices in Adam's place (ours); clipping, decay and plateaus stay as they are,
         and decay is still multiplied by `learning_rate`.
     Returns:
@@ -87,6 +130,8 @@ def adamw(
         adam = optax.scale_by_adam(b1, b2, eps)
     else:
         adam = scale_by_clipped_adam(b1, b2, eps, max_second_moment)
+    if in_16_bits:
+        adam = store_in_16_bits(adam)
     parts = [
         adam if muon is None else muon.direction(adam),
         optax.add_decayed_weights(weight_decay, mask=decayed),

@@ -57,6 +57,9 @@ class PriorRun(MuonOptions):
     """Global norm that gradients are clipped to; None for no clipping."""
     max_second_moment: float | None = 5.0
     """Value that Adam's second moment is clipped to; None for no clipping."""
+    moments: Literal["float32", "16-bit"] = "float32"
+    """How the moments of the layers' kernels are stored: 16-bit is the paper's, 1-6-9 for means and
+    0-6-10 for variances, in half the memory."""
     bpe_dropout: float = 0.1
     """Chance that a merge of the tokenizer is skipped while training."""
     caption_dropout: float = 0.0
@@ -75,6 +78,11 @@ class PriorRun(MuonOptions):
     """Encode every image once, centre-cropped, ahead of training; else a new crop at each use."""
 
     def __post_init__(self):
+        if self.optimizer == "muon" and self.moments != "float32":
+            raise UserError(
+                f"moments is {self.moments}, but muon has no Adam moments of the layers' kernels; "
+                "leave it at float32, or choose optimizer adamw"
+            )
         if self.optimizer == "muon" and self.loop.mesh.tensor > 1:
             raise ValueError(
                 f"muon needs whole matrices, but tensor={self.loop.mesh.tensor} cuts them; set "
@@ -162,6 +170,7 @@ class PriorStage(Stage):
             grad_clip_norm=run.grad_clip_norm,
             max_second_moment=run.max_second_moment,
             plateau_steps=run.plateau_steps,
+            in_16_bits=run.moments == "16-bit",
             muon=run.muon(
                 run.learning_rate,
                 matrices,

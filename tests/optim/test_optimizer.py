@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from dalle_jax.optim.optimizer import adamw, decayed, scale_by_clipped_adam
+from dalle_jax.precision.formats import decode, round_to
 
 
 def run(transform, grads, params, steps=3, **extra):
@@ -76,3 +77,44 @@ def test_step_size_halves_on_a_plateau_five_times_at_most():
     assert sizes[0] == pytest.approx(1.0, rel=1e-5)
     halvings = {round(np.log2(1 / size)) for size in sizes}
     assert halvings == {0, 1, 2, 3, 4, 5}
+
+
+def test_moments_of_kernels_are_rounded_to_the_papers_formats_between_updates(key):
+    shapes = {
+        "layers": {"qkv": {"kernel": (4, 3), "bias": (3,)}},
+        "head": {"image": {"kernel": (3, 2)}},
+    }
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    options = {"b2": 0.96, "weight_decay": 0.0, "max_second_moment": 5.0}
+    transform = adamw(optax.constant_schedule(1.0), in_16_bits=True, **options)
+    plain = adamw(optax.constant_schedule(1.0), **options)
+    state, exact = transform.init(params), plain.init(params)
+    mean, variance = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.float32)
+    for step in range(1, 4):
+        keys = jax.random.split(jax.random.fold_in(key, step), 3)
+        grads = jax.tree.unflatten(
+            jax.tree.structure(params),
+            [
+                jax.random.normal(k, x.shape)
+                for k, x in zip(keys, jax.tree.leaves(params), strict=True)
+            ],
+        )
+        updates, state = transform.update(grads, state, params)
+        reference, exact = plain.update(grads, exact, params)
+        g = np.asarray(grads["layers"]["qkv"]["kernel"])
+        mean, variance = 0.9 * mean + 0.1 * g, np.minimum(0.96 * variance + 0.04 * g**2, 5)
+        expected = -(mean / (1 - 0.9**step)) / (np.sqrt(variance / (1 - 0.96**step)) + 1e-8)
+        mean, variance = (
+            np.asarray(round_to(jnp.asarray(x), f))
+            for x, f in ((mean, "1-6-9"), (variance, "0-6-10"))
+        )
+        np.testing.assert_allclose(updates["layers"]["qkv"]["kernel"], expected, rtol=1e-5)
+        stored = state[0].mu["layers"]["qkv"]["kernel"]
+        assert stored.dtype == state[0].nu["layers"]["qkv"]["kernel"].dtype == jnp.uint16
+        np.testing.assert_allclose(decode(stored, "1-6-9"), mean, atol=2e-4)  # a step of the format
+        for path in (("layers", "qkv", "bias"), ("head", "image", "kernel")):
+            ours, theirs = updates, reference
+            for name in path:
+                ours, theirs = ours[name], theirs[name]
+            np.testing.assert_array_equal(ours, theirs)
+    assert (updates["layers"]["qkv"]["kernel"] != reference["layers"]["qkv"]["kernel"]).any()

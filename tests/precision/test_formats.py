@@ -120,3 +120,36 @@ def test_float16_is_rounded_as_numpy_does(monkeypatch):
 def test_an_unknown_format_is_refused():
     with pytest.raises(ValueError, match="format is '1-5-2', but must be one of .*'1-6-9'"):
         largest("1-5-2")
+
+
+@pytest.mark.parametrize(
+    ("format", "x", "code"),
+    [
+        ("1-6-9", 1.0, 59 << 9),
+        ("1-6-9", -1.5, 1 << 15 | 59 << 9 | 1 << 8),
+        ("1-6-9", 15.984375, 62 << 9 | 511),
+        ("1-6-9", 2.0**-58, 1 << 9),
+        ("1-6-9", -3 * SMALLEST, 1 << 15 | 3),
+        ("1-6-9", 0.0, 0),
+        ("1-6-9", np.inf, 63 << 9),
+        ("0-6-10", 5.0, 62 << 10 | 1 << 8),
+        ("0-6-10", 7.99609375, 62 << 10 | 1023),
+        ("0-6-10", 7 * 2.0**-69, 7),
+    ],
+)
+def test_bits_of_numbers_written_out(format, x, code):
+    found = formats.encode(jnp.float32([x]), format)
+    assert found.dtype == jnp.uint16
+    assert int(found[0]) == code
+    assert float(formats.decode(found, format)[0]) == np.float32(x)
+
+
+@pytest.mark.parametrize("format", ["1-6-9", "0-6-10"])
+def test_all_65536_bits_come_back(format):
+    codes = jnp.arange(2**16, dtype=jnp.uint16)
+    numbers = formats.decode(codes, format)
+    again = np.asarray(formats.encode(numbers, format))
+    known = ~np.isnan(np.asarray(numbers))
+    np.testing.assert_array_equal(again[known], np.asarray(codes)[known])
+    assert np.isnan(np.asarray(formats.decode(jnp.asarray(again[~known]), format))).all()
+    np.testing.assert_array_equal(np.asarray(round_to(numbers, format))[known], numbers[known])

@@ -1,11 +1,14 @@
 """The prior's stage."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from dalle_jax.errors import UserError
 from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorRun, PriorStage, short_prior_run
@@ -44,6 +47,22 @@ def test_muon_refuses_kernels_that_are_cut_by_heads(run):
     assert run(loop=loop).optimizer == "adamw"
     with pytest.raises(ValueError, match=r"muon needs whole matrices, but tensor=2 .* mesh\.fsdp"):
         run(loop=loop, optimizer="muon")
+
+
+def test_moments_of_kernels_are_stored_in_16_bits_if_the_run_says_so(tokens, key):
+    run = dataclasses.replace(stage(tokens).run, moments="16-bit")
+    options = {"codec_model": tokens, "tokenizer": None, "validation": iter, "captions": ()}
+    s = PriorStage(run, **options)
+    state = jax.eval_shape(lambda k: s.optimizer.init(s.init(k)), key)
+    found = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if leaf.dtype == jnp.uint16
+    }
+    assert len(found) == 2 * 4  # mean and variance of the four kernels of all layers
+    assert all(path.endswith("['kernel']") and "['layers']" in path for path in found)
+    with pytest.raises(UserError, match="muon has no Adam moments of the layers' kernels"):
+        dataclasses.replace(run, optimizer="muon")
 
 
 def test_a_fresh_prior_gives_every_token_the_same_chance(tokens, key):
