@@ -113,13 +113,15 @@ class PeopleSource:
 
 
 def _prepare(builder: "Emoji") -> None:
-    tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(try_download_gcs=False)
+    tfds.disable_progress_bar()  # of the whole process, so it is put back
     try:
         builder.download_and_prepare(download_config=config)
     except OSError:  # another process of this machine may have moved its result there first
         if not (builder.data_path / "dataset_info.json").exists():
             raise
+    finally:
+        tfds.enable_progress_bar()
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):

@@ -57,9 +57,9 @@ class Muon:
     (inputs, outputs): those that a product sums over, and those of its result. All other axes
     count matrices, each of which is made orthogonal by itself. It goes by paths, as
     `jax.tree_util.tree_map_with_path` does, since of some trees only the matrices are there."""
-    spread: Callable[[PyTree], PyTree] = lambda gradients: gradients
+    gather: Callable[[PyTree], PyTree] = lambda gradients: gradients
     """Puts gradients on the devices that make them orthogonal, each matrix whole on one."""
-    restore: Callable[[PyTree], PyTree] = lambda updates: updates
+    scatter: Callable[[PyTree], PyTree] = lambda updates: updates
     """Puts what they become back to where the parameters lie."""
 
     def direction(self, adam: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -72,9 +72,9 @@ class Muon:
           adam: for all other parameters.
         """
         muon = optax.chain(
-            optax.stateless(lambda gradients, _: self.spread(gradients)),
+            optax.stateless(lambda gradients, _: self.gather(gradients)),
             optax.contrib.scale_by_muon(weight_dimension_numbers=self._numbers),
-            optax.stateless(lambda updates, _: self.restore(self._scaled(updates))),
+            optax.stateless(lambda updates, _: self.scatter(self._scaled(updates))),
         )
         return optax.partition({"adam": adam, "muon": muon}, self._labels)
 

@@ -174,8 +174,8 @@ class PriorStage(Stage):
             muon=run.muon(
                 run.learning_rate,
                 matrices,
-                spread=partial(reshard, before=self.rules, after=MUON),
-                restore=partial(reshard, before=MUON, after=self.rules),
+                gather=partial(reshard, before=self.rules, after=MUON),
+                scatter=partial(reshard, before=MUON, after=self.rules),
             ),
         )
         self._measure = jax.jit(self._loss)
