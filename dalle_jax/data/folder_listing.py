@@ -15,6 +15,7 @@ from dalle_jax.text.caption import normalize_caption
 
 IMAGE_SUFFIXES = (*(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),)
 TABLES = ("captions.jsonl", "captions.csv")
+_CAPTIONS = (".txt", ".jsonl", ".csv")
 _KINDS = ", ".join(IMAGE_SUFFIXES)
 _OTHER = f"not a kind of image that is read ({_KINDS})"
 
@@ -98,7 +99,7 @@ def list_folder(folder: str | os.PathLike, files: Iterable[str] | None = None) -
     names = list(scan(root) if files is None else files)
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
-        raise SourceError(f"{root} holds no images ({_KINDS})")
+        raise SourceError(f"{root} holds no images ({_KINDS}){_most_common_kind(names)}")
     tables = [name for name in names if name.lower() in TABLES]
     if len(tables) > 1:
         raise SourceError(f"{root} holds {' and '.join(tables)}; keep one of them")
@@ -120,6 +121,16 @@ def list_folder(folder: str | os.PathLike, files: Iterable[str] | None = None) -
         for name, texts in captions.items()
     }
     return Listing(captions=clean, missing=dict(sorted(missing.items())))
+
+
+def _most_common_kind(names: list[str]) -> str:
+    """What most files of a folder without images are, such as .heic or .svg, and what to do."""
+    kinds = collections.Counter(posixpath.splitext(name)[1].lower() for name in names)
+    kinds = collections.Counter({k: n for k, n in kinds.items() if k not in ("", *_CAPTIONS)})
+    if not kinds:
+        return ""
+    kind, number = kinds.most_common(1)[0]
+    return f"; its {number} {printable(kind)} files have to be converted to one of these first"
 
 
 class _Names:

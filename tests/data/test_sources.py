@@ -85,6 +85,13 @@ def test_a_folder_without_images_says_which_it_knows(tmp_path):
         FolderSource(tmp_path)
 
 
+def test_a_folder_of_other_images_says_what_to_convert(tmp_path):
+    for name in ("a.SVG", "b.svg", "c.heic", "a.txt", "b.txt", "c.txt", "README"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SourceError, match=r"\); its 2 \.svg files have to be converted to one of"):
+        FolderSource(tmp_path)
+
+
 def test_a_folder_without_captions_says_how_to_write_them(folder):
     with pytest.raises(SourceError, match=r"none of the images .* write x\.txt beside x\.jpg"):
         FolderSource(folder)
