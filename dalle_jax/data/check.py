@@ -29,6 +29,7 @@ class Report:
       pairs: number of images that can be read and have a caption: what training will see.
       px: what counts as tiny.
       unreadable: image and reason.
+      blank: image and the colour of all its pixels: white drawings on transparency become so.
       tiny: image and size, for a short side below `px`.
       elongated: image and size, where one side is more than twice the other: square crops lose
         what lies at the ends (the paper drops such images).
@@ -44,6 +45,7 @@ class Report:
     pairs: int
     px: int
     unreadable: dict[str, str]
+    blank: dict[str, str]
     tiny: dict[str, str]
     elongated: dict[str, str]
     large: dict[str, str]
@@ -55,6 +57,7 @@ class Report:
         """Lists the findings, the first of each kind by name."""
         kinds = {
             "cannot be read": _noted(self.unreadable),
+            "are of one colour throughout, seen on white": _noted(self.blank),
             f"are tiny (short side below {self.px} px)": _noted(self.tiny),
             "are more than twice as long as wide": _noted(self.elongated),
             f"are larger than {_LARGE} megapixels, so that reading may hold training back; smaller "
@@ -100,6 +103,7 @@ def check(
     root = Path(path)
     listing = list_folder(root)
     unreadable: dict[str, str] = {}
+    blank: dict[str, str] = {}
     tiny: dict[str, str] = {}
     elongated: dict[str, str] = {}
     large: dict[str, str] = {}
@@ -114,8 +118,10 @@ def check(
             if isinstance(look, str):
                 unreadable[name] = look
             else:
-                high, wide, digest = look
+                high, wide, digest, colour = look
                 same[digest].append(name)
+                if colour:
+                    blank[name] = colour
                 if min(high, wide) < px:
                     tiny[name] = f"{wide}x{high}"
                 if max(high, wide) > 2 * min(high, wide):
@@ -131,6 +137,7 @@ def check(
         pairs=sum(bool(listing.captions[name]) and name not in unreadable for name in names),
         px=px,
         unreadable=unreadable,
+        blank=blank,
         tiny=tiny,
         elongated=elongated,
         large=large,
@@ -140,12 +147,12 @@ def check(
     )
 
 
-def _look(path: Path) -> tuple[int, int, str] | str:
-    """Height, width and a digest of the pixels; or what is wrong with the file."""
+def _look(path: Path) -> tuple[int, int, str, str] | str:
+    """Height, width, digest of the pixels, colour if there is but one; or what is wrong."""
     try:
         image = decode(path)
     except (ImageError, OSError) as error:
         return str(error).removeprefix(f"{printable(os.fspath(path))}: ")
-    return *image.shape[:2], hashlib.sha256(
-        repr(image.shape).encode() + image.tobytes()
-    ).hexdigest()
+    digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+    colour = "#" + image[0, 0].tobytes().hex() if (image == image[0, 0]).all() else ""
+    return *image.shape[:2], digest, colour

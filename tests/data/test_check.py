@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dalle_jax.data.check import check
 from dalle_jax.data.sources import SourceError
@@ -9,7 +10,9 @@ from dalle_jax.image.pixels import encode_png
 
 
 def image(high, wide, shade=0):
-    return encode_png(np.full((high, wide, 3), shade, np.uint8))
+    pixels = np.full((high, wide, 3), shade, np.uint8)
+    pixels[-1, -1] = 255
+    return encode_png(pixels)
 
 
 @pytest.fixture
@@ -49,6 +52,18 @@ def test_the_printed_report_counts_and_names(folder):
     assert "1 are tiny (short side below 64 px):\n  small.png: 30x70" in text
     assert "copy.png = good.png" in text
     assert "nothing to complain" not in text
+
+
+def test_images_of_one_colour_are_named_such_as_white_drawings_on_transparency(tmp_path):
+    drawing = np.full((64, 64, 4), 255, np.uint8)
+    drawing[:, :32, 3] = 0  # left half transparent, right half white
+    Image.fromarray(drawing).save(tmp_path / "white.png")
+    drawing[63, 63, 2] = 254
+    Image.fromarray(drawing).save(tmp_path / "nearly.png")
+    Image.new("RGB", (64, 64), (200, 30, 31)).save(tmp_path / "red.png")
+    report = check(tmp_path)
+    assert report.blank == {"red.png": "#c81e1f", "white.png": "#ffffff"}
+    assert "2 are of one colour throughout, seen on white:\n  red.png: #c81e1f" in str(report)
 
 
 def test_large_photographs_are_named_since_reading_them_takes_long(tmp_path):
