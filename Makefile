@@ -34,7 +34,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 demo: install
-	@$(BIN)/dalle-jax generate --model people -n 4 --temperature 0.9 --revise 1 --out demo.png
+	@$(BIN)/dalle-jax generate -n 4 --out demo.png
 
 test: install
 	$(BIN)/ruff check .

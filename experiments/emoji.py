@@ -55,7 +55,7 @@ class EmojiOptions:
         return Data(
             train=Paraphrased(ConcatSource(*map(split, self.splits))),
             validation=split("validation"),
-            captions=default_captions("emoji"),
+            captions=default_captions("emoji")[:6],
             attribution=ATTRIBUTION,
             license=LICENSE,
         )

@@ -3,7 +3,7 @@ r"""What compressed gradients cost: a small prior trained by four groups, with P
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python experiments/powersgd.py \
         --out docs/powersgd.png
 
-Both see the same images, as codes of the shipped dVAE, in the same order: coloured shapes, or
+Both see the same images, as codes of the shipped VQ-GAN, in the same order: coloured shapes, or
 emoji with `--data emoji` (needs `pip install dalle_jax[emoji]`). Prints what a group sends in an
 update, means of the loss over tenths of the run, and by how much the last of them is off; draws
 both curves (needs matplotlib).
@@ -37,7 +37,7 @@ from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorStage, short_prior_run
 from dalle_jax.train.train_step import make_train_step
 
-PX = 32
+PX = 64
 SOURCES = {"shapes": ShapesSource, "emoji": emoji_source}
 TEXT = {"shapes": (320, 24), "emoji": (1024, 32)}  # vocabulary and positions
 

@@ -92,16 +92,16 @@ def test_an_image_is_edited_and_samples_are_traced(dalle, tmp_path):
     assert "--trace is steps.png; it is a GIF, so its name must end in .gif" in complained
 
 
-def test_without_captions_the_first_six_of_the_list_are_sampled(dalle, folder, tmp_path):
+def test_without_captions_the_first_twelve_of_the_list_are_sampled(dalle, folder, tmp_path):
     first_of_each = tmp_path / "singles"
     status, said, _ = dalle(
         *("generate", "--model", folder, "-n", 1, "--image-folder", first_of_each),
         *("--out", tmp_path / "sheet.png"),
     )
     assert status == 0
-    assert said.startswith("6 images")
+    assert said.startswith("12 images")
     names = sorted(path.name for path in first_of_each.iterdir())
-    listed = (SHIPPED / "emoji" / "captions.txt").read_text().splitlines()[:6]
+    listed = (SHIPPED / "emoji" / "captions.txt").read_text().splitlines()[:12]
     assert names == [
         f"{row:03d}-{caption.lower().replace(' ', '-')}-000.png"
         for row, caption in enumerate(listed)

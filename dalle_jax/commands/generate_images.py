@@ -41,7 +41,7 @@ def generate(
     """Generate images for captions, on one sheet.
 
     Args:
-      captions: What to generate, a row of images each; none for the first six of a list that comes
+      captions: What to generate, a row of images each; none for the first twelve of a list that comes
         with each shipped model (that of emoji for other models).
       model: A shipped model by name, or the path of a model folder.
       num_images: Images per caption to generate.
@@ -120,7 +120,7 @@ def edit(
     *,
     mask: Path | None = None,
     strength: float | None = None,
-    model: str = "people",
+    model: str = "emoji",
     num_images: Annotated[int, arg(aliases=("-n",))] = 4,
     seed: int = 0,
     sampling: Annotated[SamplingConfig, arg(name="")] = SamplingConfig(),

@@ -18,7 +18,7 @@ TOKEN = "DALLE_JAX_TOKEN"
 
 def serve(
     *,
-    model: str = "people",
+    model: str = "emoji",
     host: str = "127.0.0.1",
     port: int = 8000,
     warm_up: bool = True,

@@ -72,7 +72,7 @@ def shipped_models() -> list[str]:
 
 def default_captions(name: str) -> tuple[str, ...]:
     """The first captions of the list beside a shipped model, for callers without captions."""
-    return tuple((SHIPPED / name / CAPTIONS).read_text(encoding="utf-8").splitlines()[:6])
+    return tuple((SHIPPED / name / CAPTIONS).read_text(encoding="utf-8").splitlines()[:12])
 
 
 def find_folder(name_or_folder: str | os.PathLike) -> Path:
