@@ -41,8 +41,8 @@ def generate(
     """Generate images for captions, on one sheet.
 
     Args:
-      captions: What to generate, a row of images each; none for the first twelve of a list that comes
-        with each shipped model (that of emoji for other models).
+      captions: What to generate, a row of images each; none for the first twelve of a list that
+        comes with each shipped model (that of emoji for other models).
       model: A shipped model by name, or the path of a model folder.
       num_images: Images per caption to generate.
       seed: Number from 0 to 4294967295; the same one gives the same images.
