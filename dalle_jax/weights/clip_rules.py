@@ -14,7 +14,7 @@ import safetensors
 
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.weights.errors import WeightsError
-from dalle_jax.weights.rules import CONV, MATRIX, Rule
+from dalle_jax.weights.rules import CONV, MATRIX, Rule, linear, norm
 from dalle_jax.weights.torch_file import read_torch
 
 Tensors = dict[str, np.ndarray]
@@ -23,30 +23,16 @@ HEAD = 64
 """Width of a head in every published CLIP; their files do not say."""
 
 
-def _norm(theirs: str, ours: str, index: str = "") -> tuple[Rule, ...]:
-    return (
-        Rule(f"{theirs}.weight", f"{ours}/scale{index}"),
-        Rule(f"{theirs}.bias", f"{ours}/bias{index}"),
-    )
-
-
-def _linear(theirs: str, ours: str, index: str = "[{i}]") -> tuple[Rule, ...]:
-    return (
-        Rule(f"{theirs}.weight", f"{ours}/kernel{index}", MATRIX),
-        Rule(f"{theirs}.bias", f"{ours}/bias{index.replace(',:', '')}"),
-    )
-
-
 def _openai_layers(theirs: str, ours: str) -> tuple[Rule, ...]:
     theirs, ours = f"{theirs}.resblocks.{{i}}", f"{ours}/layers"
     return (
-        *_norm(f"{theirs}.ln_1", f"{ours}/attention_norm", "[{i}]"),
-        *_norm(f"{theirs}.ln_2", f"{ours}/mlp_norm", "[{i}]"),
+        *norm(f"{theirs}.ln_1", f"{ours}/attention_norm", "[{i}]"),
+        *norm(f"{theirs}.ln_2", f"{ours}/mlp_norm", "[{i}]"),
         Rule(f"{theirs}.attn.in_proj_weight", f"{ours}/qkv/kernel[{{i}}]", MATRIX),
         Rule(f"{theirs}.attn.in_proj_bias", f"{ours}/qkv/bias[{{i}}]"),
-        *_linear(f"{theirs}.attn.out_proj", f"{ours}/attention_out"),
-        *_linear(f"{theirs}.mlp.c_fc", f"{ours}/mlp_in"),
-        *_linear(f"{theirs}.mlp.c_proj", f"{ours}/mlp_out"),
+        *linear(f"{theirs}.attn.out_proj", f"{ours}/attention_out"),
+        *linear(f"{theirs}.mlp.c_fc", f"{ours}/mlp_in"),
+        *linear(f"{theirs}.mlp.c_proj", f"{ours}/mlp_out"),
     )
 
 
@@ -54,14 +40,14 @@ OPENAI = (
     Rule("visual.conv1.weight", "image/patch/kernel", CONV),
     Rule("visual.class_embedding", "image/class"),
     Rule("visual.positional_embedding", "image/position"),
-    *_norm("visual.ln_pre", "image/first_norm"),
+    *norm("visual.ln_pre", "image/first_norm"),
     *_openai_layers("visual.transformer", "image"),
-    *_norm("visual.ln_post", "image/last_norm"),
+    *norm("visual.ln_post", "image/last_norm"),
     Rule("visual.proj", "image/projection/kernel"),
     Rule("token_embedding.weight", "text/token"),
     Rule("positional_embedding", "text/position"),
     *_openai_layers("transformer", "text"),
-    *_norm("ln_final", "text/last_norm"),
+    *norm("ln_final", "text/last_norm"),
     Rule("text_projection", "text/projection/kernel"),
     Rule("logit_scale", "log_scale"),
     *map(Rule, ("input_resolution", "context_length", "vocab_size")),
@@ -74,15 +60,15 @@ def _hf_layers(theirs: str, ours: str) -> tuple[Rule, ...]:
     qkv = (
         rule
         for n, name in enumerate("qkv")
-        for rule in _linear(f"{theirs}.self_attn.{name}_proj", f"{ours}/qkv", f"[{{i}},:,{n}]")
+        for rule in linear(f"{theirs}.self_attn.{name}_proj", f"{ours}/qkv", f"[{{i}},:,{n}]")
     )
     return (
-        *_norm(f"{theirs}.layer_norm1", f"{ours}/attention_norm", "[{i}]"),
-        *_norm(f"{theirs}.layer_norm2", f"{ours}/mlp_norm", "[{i}]"),
+        *norm(f"{theirs}.layer_norm1", f"{ours}/attention_norm", "[{i}]"),
+        *norm(f"{theirs}.layer_norm2", f"{ours}/mlp_norm", "[{i}]"),
         *qkv,
-        *_linear(f"{theirs}.self_attn.out_proj", f"{ours}/attention_out"),
-        *_linear(f"{theirs}.mlp.fc1", f"{ours}/mlp_in"),
-        *_linear(f"{theirs}.mlp.fc2", f"{ours}/mlp_out"),
+        *linear(f"{theirs}.self_attn.out_proj", f"{ours}/attention_out"),
+        *linear(f"{theirs}.mlp.fc1", f"{ours}/mlp_in"),
+        *linear(f"{theirs}.mlp.fc2", f"{ours}/mlp_out"),
     )
 
 
@@ -90,14 +76,14 @@ HUGGING_FACE = (
     Rule("vision_model.embeddings.patch_embedding.weight", "image/patch/kernel", CONV),
     Rule("vision_model.embeddings.class_embedding", "image/class"),
     Rule("vision_model.embeddings.position_embedding.weight", "image/position"),
-    *_norm("vision_model.pre_layrnorm", "image/first_norm"),  # spelt so
+    *norm("vision_model.pre_layrnorm", "image/first_norm"),  # spelt so
     *_hf_layers("vision_model", "image"),
-    *_norm("vision_model.post_layernorm", "image/last_norm"),
+    *norm("vision_model.post_layernorm", "image/last_norm"),
     Rule("visual_projection.weight", "image/projection/kernel", MATRIX),
     Rule("text_model.embeddings.token_embedding.weight", "text/token"),
     Rule("text_model.embeddings.position_embedding.weight", "text/position"),
     *_hf_layers("text_model", "text"),
-    *_norm("text_model.final_layer_norm", "text/last_norm"),
+    *norm("text_model.final_layer_norm", "text/last_norm"),
     Rule("text_projection.weight", "text/projection/kernel", MATRIX),
     Rule("logit_scale", "log_scale"),
     Rule("{*}.position_ids"),

@@ -10,7 +10,7 @@ maskgit-vqgan     a plain state dict
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,8 @@ from dalle_jax.models.maskgit_vqgan import MaskGITVQGANConfig
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.weights.errors import WeightsError
 from dalle_jax.weights.msgpack_file import read_msgpack
-from dalle_jax.weights.rules import CONV, Rule
-from dalle_jax.weights.torch_file import read_torch
-
-Tensors = dict[str, np.ndarray]
+from dalle_jax.weights.rules import CONV, Rule, norm
+from dalle_jax.weights.state_dict import Tensors, count, read_state_dict, shape_of
 
 _HALVES = (("encoder", "down"), ("decoder", "up"))
 
@@ -31,15 +29,11 @@ def _conv(theirs: str, ours: str) -> tuple[Rule, ...]:
     return Rule(f"{theirs}.weight", f"{ours}/kernel", CONV), Rule(f"{theirs}.bias", f"{ours}/bias")
 
 
-def _norm(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias")
-
-
 def _block(theirs: str, ours: str) -> tuple[Rule, ...]:
     return (
-        *_norm(f"{theirs}.norm1", f"{ours}/norm1"),
+        *norm(f"{theirs}.norm1", f"{ours}/norm1"),
         *_conv(f"{theirs}.conv1", f"{ours}/conv1"),
-        *_norm(f"{theirs}.norm2", f"{ours}/norm2"),
+        *norm(f"{theirs}.norm2", f"{ours}/norm2"),
         *_conv(f"{theirs}.conv2", f"{ours}/conv2"),
         *_conv(f"{theirs}.nin_shortcut", f"{ours}/nin_shortcut"),
     )
@@ -49,13 +43,13 @@ def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
     parts = (
         rule for x in ("q", "k", "v", "proj_out") for rule in _conv(f"{theirs}.{x}", f"{ours}/{x}")
     )
-    return (*_norm(f"{theirs}.norm", f"{ours}/norm"), *parts)
+    return (*norm(f"{theirs}.norm", f"{ours}/norm"), *parts)
 
 
 def _ends(half: str) -> tuple[Rule, ...]:
     return (
         *_conv(f"{half}.conv_in", f"{half}/conv_in"),
-        *_norm(f"{half}.norm_out", f"{half}/norm_out"),
+        *norm(f"{half}.norm_out", f"{half}/norm_out"),
         *_conv(f"{half}.conv_out", f"{half}/conv_out"),
     )
 
@@ -155,14 +149,14 @@ def read_dvae(files: Sequence[Path]) -> Tensors:
     return {
         f"{half}.{name}": tensor
         for (half, _), file in zip(_HALVES, files, strict=True)
-        for name, tensor in _state(read_torch(file, shells=True), file).items()
+        for name, tensor in read_state_dict(file).items()
     }
 
 
 def read_taming(files: Sequence[Path]) -> Tensors:
     """Tensors of a VQ-GAN, which may stand below another model's name for it."""
     (file,) = files
-    tensors = _state(read_torch(file, shells=True), file)
+    tensors = read_state_dict(file)
     prefix = "model." if "model.encoder.conv_in.weight" in tensors else ""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -170,8 +164,8 @@ def read_taming(files: Sequence[Path]) -> Tensors:
 def read_llamagen(files: Sequence[Path]) -> Tensors:
     """Tensors of a VQ-GAN, its decoder's groups numbered fine to coarse as the encoder's are."""
     (file,) = files
-    tensors = _state(read_torch(file, shells=True), file)
-    last = _count(tensors, r"decoder\.conv_blocks\.(\d+)\..*") - 1
+    tensors = read_state_dict(file)
+    last = count(tensors, r"decoder\.conv_blocks\.(\d+)\..*") - 1
 
     def numbered(name):
         head, _, rest = name.removeprefix("decoder.conv_blocks.").partition(".")
@@ -186,7 +180,7 @@ def read_llamagen(files: Sequence[Path]) -> Tensors:
 def read_maskgit(files: Sequence[Path]) -> Tensors:
     """Tensors of MaskGIT's VQ-GAN."""
     (file,) = files
-    return _state(read_torch(file, shells=True), file)
+    return read_state_dict(file)
 
 
 def read_dalle_mini(files: Sequence[Path]) -> Tensors:
@@ -197,11 +191,11 @@ def read_dalle_mini(files: Sequence[Path]) -> Tensors:
 
 def dvae_config(tensors: Mapping[str, np.ndarray]) -> DVAEConfig:
     """Sizes of a dVAE."""
-    code_width, codes, *_ = _shape(tensors, "decoder.blocks.input.w", 4)
+    code_width, codes, *_ = shape_of(tensors, "decoder.blocks.input.w", 4)
     return DVAEConfig(
-        width=_shape(tensors, "encoder.blocks.input.w", 4)[0],
-        groups=_count(tensors, r"encoder\.blocks\.group_(\d+)\..*", first=1),
-        blocks_per_group=_count(tensors, r"encoder\.blocks\.group_1\.block_(\d+)\..*", first=1),
+        width=shape_of(tensors, "encoder.blocks.input.w", 4)[0],
+        groups=count(tensors, r"encoder\.blocks\.group_(\d+)\..*", first=1),
+        blocks_per_group=count(tensors, r"encoder\.blocks\.group_1\.block_(\d+)\..*", first=1),
         codes=codes,
         code_width=code_width,
     )
@@ -233,7 +227,7 @@ def dalle_mini_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
 def maskgit_config(tensors: Mapping[str, np.ndarray]) -> MaskGITVQGANConfig:
     """Sizes of MaskGIT's VQ-GAN."""
     width, multipliers, blocks = _groups(tensors, _TAMING)
-    codes, code_width = _shape(tensors, "quantize.embedding.weight", 2)
+    codes, code_width = shape_of(tensors, "quantize.embedding.weight", 2)
     return MaskGITVQGANConfig(
         width=width,
         multipliers=multipliers,
@@ -274,7 +268,7 @@ _FLAX = _Names(
 
 def _vqgan_config(tensors, names, *, table, **options):
     width, multipliers, blocks = _groups(tensors, names)
-    codes, code_width = _shape(tensors, table, 2)
+    codes, code_width = shape_of(tensors, table, 2)
     return VQGANConfig(
         width=width,
         multipliers=multipliers,
@@ -282,7 +276,7 @@ def _vqgan_config(tensors, names, *, table, **options):
         attention=tuple(
             2**i for i in range(len(multipliers)) if names.attention.format(i) in tensors
         ),
-        z_width=_shape(tensors, names.ends.format("out"), 4)[names.features],
+        z_width=shape_of(tensors, names.ends.format("out"), 4)[names.features],
         codes=codes,
         code_width=code_width,
         **options,
@@ -291,44 +285,11 @@ def _vqgan_config(tensors, names, *, table, **options):
 
 def _groups(tensors, names):
     """Width, multipliers of it, and blocks of a group."""
-    width = _shape(tensors, names.ends.format("in"), 4)[names.features]
+    width = shape_of(tensors, names.ends.format("in"), 4)[names.features]
     pattern = re.escape(names.conv1).replace(r"\{\}", "{}")
-    count = _count(tensors, pattern.format(r"(\d+)", r"\d+"))
-    sides = [_shape(tensors, names.conv1.format(i, 0), 4)[names.features] for i in range(count)]
+    groups = count(tensors, pattern.format(r"(\d+)", r"\d+"))
+    sides = [shape_of(tensors, names.conv1.format(i, 0), 4)[names.features] for i in range(groups)]
     if not width or any(side % width for side in sides):
         raise WeightsError(f"its groups have {sides} channels, no multiples of the first {width}")
-    blocks = _count(tensors, pattern.format(0, r"(\d+)"))
+    blocks = count(tensors, pattern.format(0, r"(\d+)"))
     return width, tuple(side // width for side in sides), blocks
-
-
-def _count(tensors, pattern: str, *, first: int = 0) -> int:
-    """How many numbers there are where the pattern has its group: first, first + 1 and so on."""
-    numbers = {
-        int(match[1]) for match in (re.fullmatch(pattern, name) for name in tensors) if match
-    }
-    if not numbers or numbers != set(range(first, first + len(numbers))):
-        raise WeightsError(
-            f"it has no tensors {pattern.replace(chr(92), '')} that are numbered from {first} on; "
-            "is it a file of this source?"
-        )
-    return len(numbers)
-
-
-def _shape(tensors, name: str, axes: int) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].ndim != axes:
-        has = list(tensors[name].shape) if name in tensors else "missing"
-        raise WeightsError(
-            f"its tensor {name} is {has}, wanted {axes} axes; is it a file of this source?"
-        )
-    return tensors[name].shape
-
-
-def _state(content: dict[str, Any], file: Path) -> Tensors:
-    """The tensors of a file, which may lie below "state_dict" (Lightning) or "model"."""
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    odd = [str(name) for name, value in content.items() if not isinstance(value, np.ndarray)]
-    if odd or not content:
-        raise WeightsError(f"{file} holds more than tensors or none at all ({', '.join(odd[:4])})")
-    return content

@@ -37,6 +37,22 @@ class Rule(NamedTuple):
     axes: tuple[int, ...] | None = None
 
 
+def norm(theirs: str, ours: str, index: str = "") -> tuple[Rule, ...]:
+    """PyTorch's norm to ours; the index is that of a layer in a stack."""
+    return (
+        Rule(f"{theirs}.weight", f"{ours}/scale{index}"),
+        Rule(f"{theirs}.bias", f"{ours}/bias{index}"),
+    )
+
+
+def linear(theirs: str, ours: str, index: str = "[{i}]") -> tuple[Rule, ...]:
+    """PyTorch's linear layer to ours; the index is the kernel's, with ":" for axes of its input."""
+    return (
+        Rule(f"{theirs}.weight", f"{ours}/kernel{index}", MATRIX),
+        Rule(f"{theirs}.bias", f"{ours}/bias{index.replace(',:', '')}"),
+    )
+
+
 def to_ours(
     tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, Shape]
 ) -> dict[str, np.ndarray]:
