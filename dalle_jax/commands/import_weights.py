@@ -59,7 +59,7 @@ def import_(
       files: Its files, in the order that `dalle-jax models` lists.
       out: Folder for the model.
       px: Side of the images of a codec, in pixels; None for what it was trained on.
-      codec: Of a prior such as dalle-mini: folder of the codec whose codes it samples.
+      codec: Of dalle-mini and mindalle: folder of the codec whose codes it samples.
       name: Short name of the model; None for that of the source.
     """
     check_output_folder("--out", out)
@@ -67,13 +67,14 @@ def import_(
     from dalle_jax.errors import UserError
     from dalle_jax.generate.clip_scorer import Clip
     from dalle_jax.generate.model import Model
+    from dalle_jax.generate.part_checks import CONFIGS
     from dalle_jax.weights import sources
 
     is_prior = source in sources.SOURCES and sources.SOURCES[source].kind == "prior"
     if is_prior != (codec is not None):
         raise UserError(
-            f"--codec is {codec}; dalle-mini needs it (import dalle-mini-vqgan first), and other "
-            "sources have no use for it"
+            f"--codec is {codec}; dalle-mini and mindalle need it (import dalle-mini-vqgan first, "
+            "or mindalle-vqgan), and other sources have no use for it"
         )
     decoder = None if codec is None else Model.load(codec)
     codes = {} if decoder is None else {"codes": decoder.codec.codes}
@@ -94,7 +95,8 @@ def import_(
     if decoder is not None:
         parts |= {"px": decoder.px, "codec": decoder.codec, "codec_params": decoder.codec_params}
         parts["card"] += f"\n## Codec\n\n{decoder.card}"
-        parts |= {"seq2seq": config, "seq2seq_params": imported.params}
+        part = next(part for part, kind in CONFIGS.items() if isinstance(config, kind))
+        parts |= {part: config, f"{part}_params": imported.params}
         model = Model(tokenizer=imported.tokenizer, **parts)
     elif imported.tokenizer is not None:
         model = Clip(config=config, params=imported.params, tokenizer=imported.tokenizer, **parts)
@@ -135,7 +137,13 @@ def export(
 
 def models() -> None:
     """List the models that ship, and what can be imported: files, size, terms, address."""
-    from dalle_jax.generate.model_folder import SHIPPED, read_config, shipped_models
+    from dalle_jax.generate.model_folder import (
+        CODECS,
+        PRIORS,
+        SHIPPED,
+        read_config,
+        shipped_models,
+    )
     from dalle_jax.weights.sources import SOURCES
 
     print("Shipped; by name for --model, or dalle_jax.load:")
@@ -143,7 +151,7 @@ def models() -> None:
         folder = SHIPPED / name
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
         config = read_config(folder)
-        parts = [p for p in ("dvae", "vqgan", "prior", "progressive", "seq2seq") if config.get(p)]
+        parts = [part for part in (*CODECS, *PRIORS) if config.get(part)]
         clip = ", clip" if (folder / "clip").is_dir() else ""
         print(f"  {name}: {config['px']} px, {', '.join(parts)}{clip}; {size:.1f} MB")
     print("\nTo import; dalle-jax import SOURCE FILES --out FOLDER:")

@@ -15,16 +15,18 @@ from jaxtyping import Array, Int, Key, UInt32
 from dalle_jax.errors import UserError
 from dalle_jax.generate import (
     autoregressive_sampler,
+    imported_sampler,
     jacobi_sampler,
     progressive_sampler,
-    seq2seq_sampler,
 )
+from dalle_jax.generate.imported_sampler import ImportedConfig
 from dalle_jax.generate.micro_batching import rectangles
+from dalle_jax.generate.part_checks import AnyPriorConfig
 from dalle_jax.generate.sampling import SamplingConfig
+from dalle_jax.models.gpt_prior import GPTConfig
 from dalle_jax.models.kv_cache import layout
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
-from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption
 
@@ -43,7 +45,7 @@ class Samples(NamedTuple):
 
 
 def sample_codes(
-    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
+    config: AnyPriorConfig,
     params: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -110,7 +112,7 @@ def passes_by_row(samples: Samples) -> Samples:
 
 
 def sample_in_parts(
-    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
+    config: AnyPriorConfig,
     params: Any,
     text: Int[np.ndarray, "U slots"],
     keys: Key[Array, " B"],
@@ -135,8 +137,8 @@ def sample_in_parts(
         yield np.asarray(codes)[None]
         return
     prompt = top_rows(config, known)
-    if isinstance(config, Seq2SeqConfig):
-        codes = seq2seq_sampler.sample(config, params, text, keys, sampling=sampling, **prompt)
+    if isinstance(config, ImportedConfig):
+        codes = imported_sampler.sample(config, params, text, keys, sampling=sampling, **prompt)
         yield np.asarray(codes)[None]
         return
     grids: Int[np.ndarray, "B G G"]
@@ -151,7 +153,7 @@ def sample_in_parts(
 
 
 def top_rows(
-    config: PriorConfig | Seq2SeqConfig, known: Int[np.ndarray, "B G G"] | None
+    config: PriorConfig | ImportedConfig, known: Int[np.ndarray, "B G G"] | None
 ) -> dict[str, Any]:
     """What the autoregressive sampler takes for known cells; UserError unless they are top rows."""
     if known is None:
@@ -166,18 +168,17 @@ def top_rows(
     return {"prompt_codes": np.where(is_known, known, 0), "keep_rows": rows}
 
 
-def bytes_each(
-    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig, sampling: SamplingConfig
-) -> int:
+def bytes_each(config: AnyPriorConfig, sampling: SamplingConfig) -> int:
     """Memory that one image takes while it is sampled."""
     branches = 1 if sampling.guidance in (None, 1) else 2
     if isinstance(config, ProgressiveConfig):  # keys and values, and attention to all cells
         cached = 2 * config.depth * config.length * config.width
         attention = 2 * config.heads * config.image_length * config.length
         return 4 * (cached + attention) * branches
-    if isinstance(config, Seq2SeqConfig):  # keys and values of codes, and of the caption
+    if isinstance(config, ImportedConfig):  # keys and values of codes, and of the caption
         positions = config.image_length + config.text_slots
-        return 2 * 4 * config.width * config.decoder_depth * positions * branches
+        depth = config.depth if isinstance(config, GPTConfig) else config.decoder_depth
+        return 2 * 4 * config.width * depth * positions * branches
     if sampling.decoder == "jacobi":  # what is inside one layer, and the logits
         attention = 2 * config.heads * config.length**2  # at most, of a dense layer
         layer = (4 + config.mlp_ratio) * config.length * config.width

@@ -11,10 +11,8 @@ from jaxtyping import Int
 
 from dalle_jax.generate.code_sampler import bytes_each, caption_hash, image_keys, sample_in_parts
 from dalle_jax.generate.micro_batching import LARGEST, MEMORY
+from dalle_jax.generate.part_checks import AnyPriorConfig
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.models.prior_config import PriorConfig
-from dalle_jax.models.progressive_prior import ProgressiveConfig
-from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption
 
@@ -33,7 +31,7 @@ class ImageSpec(NamedTuple):
 
 
 def sample_jointly(
-    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
+    config: AnyPriorConfig,
     params: Any,
     tokenizer: Tokenizer,
     images: Sequence[ImageSpec],
@@ -66,8 +64,6 @@ def sample_jointly(
         yield passes[-1]
 
 
-def largest_batch(
-    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig, sampling: SamplingConfig
-) -> int:
+def largest_batch(config: AnyPriorConfig, sampling: SamplingConfig) -> int:
     """Images that fit into a batch, at least 1."""
     return max(1, min(LARGEST, MEMORY // bytes_each(config, sampling)))

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dalle_jax.errors import UserError
+from dalle_jax.generate.part_checks import AnyPriorConfig
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
-from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 
 
 def filter_logits(
@@ -115,7 +115,7 @@ def empty_captions(
 
 
 def check_inputs(
-    config: PriorConfig | ProgressiveConfig | Seq2SeqConfig,
+    config: AnyPriorConfig,
     text: Int[Array | np.ndarray, "U slots"],
     keys: Array,
     sampling: SamplingConfig,

@@ -9,6 +9,7 @@
     prior.safetensors        the same, of the autoregressive prior; optional
     progressive.safetensors  of the progressive prior; optional
     seq2seq.safetensors      of dalle-mini's prior; optional
+    gpt.safetensors          of minDALL-E's prior; optional
     tokenizer.model          SentencePiece; there if there is a prior
     clip                     folder of the CLIP that ranks its images (`clip_scorer`); optional
     README.md, LICENSE       model card with the attribution of the data, and terms of the weights
@@ -41,7 +42,7 @@ SHIPPED = Path(__file__).parent.parent / "pretrained"
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 CODECS = {kind: f"{kind}.safetensors" for kind in ("dvae", "vqgan", "maskgit_vqgan")}
 """Codecs, one of which a model has, and their files."""
-PRIORS = {part: f"{part}.safetensors" for part in ("prior", "progressive", "seq2seq")}
+PRIORS = {part: f"{part}.safetensors" for part in ("prior", "progressive", "seq2seq", "gpt")}
 """Priors, and their files."""
 CARD, LICENSE = "README.md", "LICENSE"
 CLIP, CLIP_FOLDER = "clip.safetensors", "clip"

@@ -25,6 +25,7 @@ from dalle_jax.generate.part_checks import (
 )
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
+from dalle_jax.models.gpt_prior import GPTConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
@@ -56,6 +57,8 @@ class ModelParts(Codec):
         progressive_params: Any = None,
         seq2seq: Seq2SeqConfig | None = None,
         seq2seq_params: Any = None,
+        gpt: GPTConfig | None = None,
+        gpt_params: Any = None,
         tokenizer: Tokenizer | None = None,
         clip: Clip | Path | None = None,
         card: str = "",
@@ -79,6 +82,8 @@ class ModelParts(Codec):
           progressive_params: its nested parameters.
           seq2seq: sizes of dalle-mini's prior, which samples code after code; None for none.
           seq2seq_params: its nested parameters.
+          gpt: sizes of minDALL-E's prior, which does so too; None for none.
+          gpt_params: its nested parameters.
           tokenizer: the tokenizer that both were trained with.
           clip: ranks its images; a folder is loaded when the CLIP is first needed.
           card: text of the model card, Markdown, with the attribution of the data.
@@ -104,10 +109,12 @@ class ModelParts(Codec):
             priors["progressive"] = progressive, progressive_params
         if seq2seq is not None:
             priors["seq2seq"] = seq2seq, seq2seq_params
+        if gpt is not None:
+            priors["gpt"] = gpt, gpt_params
         check_parts(self, {part: sizes for part, (sizes, _) in priors.items()})
 
         self.priors: Priors = {}
-        """Sizes and parameters of "prior", "progressive" and "seq2seq", those that there are."""
+        """Sizes and parameters of "prior", "progressive", "seq2seq" and "gpt", those there are."""
         for part, (sizes, params) in priors.items():
             assert tokenizer is not None  # check_parts has seen to it
             tensors = files.to_tensors(params, kernels=kernels)

@@ -12,9 +12,10 @@ import jax
 from dalle_jax.generate import model_folder as files
 from dalle_jax.generate.model_folder import ModelError, Tensors
 from dalle_jax.generate.sampling import Decoder
-from dalle_jax.models import autoregressive_prior, progressive_prior, seq2seq_prior
+from dalle_jax.models import autoregressive_prior, gpt_prior, progressive_prior, seq2seq_prior
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
+from dalle_jax.models.gpt_prior import GPTConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
@@ -23,15 +24,22 @@ DECODERS: dict[str, tuple[Decoder, ...]] = {
     "progressive": ("progressive",),
     "prior": ("autoregressive", "jacobi"),
     "seq2seq": ("autoregressive",),
+    "gpt": ("autoregressive",),
 }
 """What the option `decoder` can be for each prior, the usual ones first."""
-CONFIGS = {"prior": PriorConfig, "progressive": ProgressiveConfig, "seq2seq": Seq2SeqConfig}
+CONFIGS = {
+    "prior": PriorConfig,
+    "progressive": ProgressiveConfig,
+    "seq2seq": Seq2SeqConfig,
+    "gpt": GPTConfig,
+}
 """Sizes of each."""
-AnyPriorConfig = PriorConfig | ProgressiveConfig | Seq2SeqConfig
+AnyPriorConfig = PriorConfig | ProgressiveConfig | Seq2SeqConfig | GPTConfig
 _NETWORKS = {
     "prior": autoregressive_prior,
     "progressive": progressive_prior,
     "seq2seq": seq2seq_prior,
+    "gpt": gpt_prior,
 }
 
 Shapes = dict[str, jax.ShapeDtypeStruct]  # by the names that weights are stored by
@@ -91,6 +99,7 @@ def check_fingerprints(name: str, has: dict[str, str], wanted: dict[str, str]) -
         "prior": f"the prior of model {name!r} is damaged",
         "progressive": f"the progressive prior of model {name!r} is damaged",
         "seq2seq": f"the prior of model {name!r} is damaged",
+        "gpt": f"the prior of model {name!r} is damaged",
     }
     for part, reason in reasons.items():
         if part in wanted and part in has and wanted[part] != has[part]:

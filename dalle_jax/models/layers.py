@@ -20,6 +20,11 @@ NORM_EPSILON = 1e-6  # a prior's activations start near 0.125 / sqrt(D); squared
 Weights = PyTree  # dicts of arrays, by the names of `init_layers`
 
 
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU as x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 def layer(
     weights: Weights,
     x: Float[Array, "..."],
@@ -31,6 +36,7 @@ def layer(
     scale: Float[Array, "2"] | None = None,
     grad_dtype: DTypeLike = jnp.float32,
     epsilon: float = NORM_EPSILON,
+    gelu: Callable[[Array], Array] = quick_gelu,
 ) -> tuple[Float[Array, "..."], Any]:
     """Adds one attention and one MLP branch to the residual stream; each starts with a norm.
 
@@ -45,11 +51,12 @@ def layer(
       scale: gradient scales of the two branches, see `precision.grad_scale`; None for none.
       grad_dtype: type in which gradients of kernels are summed, if dtype is of half precision.
       epsilon: added to the variance in the norms.
+      gelu: of the MLP.
 
     Returns:
       The stream after the layer, and what `attend` passed on.
 
-    Source: Ramesh et al. 2021, appendix B; GELU as x * sigmoid(1.702 x).
+    Source: Ramesh et al. 2021, appendix B.
     """
     linear = linear or partial(project, grad_dtype=grad_dtype)
 
@@ -64,8 +71,7 @@ def layer(
 
     attended, passed_on = attend(linear(weights["qkv"], norm("attention_norm", entering(0, x))))
     x = x + leaving(0, linear(weights["attention_out"], attended))
-    y = linear(weights["mlp_in"], norm("mlp_norm", entering(1, x)))
-    y = y * jax.nn.sigmoid(1.702 * y)
+    y = gelu(linear(weights["mlp_in"], norm("mlp_norm", entering(1, x))))
     return x + leaving(1, linear(weights["mlp_out"], y)), passed_on
 
 

@@ -90,6 +90,13 @@ class Captions(NamedTuple):
     """Slots that hold a token."""
 
 
+def empty_caption(config: Seq2SeqConfig) -> Int[Array, "1 P"]:
+    """The caption without a token, start and end alone."""
+    slots = jnp.arange(config.text_slots, dtype=jnp.int32)
+    ends = jnp.where(slots, config.end_of_text, config.start_of_text)
+    return jnp.where(slots > 1, config.text_vocabulary + slots, ends)[None]
+
+
 def encode(config: Seq2SeqConfig, params: PyTree, text: Int[Array, "U P"]) -> Captions:
     """Reads captions.
 

@@ -63,16 +63,7 @@ class BARTTokenizer(Tokenizer):
     @classmethod
     def from_bytes(cls, data: bytes) -> BARTTokenizer:
         """Reads what `to_bytes` gave; raises TextError if it is damaged."""
-        try:
-            content = json.loads(data)
-            if content["kind"] != "bart":
-                raise ValueError(content["kind"])
-            pairs = [tuple(line.split(" ")) for line in content["merges"]]
-            ids, vocabulary = _numbers(content["ids"]), int(content["vocabulary"])
-            if any(len(pair) != 2 for pair in pairs):
-                raise ValueError("a merge that is no pair")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise TextError(f"the tokenizer is damaged ({error!r:.100}); restore it") from error
+        ids, pairs, vocabulary = from_content(data, "bart")
         return cls(ids, pairs, vocabulary=vocabulary)
 
     @classmethod
@@ -86,11 +77,7 @@ class BARTTokenizer(Tokenizer):
         Raises:
           TextError: if they are no such files, or do not belong together.
         """
-        try:
-            with vocabulary.open("rb") as file:
-                ids = _numbers(json.loads(file.read(_LARGEST)))
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise TextError(f"{vocabulary} is no list of pieces ({error!r:.100})") from error
+        ids = read_vocabulary(vocabulary)
         return cls(ids, read_merges(merges), vocabulary=rows)
 
     def encode(self, captions, *, length, overlong="truncate", dropout=0.0, seeds=None):
@@ -130,6 +117,38 @@ def _words(caption: str) -> Iterator[str]:
                 end += 1
             yield space + "".join(SIGNS[byte] for byte in part[at:end].encode())
             at, space = end, ""
+
+
+def from_content(data: bytes, kind: str) -> tuple[dict[str, int], list[tuple[str, str]], int]:
+    """Reads numbers, merges and V of a saved tokenizer of this kind.
+
+    Raises:
+      TextError: if it is damaged.
+    """
+    try:
+        content = json.loads(data)
+        if content["kind"] != kind:
+            raise ValueError(content["kind"])
+        pairs = [tuple(line.split(" ")) for line in content["merges"]]
+        ids, vocabulary = _numbers(content["ids"]), int(content["vocabulary"])
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a merge that is no pair")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TextError(f"the tokenizer is damaged ({error!r:.100}); restore it") from error
+    return ids, pairs, vocabulary
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Reads the number of each piece from a JSON file.
+
+    Raises:
+      TextError: if it is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return _numbers(json.loads(file.read(_LARGEST)))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise TextError(f"{path} is no list of pieces ({error!r:.100})") from error
 
 
 def _numbers(ids) -> dict[str, int]:

@@ -4,16 +4,22 @@ from pathlib import Path
 
 from dalle_jax.text.bart_bpe import BARTTokenizer
 from dalle_jax.text.bpe import TextError, Tokenizer
+from dalle_jax.text.char_bpe import CharBPETokenizer
 from dalle_jax.text.clip_bpe import CLIPTokenizer
+
+_KINDS: dict[bytes, type[Tokenizer]] = {
+    b'{"kind": "bart"': BARTTokenizer,
+    b'{"kind": "char"': CharBPETokenizer,
+}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads ours, CLIP's or dalle-mini's; TextError if missing or damaged."""
+    """Reads ours, CLIP's, dalle-mini's or minDALL-E's; TextError if missing or damaged."""
     try:
         data = Path(path).read_bytes()
         if data[:1] != b"{":
             return Tokenizer.from_bytes(data)
-        kind = BARTTokenizer if data.startswith(b'{"kind": "bart"') else CLIPTokenizer
-        return kind.from_bytes(data)
+        kinds = (kind for start, kind in _KINDS.items() if data.startswith(start))
+        return next(kinds, CLIPTokenizer).from_bytes(data)
     except (OSError, TextError) as error:
         raise TextError(f"cannot read the tokenizer {path}: {error}") from error

@@ -17,16 +17,18 @@ import numpy as np
 
 from dalle_jax.models import clip as clip_network
 from dalle_jax.models import codec as codecs
-from dalle_jax.models import seq2seq_prior
+from dalle_jax.models import gpt_prior, seq2seq_prior
 from dalle_jax.text.bart_bpe import BARTTokenizer
 from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.char_bpe import CharBPETokenizer
 from dalle_jax.text.clip_bpe import CLIPTokenizer
-from dalle_jax.weights import clip_rules, codec_rules, seq2seq_rules
+from dalle_jax.weights import clip_rules, codec_rules, gpt_rules, seq2seq_rules
 from dalle_jax.weights.errors import WeightsError
 from dalle_jax.weights.rules import Rule, Shape, to_ours
 
 MIT = "MIT"
 APACHE = "Apache-2.0"
+_MINDALLE = "https://github.com/kakaobrain/minDALL-E (dalle/models/__init__.py names the address)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,19 @@ class Source:
     """Size, and what is worth knowing."""
     read: Callable[[Sequence[Path]], dict[str, np.ndarray]]
     config: Callable[..., Any]
+    """Sizes: of a codec by its tensors, else by files too, of a prior with the codec's `codes`."""
     rules: tuple[Rule, ...]
+    tokenizer: Callable[[Sequence[Path], Any], Tokenizer] | None = None
+    """That of a CLIP or prior, by its files and sizes."""
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Of files for which their publisher says it."""
     px: int | None = None
     """Side of images that it was trained on, in pixels; of a CLIP its tensors say it."""
+
+
+def _dalle_mini_config(tensors, files, *, codes):
+    del tensors  # whose sizes config.json says
+    return seq2seq_rules.dalle_mini_config(files[1], codes=codes)
 
 
 SOURCES: dict[str, Source] = {
@@ -126,8 +136,37 @@ SOURCES: dict[str, Source] = {
         licence=APACHE,
         note="438M (mini) and 2.6B (mega) parameters; needs its VQ-GAN, imported, as --codec",
         read=seq2seq_rules.read_dalle_mini,
-        config=seq2seq_rules.dalle_mini_config,
+        config=_dalle_mini_config,
         rules=seq2seq_rules.DALLE_MINI,
+        tokenizer=lambda files, config: BARTTokenizer.from_files(
+            *files[2:], rows=config.text_vocabulary
+        ),
+    ),
+    "mindalle-vqgan": Source(
+        title="VQ-GAN of minDALL-E (Kim et al. 2021), f = 16, 16,384 codes",
+        kind="codec",
+        files=("stage1_last.ckpt",),
+        addresses=(_MINDALLE,),
+        licence="see its page; the network is taming's, under MIT",
+        note="76M parameters, 304 MB; the same network as taming's; in 1.3B.tar.gz",
+        read=codec_rules.read_taming,
+        config=codec_rules.taming_config,
+        rules=codec_rules.TAMING,
+        px=256,
+    ),
+    "mindalle": Source(
+        title="minDALL-E (Kim et al. 2021), captions to codes",
+        kind="prior",
+        files=("stage2_last.ckpt", "bpe-16k-vocab.json", "bpe-16k-merges.txt"),
+        addresses=(_MINDALLE,),
+        licence="CC-BY-NC-SA-4.0",
+        note="1.3B parameters, 5.2 GB, in 1.3B.tar.gz; needs its VQ-GAN, imported, as --codec",
+        read=gpt_rules.read_mindalle,
+        config=gpt_rules.mindalle_config,
+        rules=gpt_rules.MINDALLE,
+        tokenizer=lambda files, config: CharBPETokenizer.from_files(
+            *files[1:], rows=config.text_vocabulary
+        ),
     ),
     "openai-clip": Source(
         title="CLIP (Radford et al. 2021) with a vision transformer, as OpenAI publishes it",
@@ -140,6 +179,7 @@ SOURCES: dict[str, Source] = {
         read=clip_rules.read_openai,
         config=clip_rules.openai_config,
         rules=clip_rules.OPENAI,
+        tokenizer=lambda files, _: CLIPTokenizer.from_merges(files[1]),
     ),
     "hf-clip": Source(
         title="CLIP with a vision transformer, as Hugging Face's transformers keep it",
@@ -151,6 +191,7 @@ SOURCES: dict[str, Source] = {
         read=clip_rules.read_hugging_face,
         config=clip_rules.hugging_face_config,
         rules=clip_rules.HUGGING_FACE,
+        tokenizer=lambda files, _: CLIPTokenizer.from_merges(files[1]),
     ),
 }
 
@@ -193,10 +234,10 @@ def open_source(
                 f"there is no file {file}; {name} is published at {', '.join(source.addresses)}"
             )
     tensors = source.read(files)
-    if source.kind == "prior":
-        return source, source.config(files[1], codes=codes), tensors
-    config = source.config(tensors, files) if source.kind == "clip" else source.config(tensors)
-    return source, config, tensors
+    if source.kind == "codec":
+        return source, source.config(tensors), tensors
+    options = {"codes": codes} if source.kind == "prior" else {}
+    return source, source.config(tensors, files, **options), tensors
 
 
 def convert(
@@ -204,11 +245,7 @@ def convert(
 ) -> Imported:
     """Brings opened tensors under our names; WeightsError if they do not fit."""
     arrays = to_ours(tensors, source.rules, shapes(config))
-    tokenizer: Tokenizer | None = None
-    if source.kind == "clip":
-        tokenizer = CLIPTokenizer.from_merges(files[1])
-    if source.kind == "prior":
-        tokenizer = BARTTokenizer.from_files(*files[2:], rows=config.text_vocabulary)
+    tokenizer = source.tokenizer and source.tokenizer(files, config)
     return Imported(source, config, flax.traverse_util.unflatten_dict(arrays, sep="/"), tokenizer)
 
 
@@ -245,6 +282,8 @@ def shapes(config: Any) -> dict[str, Shape]:
         init = partial(network.init, method=lambda clip: clip.log_scale)
     elif isinstance(config, seq2seq_prior.Seq2SeqConfig):
         init = partial(seq2seq_prior.init_params, config)
+    elif isinstance(config, gpt_prior.GPTConfig):
+        init = partial(gpt_prior.init_params, config)
     else:
         init = partial(codecs.init_params, config)
     shapes = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))

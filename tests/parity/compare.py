@@ -31,6 +31,7 @@ FILES = {
     "taming-vqgan": ("taming-vqgan", ["vqgan.ckpt"]),
     "taming-gumbel": ("taming-vqgan", ["gumbel.ckpt"]),
     "dalle-mini-vqgan": ("dalle-mini-vqgan", ["dalle-mini-vqgan.msgpack"]),
+    "mindalle-vqgan": ("mindalle-vqgan", ["stage1_last.ckpt"]),
     "llamagen-vq": ("llamagen-vq", ["vq_ds16_c2i.pt"]),
     "maskgit-vqgan": ("maskgit-vqgan", ["maskgit.bin"]),
     "openai-clip": ("openai-clip", ["ViT-tiny.pt", "bpe.txt.gz"]),

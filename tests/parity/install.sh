@@ -12,6 +12,7 @@ checkout LlamaGen https://github.com/FoundationVision/LlamaGen ce98ec41803a74a90
 checkout 1d-tokenizer https://github.com/bytedance/1d-tokenizer 942a96fbdd873780179d1b78d5462911528bf8c8
 checkout vqgan-jax https://github.com/patil-suraj/vqgan-jax 10ef240f8ace869e437f3c32d14898f61512db12
 checkout dalle-mini https://github.com/borisdayma/dalle-mini f0be4de610285a002052024a1e096126f9452cc4
+checkout minDALL-E https://github.com/kakaobrain/minDALL-E e5480076b9634e9dc097e1892157ed2cf15a2f86
 checkout CLIP https://github.com/openai/CLIP d05afc436d78f1c48dc0dbf8e5980a9d471f35f6
 
 # the last transformers with flax, beside our own JAX

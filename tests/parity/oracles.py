@@ -223,6 +223,65 @@ def hugging_face_clip():
     write("hf-clip", shapes, tokens=tokens, image=normalize(image), text=normalize(text))
 
 
+def mindalle_module(name):
+    """A module of minDALL-E, without the code around it, which today's Python refuses."""
+    for package in ("dalle", "dalle.models", "dalle.utils"):
+        module = sys.modules.setdefault(package, types.ModuleType(package))
+        module.__path__ = [str(PEERS / "minDALL-E" / package.replace(".", "/"))]
+    return importlib.import_module(f"dalle.{name}")
+
+
+def mindalle_vqgan():
+    import omegaconf
+
+    sizes = omegaconf.OmegaConf.create({
+        "double_z": False, "z_channels": 8, "resolution": 16, "in_channels": 3, "out_ch": 3,
+        "ch": 128, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "pdrop": 0.0,
+    })  # fmt: skip
+    network, shapes = filled(mindalle_module("models.stage1.vqgan").VQGAN(32, 4, sizes))
+    torch.save({"state_dict": network.state_dict()}, OUT / "stage1_last.ckpt")
+    images = 2 * tensor(recipe.images(16)) - 1
+    codes = network.get_codes(images).reshape(2, 8, 8)
+    features = network.quant_conv(network.encoder(images))
+    pixels = network.decode_code(codes)
+    write("mindalle-vqgan", shapes, codes=codes, features=last(features), pixels=last(pixels))
+
+
+def mindalle():
+    import omegaconf
+
+    slots, codes = 20, 24
+    vocabulary = {piece: i for i, piece in enumerate(recipe.PIECES)}
+    folder = OUT / "gpt"
+    for other in filter(None, (OUT, GOLDEN)):
+        (other / "gpt").mkdir(exist_ok=True)
+    (folder / "bpe-16k-vocab.json").write_text(json.dumps(vocabulary))
+    merges = "\n".join(["#version: 0.2", *recipe.MERGES, ""])
+    (folder / "bpe-16k-merges.txt").write_text(merges, encoding="utf-8")
+    tokenizer = mindalle_module("models.tokenizer").build_tokenizer(
+        str(folder), context_length=slots, lowercase=True, dropout=None
+    )
+    text = torch.tensor([tokenizer.encode(caption).ids for caption in recipe.CAPTIONS])
+    sizes = omegaconf.OmegaConf.create({
+        "embed_dim": 128, "n_layers": 2, "n_heads": 2, "n_dense_layers": 2, "ctx_len_img": 16,
+        "ctx_len_txt": slots, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+        "mlp_bias": True, "attn_bias": True, "gelu_use_approx": False,
+    })  # fmt: skip
+    peer = mindalle_module("models.stage2.transformer").Transformer1d
+    network, shapes = filled(peer(len(vocabulary), codes, sizes))
+    torch.save({"state_dict": network.state_dict()}, folder / "stage2_last.ckpt")
+    drawn = torch.from_numpy(np.random.RandomState(0).randint(0, codes, (2, 16)))
+    place = mindalle_module("utils.sampling").get_positional_encoding
+    of_codes, of_text = network(drawn, text[:2], place(drawn), place(text[:2]))
+    greedy = mindalle_module("utils.sampling").sampling(
+        network, text, top_k=1, is_tqdm=False, use_fp16=False, max_seq_len=16
+    )
+    write(
+        "gpt/mindalle", shapes, text=text, codes=drawn, code_logits=of_codes,
+        text_logits=of_text, greedy=greedy,
+    )  # fmt: skip
+
+
 def counts():
     """Parameters of the published sizes, by the peers' own code, without memory."""
     import dall_e
@@ -269,6 +328,26 @@ def counts():
             "llamagen VQ-16": size(llama.VQ_16()),
             "llamagen VQ-8": size(llama.VQ_8()),
             "maskgit-vqgan": size(mask.Encoder(config)) + size(mask.Decoder(config)) + 1024 * 256,
+            "mindalle": size(
+                mindalle_module("models.stage2.transformer").Transformer1d(
+                    16384,
+                    16384,
+                    types.SimpleNamespace(
+                        embed_dim=1536,
+                        n_layers=42,
+                        n_dense_layers=42,
+                        n_heads=24,
+                        ctx_len_img=256,
+                        ctx_len_txt=64,
+                        embd_pdrop=0.0,
+                        resid_pdrop=0.0,
+                        attn_pdrop=0.0,
+                        mlp_bias=True,
+                        attn_bias=True,
+                        gelu_use_approx=False,
+                    ),
+                )
+            ),
             "clip ViT-B/32": size(clip.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)),
         }
     (OUT / "counts.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -284,6 +363,7 @@ if __name__ == "__main__":
     sys.modules["oracles"] = sys.modules["__main__"]  # taming finds Loss by this name
     OUT.mkdir(parents=True, exist_ok=True)
     for oracle in (
-        openai_dvae, taming_vqgans, llamagen, maskgit, openai_clip, hugging_face_clip, counts
+        openai_dvae, taming_vqgans, llamagen, maskgit, openai_clip, hugging_face_clip,
+        mindalle_vqgan, mindalle, counts,
     ):  # fmt: skip
         oracle()

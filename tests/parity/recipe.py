@@ -1,11 +1,18 @@
 """Random weights that need no file: the same numbers here and where PyTorch is."""
 
+import string
 import zlib
 
 import numpy as np
 
 MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "d o", "do g</w>", "r e", "re d</w>", "1 2", "Ã ©"]
 """A small list of merges for CLIP's tokenizer."""
+_SIGNS = string.ascii_lowercase + string.digits + "'&;-Ã©"
+PIECES = [
+    *("[UNK]", "[PAD]", *_SIGNS, *(sign + "</w>" for sign in _SIGNS)),
+    *(merge.replace(" ", "") for merge in MERGES),
+]
+"""Pieces of minDALL-E's tokenizer with these merges; other signs are unknown to it."""
 CAPTIONS = [
     "the cat",
     "The  DOG's red\tcat, isn't it?",

@@ -1,4 +1,4 @@
-"""Samples codes from dalle-mini's prior, one after the other, in one compiled loop.
+"""Samples codes from priors that others trained, one after the other, in one compiled loop.
 
 Letters: U prompts, B images, P caption slots, G grid side, K codebook.
 """
@@ -12,12 +12,16 @@ from jaxtyping import Array, Int, Key
 
 from dalle_jax.generate.logits import check_inputs, guide, sample_logits, traced_options
 from dalle_jax.generate.sampling import SamplingConfig
-from dalle_jax.models import seq2seq_prior
+from dalle_jax.models import gpt_prior, seq2seq_prior
+from dalle_jax.models.gpt_prior import GPTConfig
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
+
+ImportedConfig = Seq2SeqConfig | GPTConfig
+"""Sizes of dalle-mini's prior, or of minDALL-E's."""
 
 
 def sample(
-    config: Seq2SeqConfig,
+    config: ImportedConfig,
     params: dict,
     text: Int[Array | np.ndarray, "U P"],
     keys: Key[Array, " B"],
@@ -28,9 +32,9 @@ def sample(
 ) -> Int[Array, "B G G"]:
     """Samples grids of codes, as `autoregressive_sampler.sample` does from our prior.
 
-    Guidance is against the empty caption, which is start and end alone.
+    Guidance is against the empty caption of the prior.
 
-    Source: Dayma et al. 2021, and the authors' release.
+    Source: Dayma et al. 2021; Kim et al. 2021; the authors' releases.
     """
     check_inputs(config, text, keys, sampling)
     if prompt_codes is None:
@@ -51,33 +55,24 @@ def _sample(
     config, params, text, keys, *, temperature, top_k, top_p, guidance, prompt_codes, prompt_length
 ):
     B, G = keys.shape[0], config.grid
+    network = gpt_prior if isinstance(config, GPTConfig) else seq2seq_prior
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
     if guided:
-        text = jnp.concatenate([text, jnp.broadcast_to(_empty(config), text.shape)])
-    captions = seq2seq_prior.encode(config, params, text)
+        empty = jnp.broadcast_to(network.empty_caption(config), text.shape)
+        text = jnp.concatenate([text, empty])
+    captions = network.encode(config, params, text)
 
     def step(carry, inputs):
         cache, previous = carry
         position, prompt_code = inputs
         previous = jnp.tile(previous, 2) if guided else previous
-        logits, cache = seq2seq_prior.decode_step(
-            config, params, captions, cache, previous, position
-        )
+        logits, cache = network.decode_step(config, params, captions, cache, previous, position)
         of_position = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
         code, _ = sample_logits(guide(logits, guidance), of_position, temperature, top_k, top_p)
         code = jnp.where(position < prompt_length, prompt_code, code)
         return (cache, code), code
 
-    cache = seq2seq_prior.init_cache(config, 2 * B if guided else B)
+    cache = network.init_cache(config, 2 * B if guided else B)
     inputs = jnp.arange(config.image_length), prompt_codes.reshape(B, -1).T
     _, codes = jax.lax.scan(step, (cache, jnp.zeros(B, jnp.int32)), inputs)
     return codes.T.reshape(B, G, G)
-
-
-def _empty(config):
-    """The caption without a token, [1, P]."""
-    slots = jnp.arange(config.text_slots, dtype=jnp.int32)
-    pads = config.text_vocabulary + slots
-    return jnp.where(slots > 1, pads, jnp.where(slots, config.end_of_text, config.start_of_text))[
-        None
-    ]
