@@ -228,7 +228,11 @@ MUTANTS = [
     ),
     # Optimizer and schedules
     Mutant(
-        "biases-decay", "optim/optimizer.py", '== "kernel"', '!= "norm"', "optim/test_optimizer.py"
+        "biases-decay",
+        "optim/optimizer.py",
+        '"kernel", params)',
+        '"norm", params)',
+        "optim/test_optimizer.py",
     ),
     Mutant(
         "second-moment-bound",
