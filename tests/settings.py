@@ -126,6 +126,10 @@ ELSEWHERE = {
         (stage, "grad_dtype"): "needs half precision: tests/train/test_prior_stage.py"
         for stage in ("prior", "progressive")
     },
+    **{
+        (stage, "moments"): "rounds between updates: tests/train/test_prior_stage.py"
+        for stage in ("prior", "progressive")
+    },
 }
 
 
