@@ -24,6 +24,7 @@ from dalle_jax.models.prior_config import PUBLISHED
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR, MeshConfig
 from dalle_jax.planner import plan as planning
+from dalle_jax.planner.topology import tpu_devices
 from dalle_jax.terminal import complaints
 from dalle_jax.train.clip_stage import ClipRun
 from dalle_jax.train.data_options import FolderOptions
@@ -82,6 +83,9 @@ class PlanOptions:
     """Kind of device: a name of `dalle_jax.planner.plan.CHIPS`."""
     efficiency: float = 0.4
     """Share of the chip's peak that products are taken to reach."""
+    topology: str | None = None
+    """A slice of TPUs, such as v5e:16x16, whose compiler is asked too; --devices is then the number
+    of its chips. Needs dalle_jax[tpu]."""
     rank: int | None = None
     """Of PowerSGD, in all; None for the paper's of this width."""
     json: bool = False
@@ -103,17 +107,22 @@ def plan(args: Sequence[str]) -> None:
     with complaints("dalle_12b.py"):
         options = tyro.cli(PlanOptions, prog="dalle_12b.py plan", args=args)
         jax.config.update("jax_platforms", "cpu")
+        tpus = None
+        if options.topology is not None:
+            tpus = tpu_devices(options.topology)
+            options = dataclasses.replace(options, devices=len(tpus))
         jax.config.update("jax_num_cpu_devices", options.devices)
         jax.config.update("jax_disable_most_optimizations", True)  # its program never runs
         found = planned(options)
+        if tpus is not None:
+            jax.config.update("jax_disable_most_optimizations", False)  # this program would run
+            found["tpu_bytes"] = planning.compiled_for(sized(options), tpus)
         print(json.dumps(found) if options.json else report(options, found))
 
 
 def planned(options: PlanOptions) -> dict:
     """Everything that `plan` says, as one JSON object."""
-    run, chip = options.run, planning.CHIPS[options.chip]
-    if options.size is not None:
-        run = dataclasses.replace(run, model=PUBLISHED[options.size])
+    run, chip = sized(options), planning.CHIPS[options.chip]
     mesh = mesh_sizes(run.loop.mesh, options.devices)
     held = planning.bytes_per_device(run, mesh)
     paper = planning.paper_bytes_per_device(run, mesh)
@@ -153,6 +162,13 @@ def planned(options: PlanOptions) -> dict:
         "step_seconds": seconds,
         "efficiency": options.efficiency,
     }
+
+
+def sized(options: PlanOptions) -> PriorRun:
+    """The run, of the size that is asked for."""
+    if options.size is None:
+        return options.run
+    return dataclasses.replace(options.run, model=PUBLISHED[options.size])
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -208,6 +224,12 @@ def report(options: PlanOptions, found: dict) -> str:
             else "No fsdp fits with tensor 1; take other devices, or --precision and "
             "--accumulation-steps."
         )
+    if tpu := found.get("tpu_bytes"):
+        lines += [
+            "",
+            f"The compiler of {options.topology}, GB a device: "
+            + ", ".join(f"{name} {size * gb:.2f}" for name, size in tpu.items()),
+        ]
     lines += [
         "",
         f"Read from the update compiled for {found['devices']} virtual devices, all layers:",

@@ -5,8 +5,10 @@ state of a group, each working on images of its own, "tensor" those that share t
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,13 +40,16 @@ class MeshConfig:
                 raise UserError(f"mesh {field.name} is {size}, but has to be at least 1")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Arranges all devices of all processes.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices.
 
+    Args:
+      config: sizes of the axes.
+      devices: those to arrange; None for all of all processes.
     Raises:
       UserError: if their number does not fit the sizes.
     """
-    devices = jax.device_count()
+    given, devices = devices, jax.device_count() if devices is None else len(devices)
     shared = config.fsdp * config.tensor
     data = devices // shared if config.data is None else config.data
     if data * shared != devices:
@@ -54,7 +59,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"{devices} devices; their product has to be, or to divide, that number"
         )
     sizes = {DATA: data, FSDP: config.fsdp, TENSOR: config.tensor}
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+    axes = (tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(*axes, devices=given)
 
 
 def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:

@@ -10,9 +10,11 @@ Letters: B images of a backward pass on one device, T positions, D width, F mlp,
 import dataclasses
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,8 +222,52 @@ def compiled_update(run: PriorRun) -> tuple[list[Collective], dict[str, int]]:
       state and the batch, and "temporaries". A CPU's compiler computes bfloat16 in float32 and
       does not mind to gather many layers at once, so that its temporaries are no forecast.
     """
-    stage, mesh = _stage(run), make_mesh(run.loop.mesh)
-    shapes = _shapes(run)
+    mesh = make_mesh(run.loop.mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        compiled = _lowered(run, mesh).compile(compiler_options=options)
+        (text,) = Path(folder).glob("*.after_spmd-partitioning.*")
+        sent = collectives(text.read_text(), dict(mesh.shape))
+    memory = compiled.memory_analysis()
+    return sent, {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+
+
+def compiled_for(run: PriorRun, devices: Sequence[Any]) -> dict[str, int]:
+    """Compiles the update for devices that need not be here, from shapes.
+
+    Args:
+      run: the settings; nothing of them is made smaller.
+      devices: as from `topology.tpu_devices`.
+    Returns:
+      Bytes of one device by the compiler of those devices: "arguments", the state and the batch;
+      "temporaries"; and "program", its code.
+    Raises:
+      UserError: if the update does not fit them, with what the compiler says.
+    """
+    lowered = _lowered(run, make_mesh(run.loop.mesh, devices))
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the update does not fit {len(devices)} x {devices[0].device_kind}: {said}; give more "
+            "chips, a higher --mesh.fsdp or more --accumulation-steps"
+        ) from error
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+
+
+def _lowered(run, mesh):
+    """The update on a mesh, before it is compiled."""
+    stage, shapes = _stage(run), _shapes(run)
     places = shardings(shapes, mesh, stage.rules)
     batch = {
         "text": ((run.batch_size, run.model.text_length - 1), jnp.int32),
@@ -238,17 +284,9 @@ def compiled_update(run: PriorRun) -> tuple[list[Collective], dict[str, int]]:
         ema_every=run.loop.ema_every,
         ema_decay=run.loop.ema_decay,
     )
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+    with jax.set_mesh(mesh):
         placed = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        compiled = placed.lower(state, batch).compile(compiler_options=options)
-        (text,) = Path(folder).glob("*.after_spmd-partitioning.*")
-        sent = collectives(text.read_text(), dict(mesh.shape))
-    memory = compiled.memory_analysis()
-    return sent, {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-    }
+        return placed.lower(state, batch)
 
 
 def step_flops(run: PriorRun) -> float:
