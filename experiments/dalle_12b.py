@@ -24,6 +24,7 @@ from dalle_jax.models.prior_config import PUBLISHED
 from dalle_jax.models.vqgan import VQGANConfig
 from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR, MeshConfig
 from dalle_jax.planner import plan as planning
+from dalle_jax.planner.compiled_step import compiled_for, compiled_update
 from dalle_jax.planner.topology import tpu_devices
 from dalle_jax.terminal import complaints
 from dalle_jax.train.clip_stage import ClipRun
@@ -84,8 +85,8 @@ class PlanOptions:
     efficiency: float = 0.4
     """Share of the chip's peak that products are taken to reach."""
     topology: str | None = None
-    """A slice of TPUs, such as v5e:16x16, whose compiler is asked too; --devices is then the number
-    of its chips. Needs dalle_jax[tpu]."""
+    """A slice of TPUs, such as v5e:16x16, whose compiler is asked too; --devices and --chip are
+    then those of the slice. Needs dalle_jax[tpu]."""
     rank: int | None = None
     """Of PowerSGD, in all; None for the paper's of this width."""
     json: bool = False
@@ -110,13 +111,14 @@ def plan(args: Sequence[str]) -> None:
         tpus = None
         if options.topology is not None:
             tpus = tpu_devices(options.topology)
-            options = dataclasses.replace(options, devices=len(tpus))
+            chip = f"TPU-{options.topology.partition(':')[0]}"
+            options = dataclasses.replace(options, devices=len(tpus), chip=chip)
         jax.config.update("jax_num_cpu_devices", options.devices)
         jax.config.update("jax_disable_most_optimizations", True)  # its program never runs
         found = planned(options)
         if tpus is not None:
             jax.config.update("jax_disable_most_optimizations", False)  # this program would run
-            found["tpu_bytes"] = planning.compiled_for(sized(options), tpus)
+            found["tpu_bytes"] = compiled_for(sized(options), tpus)
         print(json.dumps(found) if options.json else report(options, found))
 
 
@@ -126,7 +128,7 @@ def planned(options: PlanOptions) -> dict:
     mesh = mesh_sizes(run.loop.mesh, options.devices)
     held = planning.bytes_per_device(run, mesh)
     paper = planning.paper_bytes_per_device(run, mesh)
-    sent, compiled = planning.compiled_update(run)
+    sent, compiled = compiled_update(run)
     rank = (
         options.rank or RANKS[min(RANKS, key=lambda s: abs(PUBLISHED[s].width - run.model.width))]
     )

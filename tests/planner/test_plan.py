@@ -1,16 +1,20 @@
 """The plan of a run is what one can count by hand, and the compiled update sends what it has to."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from dalle_jax.errors import UserError
 from dalle_jax.models.prior_config import PUBLISHED, PriorConfig
-from dalle_jax.planner import plan
+from dalle_jax.parallel.mesh import MeshConfig
+from dalle_jax.planner import compiled_step, plan, topology
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorRun
 
@@ -118,3 +122,28 @@ def test_flops_of_an_update_are_six_a_weight_and_two_more_to_compute_layers_agai
 def test_a_batch_that_does_not_go_around_is_refused():
     with pytest.raises(ValueError, match="a batch of 8 images cannot be spread over data=4 x"):
         plan.images_per_device(run(), {"data": 4, "fsdp": 4, "tensor": 1})
+
+
+def test_the_update_is_compiled_for_the_devices_that_are_given():
+    one = run(batch_size=1, precision="float32", scan_layers=False)
+    found = compiled_step.compiled_for(one, jax.devices()[:1])
+    held = plan.bytes_per_device(one, {"data": 1, "fsdp": 1, "tensor": 1})
+    state, batch = held["weights"] + held["moments"] + held["ema"], 4 * (7 + 16)
+    assert state + batch < found["arguments"] < state + batch + 64  # a key and counters
+    assert found["temporaries"] > 0
+    with pytest.raises(UserError, match="a mesh of fsdp=2 x tensor=1 does not fit 1 devices"):
+        loop = dataclasses.replace(one.loop, mesh=MeshConfig(fsdp=2))
+        compiled_step.compiled_for(dataclasses.replace(one, loop=loop), jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed"
+)
+def test_a_tpus_compiler_gives_the_state_the_bytes_that_are_counted():
+    loop = LoopConfig(steps=10, mesh=MeshConfig(fsdp=4))
+    found = compiled_step.compiled_for(run(loop=loop), topology.tpu_devices("v5e:2x2"))
+    held = plan.bytes_per_device(run(loop=loop), {"data": 1, "fsdp": 4, "tensor": 1})
+    state = held["weights"] + held["moments"] + held["ema"]
+    assert state < found["arguments"] < 1.2 * state + 2**16  # a TPU pads small arrays
+    assert found["temporaries"] > 0
