@@ -227,10 +227,13 @@ def report(options: PlanOptions, found: dict) -> str:
             "--accumulation-steps."
         )
     if tpu := found.get("tpu_bytes"):
+        total, has = sum(tpu.values()), planning.CHIPS[options.chip].memory
+        verdict = "fits" if total <= has else "does not fit"
         lines += [
             "",
             f"The compiler of {options.topology}, GB a device: "
-            + ", ".join(f"{name} {size * gb:.2f}" for name, size in tpu.items()),
+            + ", ".join(f"{name} {size * gb:.2f}" for name, size in tpu.items())
+            + f"; {total * gb:.2f} in all, which {verdict} into {has * gb:.2f}.",
         ]
     lines += [
         "",

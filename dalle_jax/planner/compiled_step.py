@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from dalle_jax.errors import UserError
 from dalle_jax.parallel.mesh import BATCH, make_mesh
 from dalle_jax.parallel.sharding_rules import shardings
 from dalle_jax.planner.collectives import Collective, collectives
@@ -49,21 +48,12 @@ def compiled_for(run: PriorRun, devices: Sequence[Any]) -> dict[str, int]:
       devices: as from `topology.tpu_devices`.
     Returns:
       Bytes of one device by the compiler of those devices: "arguments", the state and the batch;
-      "temporaries"; and "program", its code.
+      "temporaries"; and "program", its code. The compiler does not mind if they are more than a
+      device has.
     Raises:
-      UserError: if the update does not fit them, with what the compiler says.
+      UserError: if the number of devices does not fit the mesh of the run.
     """
-    lowered = _lowered(run, make_mesh(run.loop.mesh, devices))
-    try:
-        memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the update does not fit {len(devices)} x {devices[0].device_kind}: {said}; give more "
-            "chips, a higher --mesh.fsdp or more --accumulation-steps"
-        ) from error
+    memory = _lowered(run, make_mesh(run.loop.mesh, devices)).compile().memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
