@@ -1,7 +1,7 @@
 """What the order of filling is worth: progressive priors that differ in nothing else, on people.
 
     python experiments/orders.py train --workdir runs/orders       # every prior; goes on if stopped
-    python experiments/orders.py draw --workdir runs/orders --out docs/orders.md
+    python experiments/orders.py draw --workdir runs/orders --out orders.md
 
 In the world of `people.py` a caption has one true image, so a drawing is right if no other of
 the true images, training's and held-out ones alike, is nearer to it. The model's autoregressive
