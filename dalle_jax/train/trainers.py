@@ -21,7 +21,7 @@ from dalle_jax.data.sources import ConcatSource, DataSource
 from dalle_jax.generate.clip_scorer import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.parallel.mesh import gather_to_host
-from dalle_jax.parallel.processes import is_leader
+from dalle_jax.parallel.processes import is_leader, leader_first
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import run_settings
 from dalle_jax.train.clip_stage import ClipRun, ClipStage
@@ -77,8 +77,9 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
         card=_card(name, data, [stage_summary(stage.name, run, state.step, workdir)]),
         license=data.license,
     )
-    if is_leader():
-        model.save(workdir / "model")
+    with leader_first("codec"):  # the others may open it next
+        if is_leader():
+            model.save(workdir / "model")
     return model
 
 
