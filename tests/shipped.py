@@ -11,7 +11,7 @@ SAMPLING = SamplingConfig(temperature=0.9, top_k=200, top_p=0.98, guidance=2.0)
 TILE = 8  # pixels
 
 
-def drawn(model, part, captions, *, params=None):
+def sampled(model, part, captions, *, params=None):
     """Codes [captions, G, G] that a prior of a model samples, one grid for each caption."""
     sizes, own = model.priors[part]
     params = own if params is None else params

@@ -27,7 +27,7 @@ def test_every_shipped_prior_has_golden_codes():
 def test_a_shipped_prior_samples_its_golden_codes(name, part):
     # The captions are such that rounding changes no code (make_codes.py); the share is for more.
     golden = GOLDEN[name]["priors"][part]
-    codes = shipped.drawn(opened(name), part, golden["captions"])
+    codes = shipped.sampled(opened(name), part, golden["captions"])
     assert (codes == np.array(golden["codes"])).mean() >= 0.95
 
 

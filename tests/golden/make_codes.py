@@ -29,10 +29,10 @@ def moved(params, share):
 def golden(model, captions):
     found = {}
     for part, (_, params) in model.priors.items():
-        grids = shipped.drawn(model, part, captions)
+        grids = shipped.sampled(model, part, captions)
         steady = np.ones(len(captions), bool)
         for share in MOVED:
-            others = shipped.drawn(model, part, captions, params=moved(params, share))
+            others = shipped.sampled(model, part, captions, params=moved(params, share))
             steady &= (grids == others).all((1, 2))
         print(model.name, part, f"{steady.sum()} of {len(steady)} captions are steady")
         chosen = np.flatnonzero(steady)[:CAPTIONS]
