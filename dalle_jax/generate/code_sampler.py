@@ -170,7 +170,7 @@ def top_rows(
 
 def bytes_each(config: AnyPriorConfig, sampling: SamplingConfig) -> int:
     """Memory that one image takes while it is sampled."""
-    branches = 1 if sampling.guidance in (None, 1) else 2
+    branches = 2 if sampling.guided else 1
     if isinstance(config, ProgressiveConfig):  # keys and values, and attention to all cells
         cached = 2 * config.depth * config.length * config.width
         attention = 2 * config.heads * config.image_length * config.length

@@ -110,6 +110,11 @@ class SamplingConfig:
                         f"{name} is {getattr(self, name)}, but only the progressive decoder has it"
                     )
 
+    @property
+    def guided(self) -> bool:
+        """Whether logits without the caption are needed too: twice the work."""
+        return self.guidance not in (None, 1)
+
     def describe(self) -> str:
         """Names the options that are not at their defaults, or says "as trained"."""
         changed = [

@@ -12,17 +12,13 @@ Sennrich et al. 2016.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
-from dalle_jax.errors import UserError
-from dalle_jax.text.bart_bpe import from_content, read_vocabulary
-from dalle_jax.text.bpe import TextError, Tokenizer
-from dalle_jax.text.clip_bpe import merge, read_merges
+from dalle_jax.text.bpe import TextError
+from dalle_jax.text.clip_bpe import merge
+from dalle_jax.text.published_bpe import PublishedBPETokenizer
 
 UNKNOWN, PAD = "[UNK]", "[PAD]"
 _END = "</w>"
@@ -33,8 +29,10 @@ _IDEOGRAPHS = (
 """First and last of each range, as in tokenizers, whose range from 2B920 on is Unicode's 2B820."""
 
 
-class CharBPETokenizer(Tokenizer):
+class CharBPETokenizer(PublishedBPETokenizer):
     """Pieces with numbers of their own; V is the number that the prior has rows for."""
+
+    KIND = "char"
 
     def __init__(
         self, ids: Mapping[str, int], merges: Sequence[tuple[str, str]], *, vocabulary: int
@@ -58,38 +56,13 @@ class CharBPETokenizer(Tokenizer):
                 "do the files belong together?"
             )
         self._texts = {number: piece for piece, number in self._ids.items()}
-        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.vocabulary = vocabulary
-        self.truncated = 0
-        content = {"kind": "char", "vocabulary": vocabulary, "ids": self._ids}
-        content["merges"] = [" ".join(pair) for pair in merges]
-        self._data = json.dumps(content, ensure_ascii=False).encode()
-        self.fingerprint = hashlib.sha256(self._data).hexdigest()
+        self._remember(merges, vocabulary)
         self._encoded = functools.lru_cache(2**16)(self._encode)
 
     @property
     def pad(self) -> int:
         """Number of the pad, which the prior wants to know."""
         return self._ids[PAD]
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> CharBPETokenizer:
-        """Reads what `to_bytes` gave; raises TextError if it is damaged."""
-        ids, merges, vocabulary = from_content(data, "char")
-        return cls(ids, merges, vocabulary=vocabulary)
-
-    @classmethod
-    def from_files(cls, vocabulary: Path, merges: Path, *, rows: int) -> CharBPETokenizer:
-        """Reads the published files.
-
-        Args:
-          vocabulary: bpe-16k-vocab.json.
-          merges: bpe-16k-merges.txt.
-          rows: V, tokens that the prior has rows for.
-        Raises:
-          TextError: if they are no such files, or do not belong together.
-        """
-        return cls(read_vocabulary(vocabulary), read_merges(merges), vocabulary=rows)
 
     def decode(self, ids) -> str:
         """Returns the caption of one row of ids, spaces between its words; pads say nothing."""
@@ -103,9 +76,6 @@ class CharBPETokenizer(Tokenizer):
         signs = [*word[:-1], word[-1] + _END]
         known = [sign if sign in self._ids else UNKNOWN for sign in signs]
         return [self._ids[piece] for piece in merge(known, self._ranks)]
-
-    def _draw(self, caption: str, dropout: float, seed: int) -> list[int]:
-        raise UserError("the tokenizer of an imported model has no BPE dropout; leave it at 0")
 
 
 def _words(caption: str) -> Iterator[str]:
