@@ -95,7 +95,7 @@ def vqgan(preset: str) -> VQGANRun:
 
 
 def prior(preset: str) -> PriorRun:
-    """48 text positions and 144 codes: 3.5M parameters (cpu) or 8.2M (gpu)."""
+    """48 text positions, 144 codes: 3.5M parameters (cpu) or 7.4M (gpu) if progressive."""
     sizes = {
         "cpu": {"width": 192, "depth": 6, "heads": 6},
         "gpu": {"width": 256, "depth": 8, "heads": 8},
@@ -116,7 +116,7 @@ def prior(preset: str) -> PriorRun:
 
 
 def clip() -> ClipRun:
-    """36 patches of 16 px and 46 caption slots: 1.7M parameters, for either preset."""
+    """36 patches of 16 px and 46 caption slots: 1.6M parameters, for either preset."""
     image = {"px": 96, "patch": 16, "image_width": 128, "image_depth": 4, "image_heads": 4}
     text = {"text_width": 128, "text_depth": 2, "text_heads": 4, "text_length": 48}
     return short_clip_run(
