@@ -41,6 +41,21 @@ def page(server):
 
 @pytest.mark.browser
 @pytest.mark.slow
+def test_a_prompt_entered_before_the_model_is_known_waits_for_it(page):
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload(wait_until="domcontentloaded")
+    page.get_by_label("Prompt").fill("red apple")
+    page.get_by_label("Images", exact=True).fill("1")
+    page.get_by_label("Seed").fill("7")
+    page.keyboard.press("Enter")
+    assert page.get_by_label("Decoder").input_value() == ""
+    held[0].continue_()
+    page.locator("article").filter(has_text="seed 7").wait_for()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
 def test_people_generate_vary_edit_and_read_errors(page, server):
     page.get_by_label("Prompt").fill("red apple")
     page.get_by_label("Images", exact=True).fill("2")
