@@ -121,7 +121,10 @@ ELSEWHERE = {
         for field in ("optimizer", "muon_learning_rate")
     },
     ("vqgan", "model.quantizer"): "training has one: tests/train/test_vqgan_stage.py",
-    ("vqgan", "model.unit_pixels"): "training refuses it: tests/train/test_vqgan_stage.py",
+    **{
+        ("vqgan", f"model.{field}"): "training refuses it: tests/train/test_vqgan_stage.py"
+        for field in ("unit_pixels", "wavelets")
+    },
     **{
         (stage, "grad_dtype"): "needs half precision: tests/train/test_prior_stage.py"
         for stage in ("prior", "progressive")

@@ -59,7 +59,7 @@ def import_(
       files: Its files, in the order that `dalle-jax models` lists.
       out: Folder for the model.
       px: Side of the images of a codec, in pixels; None for what it was trained on.
-      codec: Of dalle-mini and mindalle: folder of the codec whose codes it samples.
+      codec: Of dalle-mini, mindalle and malevich: folder of the codec whose codes it samples.
       name: Short name of the model; None for that of the source.
     """
     check_output_folder("--out", out)
@@ -73,8 +73,9 @@ def import_(
     is_prior = source in sources.SOURCES and sources.SOURCES[source].kind == "prior"
     if is_prior != (codec is not None):
         raise UserError(
-            f"--codec is {codec}; dalle-mini and mindalle need it (import dalle-mini-vqgan first, "
-            "or mindalle-vqgan), and other sources have no use for it"
+            f"--codec is {codec}; dalle-mini, mindalle and malevich need it (import "
+            "dalle-mini-vqgan, mindalle-vqgan or malevich-vqgan first), and other sources have no "
+            "use for it"
         )
     decoder = None if codec is None else Model.load(codec)
     codes = {} if decoder is None else {"codes": decoder.codec.codes}

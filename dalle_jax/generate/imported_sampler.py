@@ -17,7 +17,7 @@ from dalle_jax.models.gpt_prior import GPTConfig
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
 
 ImportedConfig = Seq2SeqConfig | GPTConfig
-"""Sizes of dalle-mini's prior, or of minDALL-E's."""
+"""Sizes of dalle-mini's prior, or of minDALL-E's or ruDALL-E's."""
 
 
 def sample(
@@ -34,7 +34,7 @@ def sample(
 
     Guidance is against the empty caption of the prior.
 
-    Source: Dayma et al. 2021; Kim et al. 2021; the authors' releases.
+    Source: Dayma et al. 2021; Kim et al. 2021; ruDALL-E (2021); the authors' releases.
     """
     check_inputs(config, text, keys, sampling)
     if prompt_codes is None:

@@ -9,7 +9,7 @@
     prior.safetensors        the same, of the autoregressive prior; optional
     progressive.safetensors  of the progressive prior; optional
     seq2seq.safetensors      of dalle-mini's prior; optional
-    gpt.safetensors          of minDALL-E's prior; optional
+    gpt.safetensors          of minDALL-E's or ruDALL-E's prior; optional
     tokenizer.model          SentencePiece; there if there is a prior
     clip                     folder of the CLIP that ranks its images (`clip_scorer`); optional
     README.md, LICENSE       model card with the attribution of the data, and terms of the weights

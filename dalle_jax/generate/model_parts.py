@@ -82,7 +82,7 @@ class ModelParts(Codec):
           progressive_params: its nested parameters.
           seq2seq: sizes of dalle-mini's prior, which samples code after code; None for none.
           seq2seq_params: its nested parameters.
-          gpt: sizes of minDALL-E's prior, which does so too; None for none.
+          gpt: sizes of minDALL-E's or ruDALL-E's prior, which do so too; None for none.
           gpt_params: its nested parameters.
           tokenizer: the tokenizer that both were trained with.
           clip: ranks its images; a folder is loaded when the CLIP is first needed.

@@ -1,22 +1,35 @@
-"""The prior of minDALL-E: a GPT over caption tokens and image codes, dense and causal.
+"""The priors of minDALL-E and of ruDALL-E Malevich: GPTs over caption tokens and image codes.
 
-Positions are learned, norms come first in each branch, GELU is exact, and text and codes have
-tables and heads of their own. There is no start token: the last caption slot predicts code 0, and
-slots without a token hold a pad, which is looked at like any other.
+Positions are learned, norms come first in each branch, and text and codes have tables and heads of
+their own. There is no start of the image: the last caption slot predicts code 0, and slots without
+a token hold a pad, which is looked at like any other.
 
-    position   0 .. P-2        P-1            P .. P+I-2
-    input      slot 0 .. P-2   slot P-1       code 0 .. I-2
-    predicts   slot 1 .. P-1   code 0         code 1 .. I-1
+    position   0 .. S-1        S              S+1 .. T-1
+    input      slots           last slot      code 0 .. I-2
+    predicts   the slot after  code 0         code 1 .. I-1
+
+                     minDALL-E           Malevich v3          Malevich v2
+    attention        dense               row, column, conv    the same, one position earlier
+    conv             -                   a square window      one that wraps around the edges
+    text before S    slot 0 .. P-2       slot 0 .. P-2        a start, then slot 0 .. P-2
+    pad              one                 one for each slot    one for each slot
+    codes lie at     cells               rows and columns     rows and columns
+    GELU             exact               by tanh              by tanh
+
+Malevich norms what a branch adds, too ("sandwich"), and has two norms before its heads. In v3 the
+last slot counts as text; in v2 as the position of the image before code 0, as in the paper, so
+that a code is predicted with the mask of its own cell.
 
 Letters: U prompts, W images of each, B images, P caption slots, I = G * G codes, T positions,
 D width, N heads, H head size, V text vocabulary, K codebook, L layers.
-Source: Kim et al. 2021, "minDALL-E on Conceptual Captions", and the authors' release; Radford et
-al. 2019 (GPT-2).
+Source: Kim et al. 2021, "minDALL-E on Conceptual Captions"; ruDALL-E (2021, 2022); the authors'
+releases; Radford et al. 2019 (GPT-2); Ding et al. 2021 (CogView: the sandwich). Left out are
+Malevich's ways to stay within float16, which change no result in float32.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +39,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from dalle_jax.errors import UserError
 from dalle_jax.models.attention import dense
 from dalle_jax.models.layers import (
+    SANDWICH,
     init_layers,
     init_norm,
     layer,
@@ -33,15 +47,21 @@ from dalle_jax.models.layers import (
     normal,
     split_qkv,
 )
+from dalle_jax.models.masks import attention_mask, layer_kinds, window_mask
 
 EPSILON = 1e-5
 """Added to the variance in the norms."""
+START, END = 2, 3
+"""Text tokens that Malevich has built in."""
+Variant = Literal["mindalle", "malevich-v2", "malevich-v3"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     """Sizes of the prior; the defaults are those of minDALL-E."""
 
+    variant: Variant = "mindalle"
+    """Whose prior it is."""
     width: int = 1536
     """Width D; the MLP is four times as wide."""
     depth: int = 42
@@ -49,28 +69,41 @@ class GPTConfig:
     heads: int = 24
     """Attention heads N."""
     text_vocabulary: int = 16384
-    """Text tokens V, the pad included."""
+    """Text tokens V, minDALL-E's pad included; Malevich's table also has a pad for each slot."""
     text_slots: int = 64
     """Slots P of a caption."""
     grid: int = 16
     """Side G of the grid of codes."""
     codes: int = 16384
     """Codes K of the codec."""
-    pad: int
-    """Token of slots that a caption leaves empty."""
+    pad: int | None = None
+    """Token of slots that a caption leaves empty; None for a pad of each slot, as Malevich has."""
 
     def __post_init__(self):
-        for name, size in vars(self).items():
-            if size < (name != "pad"):
+        if self.variant not in get_args(Variant):
+            raise UserError(
+                f"prior variant is {self.variant!r}, but must be one of {list(get_args(Variant))}"
+            )
+        sizes = {name: size for name, size in vars(self).items() if name not in ("variant", "pad")}
+        for name, size in sizes.items():
+            if size < 1:
                 raise UserError(f"prior {name} is {size}; it must be at least 1")
         if self.width % self.heads:
             raise UserError(
                 f"prior width is {self.width}, but must be a multiple of its {self.heads} heads"
             )
-        if self.pad >= self.text_vocabulary:
+        if self.is_malevich:
+            if self.pad is not None:
+                raise UserError(f"prior pad is {self.pad}, but Malevich has one for each slot")
+        elif self.pad is None or not 0 <= self.pad < self.text_vocabulary:
             raise UserError(
                 f"prior pad is {self.pad}, but must be a token below {self.text_vocabulary}"
             )
+
+    @property
+    def is_malevich(self) -> bool:
+        """Whether it is one of ruDALL-E's."""
+        return self.variant != "mindalle"
 
     @property
     def text_length(self) -> int:
@@ -93,8 +126,11 @@ class Captions(NamedTuple):
 
 
 def empty_caption(config: GPTConfig) -> Int[Array, "1 P"]:
-    """The caption without a token; the release was not trained with it."""
-    return config.text_vocabulary + jnp.arange(config.text_slots, dtype=jnp.int32)[None]
+    """The caption without a token; the releases were not trained with it."""
+    text = config.text_vocabulary + jnp.arange(config.text_slots, dtype=jnp.int32)
+    if config.is_malevich:
+        text = jnp.concatenate([jnp.array([START, END], jnp.int32), text[2:]])
+    return text[None]
 
 
 def encode(config: GPTConfig, params: PyTree, text: Int[Array, "U P"]) -> Captions:
@@ -107,14 +143,15 @@ def encode(config: GPTConfig, params: PyTree, text: Int[Array, "U P"]) -> Captio
     """
     x = _embed_text(config, params, text)
     x, last = x[:, :-1], x[:, -1]
-    _, (keys, values) = jax.lax.scan(partial(_causal_layer, params), x, params["layers"])
+    causal = jnp.tri(x.shape[1], dtype=bool)[None]
+    _, (keys, values) = _layers(config, params, x, causal, jnp.zeros(config.depth, int))
     return Captions(keys, values, last)
 
 
 def forward(
     config: GPTConfig, params: PyTree, text: Int[Array, "B P"], codes: Int[Array, "B I"]
 ) -> tuple[Float[Array, "B slots V"], Float[Array, "B I K"]]:
-    """Logits of the caption's tokens after the first, and of every code.
+    """Logits of the text after its first position, and of every code.
 
     Args:
       config: sizes.
@@ -123,11 +160,14 @@ def forward(
       codes: in raster order; the last one is only predicted.
     """
     cells = jnp.arange(config.image_length - 1)
-    codes = _embed_codes(params, codes[:, :-1], cells)
+    codes = _embed_codes(config, params, codes[:, :-1], cells)
     x = jnp.concatenate([_embed_text(config, params, text), codes], axis=1)  # B T D
-    x, _ = jax.lax.scan(partial(_causal_layer, params), x, params["layers"])
-    P = config.text_slots
-    return _logits(params, x[:, : P - 1], "text"), _logits(params, x[:, P - 1 :], "image")
+    S = x.shape[1] - config.image_length
+    of_image, of_layer = _image_masks(config)
+    masks = np.tile(np.tri(x.shape[1], dtype=bool), (len(of_image), 1, 1))
+    masks[:, S:, S:] = of_image
+    x, _ = _layers(config, params, x, jnp.asarray(masks), jnp.asarray(of_layer))
+    return _logits(params, x[:, :S], "text"), _logits(params, x[:, S:], "image")
 
 
 def init_cache(config: GPTConfig, images: int) -> Float[Array, "2 L B I N H"]:
@@ -156,13 +196,14 @@ def decode_step(
     Returns:
       The logits, and the cache with this position.
     """
-    codes = _embed_codes(params, previous[:, None], (position - 1)[None])
+    codes = _embed_codes(config, params, previous[:, None], (position - 1)[None])
     last = jnp.repeat(captions.last, len(previous) // len(captions.last), axis=0)[:, None]
     x = jnp.where(position == 0, last, codes)  # B 1 D
-    seen = jnp.arange(config.image_length) <= position
+    masks, of_layer = _image_masks(config)
+    seen_by_kind = jnp.asarray(masks)[:, position]  # kinds I
 
     def body(x, inputs):
-        weights, old, of_caption = inputs
+        weights, old, of_caption, kind = inputs
 
         def attend(qkv):
             query, *new = split_qkv(qkv.astype(jnp.float32))
@@ -170,68 +211,105 @@ def decode_step(
                 jax.lax.dynamic_update_slice_in_dim(*pair, position, axis=1)
                 for pair in zip(old, new, strict=True)
             )
+            seen = seen_by_kind[kind]
             return _attend(query, of_caption, grown, seen).astype(qkv.dtype), grown
 
-        return _layer(params, weights, x, attend)
+        return _layer(config, params, weights, x, attend)
 
-    inputs = params["layers"], tuple(cache), (captions.keys, captions.values)
+    captions_read = captions.keys, captions.values
+    inputs = params["layers"], tuple(cache), captions_read, jnp.asarray(of_layer)
     x, grown = jax.lax.scan(body, x, inputs)
     return _logits(params, x, "image")[:, 0], jnp.stack(grown)
 
 
 def init_params(config: GPTConfig, key: Key[Array, ""]) -> PyTree:
-    """Initialises the parameters from N(0, 0.02^2) as the release does; layers are stacked."""
-    D, V, K = config.width, config.text_vocabulary, config.codes
-    kernels = ("qkv", "attention_out", "mlp_in", "mlp_out")
-    keys = iter(jax.random.split(key, 7))
+    """Initialises the parameters from N(0, 0.02^2) as minDALL-E does; layers are stacked."""
+    D, V, K, P, G = (
+        config.width, config.text_vocabulary, config.codes, config.text_slots, config.grid
+    )  # fmt: skip
+    keys = iter(jax.random.split(key, 8))
 
     def table(*shape):
         return normal(next(keys), shape, 0.02)
 
+    def head(size):
+        bias = {"bias": jnp.zeros(size)} if config.is_malevich else {}
+        return {"kernel": table(D, size)} | bias
+
+    layers = init_layers(
+        next(keys),
+        depth=config.depth,
+        width=D,
+        heads=config.heads,
+        mlp=4 * D,
+        stds=dict.fromkeys(("qkv", "attention_out", "mlp_in", "mlp_out"), 0.02),
+    )
+    norms = {"norm": init_norm((D,))}
+    if config.is_malevich:
+        V, P = V + P, P + 1  # pads; room for the start of v2, which v3 has too
+        layers |= {name: init_norm((config.depth, D)) for name in SANDWICH}
+        norms["second_norm"] = init_norm((D,))
+        places = {"row": table(G, D), "column": table(G, D)}
+    else:
+        places = {"cell": table(config.image_length, D)}
     return {
-        "embed": {
-            "text": table(V, D),
-            "slot": table(config.text_slots, D),
-            "code": table(K, D),
-            "cell": table(config.image_length, D),
-        },
-        "layers": init_layers(
-            next(keys),
-            depth=config.depth,
-            width=D,
-            heads=config.heads,
-            mlp=4 * D,
-            stds=dict.fromkeys(kernels, 0.02),
-        ),
-        "head": {
-            "norm": init_norm((D,)),
-            "text": {"kernel": table(D, V)},
-            "image": {"kernel": table(D, K)},
-        },
+        "embed": {"text": table(V, D), "slot": table(P, D), "code": table(K, D)} | places,
+        "layers": layers,
+        "head": norms | {"text": head(V), "image": head(K)},
     }
+
+
+def _image_masks(config):
+    """Masks [kinds, I, I] of the last slot and all codes, and the kind of each layer."""
+    G, L = config.grid, config.depth
+    if not config.is_malevich:
+        return np.tri(config.image_length, dtype=bool)[None], np.zeros(L, int)
+    names = list(layer_kinds(L))
+    if (L - 2) % 4 == 0:
+        names[-1] = "column"  # which comes before conv in the release
+    image_only = {"text_length": 1, "grid": G}
+    masks = {kind: attention_mask(kind, **image_only)[1:, 1:] for kind in ("row", "column")}
+    masks["conv"] = window_mask(grid=G, wraps=config.variant == "malevich-v2")
+    stacked = np.stack(list(masks.values()))
+    if config.variant == "malevich-v3":  # the last slot is text: all see it, codes move by one
+        moved = np.tile(np.tri(config.image_length, dtype=bool), (len(stacked), 1, 1))
+        moved[:, 1:, 1:] = stacked[:, :-1, :-1]
+        stacked = moved
+    return stacked, np.array([list(masks).index(name) for name in names])
 
 
 def _embed_text(config, params, text):
     embed = params["embed"]
-    tokens = jnp.where(text < config.text_vocabulary, text, config.pad)
-    return embed["text"][tokens] + embed["slot"][None]
+    if config.variant == "malevich-v2":
+        text = jnp.pad(text, ((0, 0), (1, 0)), constant_values=START)
+    if not config.is_malevich:
+        text = jnp.where(text < config.text_vocabulary, text, config.pad)
+    return embed["text"][text] + embed["slot"][None, : text.shape[1]]
 
 
-def _embed_codes(params, codes, cells):
-    embed = params["embed"]
-    return embed["code"][codes] + embed["cell"][cells][None]
+def _embed_codes(config, params, codes, cells):
+    embed, G = params["embed"], config.grid
+    if config.is_malevich:
+        places = embed["row"][cells // G] + embed["column"][cells % G]
+    else:
+        places = embed["cell"][cells]
+    return embed["code"][codes] + places[None]
 
 
-def _causal_layer(params, x, weights):
-    """A layer over all positions; passes on its keys and values in float32."""
+def _layers(config, params, x, masks, of_layer):
+    """All layers over all positions; passes on their keys and values in float32."""
 
-    def attend(qkv):
-        query, key, value = split_qkv(qkv)
-        mask = np.tri(x.shape[1], dtype=bool)
-        kept = key.astype(jnp.float32), value.astype(jnp.float32)
-        return dense(query, key, value, mask=mask), kept
+    def body(x, inputs):
+        weights, kind = inputs
 
-    return _layer(params, weights, x, attend)
+        def attend(qkv):
+            query, key, value = split_qkv(qkv)
+            kept = key.astype(jnp.float32), value.astype(jnp.float32)
+            return dense(query, key, value, mask=masks[kind]), kept
+
+        return _layer(config, params, weights, x, attend)
+
+    return jax.lax.scan(body, x, (params["layers"], of_layer))
 
 
 def _attend(query, of_caption, of_image, seen):
@@ -249,13 +327,17 @@ def _attend(query, of_caption, of_image, seen):
     return from_text + jnp.einsum("BTNS,BSNH->BTNH", weights[..., S:], value)
 
 
-def _layer(params, weights, x, attend):
-    gelu = partial(jax.nn.gelu, approximate=False)
+def _layer(config, params, weights, x, attend):
+    gelu = partial(jax.nn.gelu, approximate=config.is_malevich)
     dtype = params["layers"]["qkv"]["kernel"].dtype
     return layer(weights, x, attend, dtype=dtype, gelu=gelu, epsilon=EPSILON)
 
 
-def _logits(params, x, head):
-    kernel = params["head"][head]["kernel"]
-    x = layer_norm(params["head"]["norm"], x, epsilon=EPSILON)
-    return (x.astype(kernel.dtype) @ kernel).astype(jnp.float32)
+def _logits(params, x, name):
+    head = params["head"]
+    for norm in ("norm", "second_norm"):
+        if norm in head:
+            x = layer_norm(head[norm], x, epsilon=EPSILON)
+    kernel = head[name]["kernel"]
+    logits = (x.astype(kernel.dtype) @ kernel).astype(jnp.float32)
+    return logits + head[name]["bias"][None, None] if "bias" in head[name] else logits

@@ -17,6 +17,9 @@ from dalle_jax.precision.grad_scale import enter, leave
 
 NORM_EPSILON = 1e-6  # a prior's activations start near 0.125 / sqrt(D); squared 4e-6 at D = 3968
 
+SANDWICH = ("attention_out_norm", "mlp_out_norm")
+"""Norms of what the branches add, in layers that have them (Ding et al. 2021)."""
+
 Weights = PyTree  # dicts of arrays, by the names of `init_layers`
 
 
@@ -41,7 +44,8 @@ def layer(
     """Adds one attention and one MLP branch to the residual stream; each starts with a norm.
 
     Args:
-      weights: of this layer, as one entry of what `init_layers` stacks.
+      weights: of this layer, as one entry of what `init_layers` stacks; with the norms of
+        `SANDWICH`, each branch also ends with one.
       x: residual stream [B, T, D], in float32.
       attend: maps queries, keys and values [B, T, 3, N, H] to what attention gives [B, T, N, H],
         and anything else, which is passed on.
@@ -69,10 +73,15 @@ def layer(
     def norm(name, x):
         return layer_norm(weights[name], x, axis=axis, epsilon=epsilon).astype(dtype)
 
+    def adding(i, y):
+        if SANDWICH[i] in weights:
+            y = layer_norm(weights[SANDWICH[i]], y.astype(jnp.float32), axis=axis, epsilon=epsilon)
+        return leaving(i, y)
+
     attended, passed_on = attend(linear(weights["qkv"], norm("attention_norm", entering(0, x))))
-    x = x + leaving(0, linear(weights["attention_out"], attended))
+    x = x + adding(0, linear(weights["attention_out"], attended))
     y = gelu(linear(weights["mlp_in"], norm("mlp_norm", entering(1, x))))
-    return x + leaving(1, linear(weights["mlp_out"], y)), passed_on
+    return x + adding(1, linear(weights["mlp_out"], y)), passed_on
 
 
 def layer_norm(

@@ -60,6 +60,25 @@ def attention_mask(
     return mask
 
 
+def window_mask(*, grid: int, kernel: int = 11, wraps: bool) -> Bool[np.ndarray, "I I"]:
+    """Lets an image position see those before it that lie in a square window around it.
+
+    Args:
+      grid: side G of the square of image positions.
+      kernel: side of the window, odd.
+      wraps: whether the window goes on at the opposite edge, of rows and of columns (ruDALL-E v2),
+        or ends at the edge (v3).
+    Source: the code of ruDALL-E.
+    """
+
+    def near(x):
+        distance = np.abs(x[:, None] - x[None])
+        return (np.minimum(distance, grid - distance) if wraps else distance) <= kernel // 2
+
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    return np.tri(grid * grid, dtype=bool) & near(row) & near(column)
+
+
 def layer_kinds(depth: int) -> tuple[Kind, ...]:
     """Names the kind of each layer: row, column, row, row, and so on, the last one conv.
 

@@ -17,7 +17,16 @@ from jaxtyping import Array, Float, Float16, Int, Key, PyTree, UInt8
 
 from dalle_jax.errors import UserError
 from dalle_jax.models.convolution import Conv, init_kernels, kernel_axes
-from dalle_jax.models.vqgan_blocks import Downsample, Group, Middle, Norm, Upsample, fold, unfold
+from dalle_jax.models.vqgan_blocks import (
+    Downsample,
+    Group,
+    Middle,
+    Norm,
+    Upsample,
+    fold,
+    inverse_haar,
+    unfold,
+)
 
 Quantizer = Literal["nearest", "cosine", "logits"]
 
@@ -51,6 +60,9 @@ class VQGANConfig:
     unit_pixels: bool = False
     """Whether its pixels lie in [0, 1], as those of dalle-mini's do, and not in [-1, 1]. Such a
     network is not trained here."""
+    wavelets: bool = False
+    """Whether the decoder ends in Haar wavelets, which double the side of the image (ruDALL-E); the
+    encoder sees the mean of each 2 x 2 square. Such a network is not trained here."""
 
     def __post_init__(self):
         if self.quantizer not in get_args(Quantizer):
@@ -76,11 +88,13 @@ class VQGANConfig:
                 f"VQ-GAN attention is at the factors {sorted(odd)}, but the groups reduce images "
                 f"by {sorted(factors)}"
             )
+        if self.wavelets and self.patch != 1:
+            raise UserError(f"VQ-GAN patch is {self.patch}; with wavelets it must be 1")
 
     @property
     def factor(self) -> int:
         """Pixels per grid cell along one side, f."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1 + self.wavelets)
 
 
 class Encoder(nn.Module):
@@ -92,6 +106,9 @@ class Encoder(nn.Module):
     def __call__(self, x: Float[Array, "B R R 3"]) -> Float[Array, "B G G C"]:
         """Runs the groups, fine to coarse, and the middle."""
         c = self.config
+        if c.wavelets:
+            B, H, W, C = x.shape
+            x = x.reshape(B, H // 2, 2, W // 2, 2, C).mean(axis=(2, 4))
         x = Conv(c.width, 3, name="conv_in")(fold(x, c.patch))
         for i, multiplier in enumerate(c.multipliers):
             x = Group(
@@ -124,8 +141,9 @@ class Decoder(nn.Module):
                 Upsample if i > 0 else None,
                 name=f"up_{i}",
             )(x)
-        x = Conv(3 * c.patch**2, 3, name="conv_out")(nn.swish(Norm(name="norm_out")(x)))
-        return unfold(x, c.patch)
+        channels = 12 if c.wavelets else 3 * c.patch**2
+        x = Conv(channels, 3, name="conv_out")(nn.swish(Norm(name="norm_out")(x)))
+        return inverse_haar(x) if c.wavelets else unfold(x, c.patch)
 
 
 class Codebook(nn.Module):

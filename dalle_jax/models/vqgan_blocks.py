@@ -31,6 +31,22 @@ def unfold(x: Float[Array, "B H W D"], patch: int) -> Float[Array, "B H2 W2 C"]:
     return x.reshape(B, H * patch, W * patch, D // patch**2)
 
 
+def inverse_haar(x: Float[Array, "B H W D"]) -> Float[Array, "B 2*H 2*W C"]:
+    """Puts an image together from its Haar wavelets.
+
+    Args:
+      x: C means, twice what the mean of a 2 x 2 square is; then, of each colour, its differences
+        between rows, between columns, and between diagonals: D = 4 C.
+    Source: the decoder of ruDALL-E; Mallat 1989.
+    """
+    B, H, W, D = x.shape
+    C = D // 4
+    means, others = x[..., :C], x[..., C:].reshape(B, H, W, C, 3)
+    signs = jnp.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])  # of each pixel in order
+    pixels = (means[..., None, :] + jnp.einsum("BHWCK,PK->BHWPC", others, signs)) / 2
+    return unfold(pixels.reshape(B, H, W, 4 * C), 2)
+
+
 class Norm(nn.Module):
     """Normalises groups of channels over the whole image, with a gain and a bias.
 

@@ -40,6 +40,7 @@ PRIOR: Rules = (
     ("embed/*", Spec(None, FSDP)),
     ("head/*norm/*", Spec()),
     ("head/*/kernel", Spec(FSDP, TENSOR)),
+    ("head/*/bias", Spec(TENSOR)),
 )
 CODEC: Rules = (("*", Spec()),)  # the dVAE has 98 million parameters: every device has them all
 CLIP: Rules = CODEC  # ViT-B/32 has 151 million

@@ -6,15 +6,17 @@ from dalle_jax.text.bart_bpe import BARTTokenizer
 from dalle_jax.text.bpe import TextError, Tokenizer
 from dalle_jax.text.char_bpe import CharBPETokenizer
 from dalle_jax.text.clip_bpe import CLIPTokenizer
+from dalle_jax.text.yttm_bpe import YTTMTokenizer
 
 _KINDS: dict[bytes, type[Tokenizer]] = {
     b'{"kind": "bart"': BARTTokenizer,
     b'{"kind": "char"': CharBPETokenizer,
+    b'{"kind": "yttm"': YTTMTokenizer,
 }
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads ours, CLIP's, dalle-mini's or minDALL-E's; TextError if missing or damaged."""
+    """Reads ours, CLIP's, or those of imported priors; TextError if missing or damaged."""
     try:
         data = Path(path).read_bytes()
         if data[:1] != b"{":

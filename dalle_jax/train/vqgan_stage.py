@@ -79,8 +79,9 @@ class VQGANRun(MuonOptions):
                 f"the quantizer is {self.model.quantizer!r}, which imported networks have; "
                 "training knows 'nearest' alone"
             )
-        if self.model.unit_pixels:
-            raise UserError("unit_pixels is for imported networks; leave it out to train one")
+        for name in ("unit_pixels", "wavelets"):
+            if getattr(self.model, name):
+                raise UserError(f"{name} is for imported networks; leave it out to train one")
 
 
 class VQGANStage(CodecStage):

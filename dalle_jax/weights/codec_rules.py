@@ -5,10 +5,12 @@ taming            Lightning checkpoints of VQ-GANs, by nearest code or (Gumbel) 
 dalle-mini-vqgan  the network of taming in flax's msgpack, for pixels in [0, 1]
 llamagen-vq       {"model": ...}; the decoder's groups are numbered coarse to fine
 maskgit-vqgan     a plain state dict
+malevich-dwt      the network of taming by logits; its decoder ends in wavelets
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +101,8 @@ TAMING = (
     Rule("loss.{*}"),
 )
 
+WAVELETS = (*TAMING, Rule("decoder.idwt.{*}"))
+
 LLAMAGEN = (
     *(
         rule
@@ -161,6 +165,17 @@ def read_taming(files: Sequence[Path]) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def read_wavelets(files: Sequence[Path]) -> Tensors:
+    """Tensors of ruDALL-E's VQ-GAN with wavelets, by taming's names.
+
+    It holds `post_quant_conv` twice, and uses the one in its decoder.
+    """
+    tensors = read_taming(files)
+    inner = {name for name in tensors if name.startswith(("decoder.decoder.", "decoder.post_"))}
+    renamed = {name.removeprefix("decoder."): tensors.pop(name) for name in sorted(inner)}
+    return tensors | renamed
+
+
 def read_llamagen(files: Sequence[Path]) -> Tensors:
     """Tensors of a VQ-GAN, its decoder's groups numbered fine to coarse as the encoder's are."""
     (file,) = files
@@ -210,6 +225,11 @@ def taming_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
         table="quantize.embed.weight" if by_logits else "quantize.embedding.weight",
         quantizer="logits" if by_logits else "nearest",
     )
+
+
+def wavelets_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:
+    """Sizes of a VQ-GAN that ends in wavelets."""
+    return replace(taming_config(tensors), wavelets=True)
 
 
 def llamagen_config(tensors: Mapping[str, np.ndarray]) -> VQGANConfig:

@@ -65,6 +65,7 @@ def check_layout(layout: Layout, config: CodecConfig) -> None:
             f"at least 128 channels everywhere, and not {narrow}": narrow >= 128,
             "a quantizer by distance or logits, and not by cosine": config.quantizer != "cosine",
             "pixels in [-1, 1], and not in [0, 1]": not config.unit_pixels,
+            "a decoder without wavelets": not config.wavelets,
         }
     else:
         raise WeightsError(f"the layout {layout} is not for this model's {TITLES[kind(config)]}")

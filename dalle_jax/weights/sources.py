@@ -22,12 +22,15 @@ from dalle_jax.text.bart_bpe import BARTTokenizer
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.char_bpe import CharBPETokenizer
 from dalle_jax.text.clip_bpe import CLIPTokenizer
+from dalle_jax.text.yttm_bpe import YTTMTokenizer
 from dalle_jax.weights import clip_rules, codec_rules, gpt_rules, seq2seq_rules
 from dalle_jax.weights.errors import WeightsError
 from dalle_jax.weights.rules import Rule, Shape, to_ours
 
 MIT = "MIT"
 APACHE = "Apache-2.0"
+_RUDALLE = "https://huggingface.co/sberbank-ai/rudalle"
+_BPE_MODEL = "https://huggingface.co/shonenkov/rudalle-utils/tree/main (bpe.model)"
 _MINDALLE = "https://github.com/kakaobrain/minDALL-E (dalle/models/__init__.py names the address)"
 
 
@@ -59,6 +62,25 @@ class Source:
 def _dalle_mini_config(tensors, files, *, codes):
     del tensors  # whose sizes config.json says
     return seq2seq_rules.dalle_mini_config(files[1], codes=codes)
+
+
+def _malevich(variant, **options):
+    """A prior of ruDALL-E."""
+    return Source(
+        kind="prior",
+        licence="see its page; ruDALL-E's code is under Apache-2.0",
+        note=(
+            "1.3B parameters, 2.6 to 5.2 GB; needs its VQ-GAN as --codec: malevich-vqgan for "
+            "images of 256 px, malevich-dwt for 512. Write captions in Russian"
+        ),
+        read=gpt_rules.read_malevich,
+        config=partial(gpt_rules.malevich_config, variant=variant),
+        rules=gpt_rules.MALEVICH,
+        tokenizer=lambda files, config: YTTMTokenizer.from_file(
+            files[1], rows=config.text_vocabulary
+        ),
+        **options,
+    )
 
 
 SOURCES: dict[str, Source] = {
@@ -166,6 +188,46 @@ SOURCES: dict[str, Source] = {
         rules=gpt_rules.MINDALLE,
         tokenizer=lambda files, config: CharBPETokenizer.from_files(
             *files[1:], rows=config.text_vocabulary
+        ),
+    ),
+    "malevich-vqgan": Source(
+        title="VQ-GAN of ruDALL-E (2021), f = 8, 8,192 codes",
+        kind="codec",
+        files=("vqgan.gumbelf8-sber.model.ckpt",),
+        addresses=(f"{_RUDALLE}-utils/tree/main",),
+        licence="see its page; the network is taming's, under MIT",
+        note="69M parameters; the same network as taming's Gumbel f8, for images of 256 px",
+        read=codec_rules.read_taming,
+        config=codec_rules.taming_config,
+        rules=codec_rules.TAMING,
+        px=256,
+    ),
+    "malevich-dwt": Source(
+        title="VQ-GAN of ruDALL-E whose decoder ends in wavelets (2021), 8,192 codes",
+        kind="codec",
+        files=("vqgan.gumbelf8-sber-dwt.model.ckpt",),
+        addresses=(f"{_RUDALLE}-utils/tree/main",),
+        licence="see its page; ruDALL-E's code is under Apache-2.0",
+        note="69M parameters; the codes of malevich-vqgan, for images of 512 px",
+        read=codec_rules.read_wavelets,
+        config=codec_rules.wavelets_config,
+        rules=codec_rules.WAVELETS,
+        px=512,
+    ),
+    "malevich": _malevich(
+        "malevich-v3",
+        title="ruDALL-E Malevich v3 (2022), captions in Russian to codes",
+        files=("pytorch_model_v3.bin", "bpe.model"),
+        addresses=(f"{_RUDALLE}-Malevich/tree/main", _BPE_MODEL),
+    ),
+    "malevich-v2": _malevich(
+        "malevich-v2",
+        title="ruDALL-E Malevich v2 and Emojich (2021), captions in Russian to codes",
+        files=("pytorch_model_v2.bin (Emojich: pytorch_model.bin)", "bpe.model"),
+        addresses=(
+            f"{_RUDALLE}-Malevich/tree/main",
+            f"{_RUDALLE}-Emojich/tree/main",
+            _BPE_MODEL,
         ),
     ),
     "openai-clip": Source(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dalle_jax.models.masks import attention_mask, layer_kinds
+from dalle_jax.models.masks import attention_mask, layer_kinds, window_mask
 
 # text keys | image keys, one line a query
 TEXT_ROWS = """
@@ -123,6 +123,28 @@ def test_every_position_sees_itself_all_text_and_nothing_later(kind, grid):
     assert mask.diagonal().all()
     assert not np.triu(mask, 1).any()
     assert mask[3:, :3].all()
+
+
+@pytest.mark.parametrize(
+    ("query", "seen", "wrapped"),
+    [
+        (5, {0, 1, 2, 4, 5}, set()),
+        (4, {0, 1, 4}, {3}),
+        (7, {2, 3, 6, 7}, {0, 4}),
+        (12, {8, 9, 12}, {0, 1, 3, 11}),
+    ],
+)
+def test_a_window_of_3_ends_at_the_edges_or_wraps_around_them(query, seen, wrapped):
+    for wraps, wanted in ((False, seen), (True, seen | wrapped)):
+        mask = window_mask(grid=4, kernel=3, wraps=wraps)
+        assert set(np.flatnonzero(mask[query])) == wanted
+
+
+def test_windows_of_the_published_size_are_as_dense_as_those_of_the_release():
+    for wraps, share in ((True, 0.152), (False, 0.144)):  # of 1152 x 1152, text and image
+        mask = attention_mask("dense", text_length=128, grid=32)
+        mask[128:, 128:] = window_mask(grid=32, wraps=wraps)
+        assert round(mask.mean(), 3) == share
 
 
 def test_64_layers_are_16_column_47_row_and_1_conv():

@@ -1,6 +1,7 @@
 """The VQ-GAN: published sizes, the release's conventions, and its quantiser written out."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -18,7 +19,15 @@ from dalle_jax.models.vqgan import (
     straight_through,
     to_uint8,
 )
-from dalle_jax.models.vqgan_blocks import Attention, Downsample, Norm, Upsample, fold, unfold
+from dalle_jax.models.vqgan_blocks import (
+    Attention,
+    Downsample,
+    Norm,
+    Upsample,
+    fold,
+    inverse_haar,
+    unfold,
+)
 
 SMALL = VQGANConfig(
     width=4, multipliers=(1, 2), blocks_per_group=1, attention=(), z_width=4, codes=5, code_width=3
@@ -48,6 +57,35 @@ def test_fold_puts_each_square_of_pixels_into_one_position():
     ]
     x = jnp.arange(2.0 * 6 * 6 * 3).reshape(2, 6, 6, 3)
     chex.assert_trees_all_equal(unfold(fold(x, 3), 3), x)
+
+
+def test_wavelets_are_sums_and_differences_of_the_pixels_of_a_square():
+    square = np.array([[1.0, 2.0], [5.0, 11.0]])  # of one colour
+    (a, b), (c, d) = square
+    waves = np.array([a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d]) / 2
+    x = np.zeros((1, 1, 1, 12), np.float32)
+    x[0, 0, 0, 1] = waves[0]  # the means of all colours come first
+    x[0, 0, 0, 6:9] = waves[1:]  # then the differences of each
+    image = np.asarray(inverse_haar(jnp.asarray(x)))
+    np.testing.assert_allclose(image[0, :, :, 1], square)
+    assert not image[..., [0, 2]].any()
+
+
+def test_a_network_with_wavelets_sees_the_means_of_squares_and_makes_both_sides_twice_as_long():
+    config = dataclasses.replace(SMALL, wavelets=True)
+    assert config.factor == 2 * SMALL.factor
+    params = init_params(config, jax.random.key(0))
+    small = jnp.asarray(np.random.RandomState(0).uniform(-1, 1, (1, 4, 4, 3)), jnp.float32)
+    large = small.repeat(2, axis=1).repeat(2, axis=2)
+    z, wanted = (
+        VQGAN(c).apply({"params": params}, x, method="encode")
+        for c, x in ((config, large), (SMALL, small))
+    )
+    np.testing.assert_allclose(z, wanted, atol=1e-6)
+    codes = jnp.zeros((1, 4, 4), int)
+    assert jax.eval_shape(partial(decode, config), params, codes).shape == (1, 16, 16, 3)
+    with pytest.raises(ValueError, match="patch is 2; with wavelets it must be 1"):
+        dataclasses.replace(config, patch=2)
 
 
 def test_patches_multiply_the_factor(key):

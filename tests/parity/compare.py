@@ -16,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import recipe
 
+from dalle_jax.generate import imported_sampler
 from dalle_jax.generate.clip_scorer import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.model_folder import flatten_params
-from dalle_jax.models import dvae, vqgan
+from dalle_jax.generate.sampling import SamplingConfig
+from dalle_jax.models import dvae, gpt_prior, vqgan
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.maskgit_vqgan import MaskGITVQGAN
+from dalle_jax.models.masks import attention_mask, window_mask
 from dalle_jax.models.vqgan import VQGAN, VQGANConfig
 from dalle_jax.weights import sources
 from dalle_jax.weights.export import Layout, write_codec
@@ -36,29 +39,37 @@ FILES = {
     "maskgit-vqgan": ("maskgit-vqgan", ["maskgit.bin"]),
     "openai-clip": ("openai-clip", ["ViT-tiny.pt", "bpe.txt.gz"]),
     "hf-clip": ("hf-clip", ["hf/model.safetensors", "merges.txt", "hf/config.json"]),
+    "malevich-vqgan": ("malevich-vqgan", ["vqgan.gumbelf8-sber.model.ckpt"]),
+    "malevich-dwt": ("malevich-dwt", ["vqgan.gumbelf8-sber-dwt.model.ckpt"]),
+    "gpt/malevich-v2": ("malevich-v2", ["gpt/pytorch_model_v2.bin", "gpt/bpe.model"]),
+    "gpt/malevich-v3": ("malevich", ["gpt/pytorch_model_v3.bin", "gpt/bpe.model"]),
     "hf-clip .bin": ("hf-clip", ["hf/pytorch_model.bin", "merges.txt", "hf/config.json"]),
 }
-"""Source and files of each network of `oracles.py` and `flax_oracles.py`."""
+"""Source and files of each network of the oracles."""
+CODES = 24
+"""Of the codecs that the small priors were made for."""
 FLOATS = 1e-4
 """How far features, logits and pixels may be apart, relative to the largest."""
 
 
 def differences(source, files, expected):
     """How far apart they are, by names; the first of them must be 0."""
-    imported = _imported(source, files)
-    compare = _clip if imported.tokenizer else _codec
+    imported = imported_from(source, files)
+    compare = {"clip": _clip, "codec": _codec, "prior": _prior}[imported.source.kind]
     return compare(imported, expected)
 
 
-def _imported(source, files):
-    info, config, tensors = sources.open_source(source, files)
+def imported_from(source, files):
+    """The weights of these files."""
+    info, config, tensors = sources.open_source(source, files, codes=CODES)
     return sources.convert(info, config, tensors, files)
 
 
 def _codec(imported, expected):
     config, params = imported.config, imported.params
-    images = recipe.images(16)
-    model = Model(name="x", px=16, codec=config, codec_params=params, kernels="float32")
+    px = 32 if getattr(config, "wavelets", False) else 16
+    images = recipe.images(px)
+    model = Model(name="x", px=px, codec=config, codec_params=params, kernels="float32")
     features, pixels = jax.jit(_floats, static_argnums=0)(config, params, images, expected["codes"])
     got = model.decode(expected["codes"])
     wanted = _uint8(config, expected)
@@ -139,6 +150,37 @@ def _clip(imported, expected):
     }
 
 
+def _prior(imported, expected):
+    config, params = imported.config, jax.tree.map(jnp.asarray, imported.params)
+    text = imported.tokenizer.encode(recipe.RUSSIAN, length=config.text_slots)
+    theirs = np.where(text < config.text_vocabulary, text, 0)  # before each slot gets its pad
+    forward = jax.jit(gpt_prior.forward, static_argnums=0)
+    logits = forward(config, params, jnp.asarray(text[:2]), jnp.asarray(expected["codes"]))
+    keys, greedy = jax.random.split(jax.random.key(0), len(text)), SamplingConfig(temperature=0)
+    codes = imported_sampler.sample(config, params, text, keys, sampling=greedy)
+    return {
+        "captions with other tokens": float((theirs != expected["text"]).any(axis=1).sum()),
+        "likeliest codes": float((codes.reshape(len(text), -1) != expected["greedy"]).sum()),
+        "text": _apart(logits[0], expected["text_logits"]),
+        "code": _apart(logits[1], expected["code_logits"]),
+    }
+
+
+def other_masks(found):
+    """Names of masks that are not those of ruDALL-E's functions."""
+    names = []
+    for name, wanted in found.items():
+        kind, *sizes = name.split()
+        text, grid, kernel = map(int, sizes)
+        mask = attention_mask("dense", text_length=text, grid=grid)
+        if kind in ("row", "column"):
+            mask = attention_mask(kind, text_length=text, grid=grid)
+        else:
+            mask[text:, text:] = window_mask(grid=grid, kernel=kernel, wraps=kind == "conv-v2")
+        names += [] if np.array_equal(mask, wanted) else [name]
+    return names
+
+
 def _apart(got, wanted):
     return float(np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max())
 
@@ -146,7 +188,7 @@ def _apart(got, wanted):
 def within(found):
     """Whether they are as near as they should be."""
     exact, *floats = found.items()
-    limits = {"images, of 255": 1.0, "exported": 0.0}
+    limits = {"images, of 255": 1.0, "exported": 0.0, "likeliest codes": 0.0}
     return exact[1] == 0 and all(value <= limits.get(name, FLOATS) for name, value in floats)
 
 
@@ -159,6 +201,10 @@ def main(folder):
         said = ", ".join(f"{what} {value:.1e}" for what, value in found.items())
         print(f"{name}: {said}: {'equal' if within(found) else 'DIFFERENT'}")
         status |= not within(found)
+    masks = np.load(folder / "malevich-masks.npz")
+    other = other_masks(masks)
+    print(f"masks of ruDALL-E: {len(masks)} compared: {', '.join(other) or 'equal'}")
+    status |= bool(other)
     counted = json.loads((folder / "counts.json").read_text())
     print("published sizes, by others' code:", counted)
     return status

@@ -22,7 +22,7 @@ checkout CLIP https://github.com/openai/CLIP d05afc436d78f1c48dc0dbf8e5980a9d471
 
 ready() {
   [ -x "$folder/venv/bin/python" ] && (cd "$here" && "$folder/venv/bin/python" -W ignore -c \
-    "import shims, dall_e, taming.models.vqgan, transformers, ftfy" 2>/dev/null)
+    "import shims, dall_e, taming.models.vqgan, transformers, ftfy, pywt, youtokentome" 2>/dev/null)
 }
 if ! ready; then
   [ -x "$folder/venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder/venv"
@@ -31,6 +31,7 @@ if ! ready; then
     "transformers==5.23.0" safetensors lightning-utilities torchmetrics pyyaml fsspec \
     "setuptools<81"
   pip install --no-deps torchvision==0.28.0 dall-e==0.1 taming-transformers-rom1504==0.0.6 \
-    pytorch-lightning==2.6.6
+    pytorch-lightning==2.6.6 rudalle==1.1.3 PyWavelets==1.9.0 "Cython<3" wheel click
+  pip install --no-deps --no-build-isolation youtokentome==1.0.6  # built here; needs a C++ compiler
   ready
 fi

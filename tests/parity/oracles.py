@@ -37,7 +37,8 @@ def filled(network, prefix=""):
     """The network with the recipe's weights, and their shapes."""
     shapes = {}
     for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and "codebook_used" not in name and "mask" not in name:
+        fixed = any(part in name for part in ("codebook_used", "mask", "idwt"))
+        if tensor.is_floating_point() and not fixed:
             shapes[prefix + name] = list(tensor.shape)
             tensor.copy_(torch.from_numpy(recipe.weights(prefix + name, tuple(tensor.shape))))
     return network.eval(), shapes
@@ -51,11 +52,11 @@ def last(x):
     return x.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def write(source, shapes, **arrays):
+def write(source, shapes, *, golden=True, **arrays):
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     arrays["shapes"] = np.array(json.dumps(shapes))
     np.savez_compressed(OUT / f"{source}.npz", **arrays)
-    if GOLDEN:
+    if GOLDEN and golden:
         np.savez_compressed(GOLDEN / f"{source}.npz", **arrays)
     print(source, {name: array.shape for name, array in arrays.items() if array.ndim})
 
@@ -361,9 +362,11 @@ if __name__ == "__main__":
     import shims  # noqa: F401  before the peers
 
     sys.modules["oracles"] = sys.modules["__main__"]  # taming finds Loss by this name
+    import rudalle_oracles
+
     OUT.mkdir(parents=True, exist_ok=True)
     for oracle in (
         openai_dvae, taming_vqgans, llamagen, maskgit, openai_clip, hugging_face_clip,
-        mindalle_vqgan, mindalle, counts,
+        mindalle_vqgan, mindalle, counts, rudalle_oracles.main,
     ):  # fmt: skip
         oracle()

@@ -23,6 +23,28 @@ CAPTIONS = [
     "the cat " * 20,
 ]
 """Captions, hard ones included."""
+RUSSIAN_CORPUS = [
+    "рыжий котик сидит на окне и смотрит на рыжий лес",
+    "красная кошка и рыжий кот спят на красном диване",
+    "старый дом у реки, за рекой большой лес и поле",
+    "большая собака бежит по полю за красным мячом",
+    "портрет девушки в красном платье, масло, холст",
+    "ночной город под дождём: огни, машины и люди",
+    "the red cat sits on the red mat, 12 cats and 3 dogs",
+    "ааа аааа аааааа ббб",
+]
+"""What the small vocabulary of YouTokenToMe is learned from."""
+RUSSIAN = [
+    "рыжий котик",
+    "  Красная   КОШКА\tи\nсобака,  ёжик?! ",
+    "",
+    "аааааа ааааааааааа ба абаба",
+    "a cat 你好 x² \N{EM DASH} «цитата»",
+    "\u2581рыжий\u2581\u2581кот\u00a0дом\x1cлес\x0bполе",
+    "😀😀кот😀 123 котик😀😀",
+    "кошка и собака " * 12,
+]
+"""Captions for ruDALL-E, hard ones included."""
 
 
 def weights(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -147,6 +147,7 @@ def test_quantizers_of_imported_networks_are_not_trained(quantizer):
         VQGANRun(model=dataclasses.replace(SIZES, quantizer=quantizer), px=8)
 
 
-def test_pixels_of_imported_networks_are_not_trained():
-    with pytest.raises(ValueError, match="unit_pixels is for imported networks"):
-        VQGANRun(model=dataclasses.replace(SIZES, unit_pixels=True), px=8)
+@pytest.mark.parametrize("field", ["unit_pixels", "wavelets"])
+def test_pixels_of_imported_networks_are_not_trained(field):
+    with pytest.raises(ValueError, match=f"{field} is for imported networks"):
+        VQGANRun(model=dataclasses.replace(SIZES, **{field: True}), px=8)

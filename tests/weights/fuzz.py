@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/weights/fuzz.py --cases 20000 [--seed 0]
 
-Each case must end as a good reading or in one WeightsError: no other error, no call of what a
+Each case must end as a good reading or in one UserError: no other error, no call of what a
 pickle names, no memory beyond what a process of this size may take.
 """
 
@@ -21,6 +21,7 @@ import flax.serialization
 import numpy as np
 
 from dalle_jax.errors import UserError
+from dalle_jax.text.yttm_bpe import YTTMTokenizer
 from dalle_jax.weights import sources
 from dalle_jax.weights.msgpack_file import read_msgpack
 from dalle_jax.weights.torch_file import read_torch
@@ -48,7 +49,7 @@ class Bait:
 
 
 def seeds() -> list[bytes]:
-    """Good files to start from: both containers of PyTorch, and one of flax."""
+    """Good files to start from: both containers of PyTorch, one of flax, one of YouTokenToMe."""
     files = [(GOLDEN / f"torch_{kind}.pt").read_bytes() for kind in ("zip", "older")]
     with tempfile.TemporaryDirectory() as folder:
         write_torch(
@@ -58,6 +59,8 @@ def seeds() -> list[bytes]:
         files.append((Path(folder) / "x.ckpt").read_bytes())
     tree = {"encoder": {f"conv_{i}": {"kernel": np.ones((2, 3), np.float32)} for i in range(4)}}
     files.append(flax.serialization.msgpack_serialize(tree))
+    golden = np.load(GOLDEN / "weights" / "gpt" / "malevich-v3.npz")
+    files.append(str(golden["bpe_model"]).encode())
     return files
 
 
@@ -66,7 +69,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     content = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(content))
-        kind = rng.randrange(6)
+        kind = rng.randrange(7)
         if kind == 0:
             content[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -76,6 +79,8 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
             content[at : at + width] = (rng.choice(NUMBERS) % 256**width).to_bytes(width, "little")
         elif kind == 3:
             del content[at : at + rng.randint(1, 64)]
+        elif kind == 6:  # a number in words
+            content[at:at] = b" %d " % rng.choice((*NUMBERS, -1, 10**30))
         elif kind == 4:
             content[at:at] = rng.randbytes(rng.randint(1, 16))
         else:
@@ -124,6 +129,12 @@ def view(rng: random.Random) -> bytes:
 def read(path: Path, rng: random.Random) -> str:
     """Reads a file one way or the other; says how that ended."""
     try:
+        if path.read_bytes()[:1].isdigit() or rng.random() < 0.1:
+            tokenizer = YTTMTokenizer.from_file(path, rows=2**20)
+            ids = tokenizer.encode(["рыжий кот\n\u2581😀 " * 9], length=40)
+            tokenizer.decode(rng.sample(range(2**20), 40))
+            tokenizer.decode(ids[0])
+            return "tokenizer"
         if rng.random() < 0.6:
             packed = path.read_bytes()[:1] == b"\x81"
             content = read_msgpack(path) if packed else read_torch(path, shells=rng.random() < 0.5)
