@@ -170,21 +170,23 @@ def forward(
     return _logits(params, x[:, :S], "text"), _logits(params, x[:, S:], "image")
 
 
-def init_cache(config: GPTConfig, images: int) -> Float[Array, "2 L B I N H"]:
+def init_cache(config: GPTConfig, images: int) -> Float[Array, "L I 2 B N H"]:
     """Room for keys and values of the last slot and of all codes of that many images."""
     H = config.width // config.heads
-    return jnp.zeros((2, config.depth, images, config.image_length, config.heads, H))
+    return jnp.zeros((config.depth, config.image_length, 2, images, config.heads, H))
 
 
 def decode_step(
     config: GPTConfig,
     params: PyTree,
     captions: Captions,
-    cache: Float[Array, "2 L B I N H"],
+    cache: Float[Array, "L I 2 B N H"],
     previous: Int[Array, " B"],
     position: Int[Array, ""],
-) -> tuple[Float[Array, "B K"], Float[Array, "2 L B I N H"]]:
+) -> tuple[Float[Array, "B K"], Float[Array, "L I 2 B N H"]]:
     """Logits of the next code of each image, as `forward` has them.
+
+    Of the cache, a layer reads only what its mask lets this position see.
 
     Args:
       config: sizes.
@@ -200,26 +202,26 @@ def decode_step(
     last = jnp.repeat(captions.last, len(previous) // len(captions.last), axis=0)[:, None]
     x = jnp.where(position == 0, last, codes)  # B 1 D
     masks, of_layer = _image_masks(config)
-    seen_by_kind = jnp.asarray(masks)[:, position]  # kinds I
+    places, counts = (jnp.asarray(table)[:, position] for table in _seen_places(masks))
 
-    def body(x, inputs):
-        weights, old, of_caption, kind = inputs
+    def body(carry, inputs):
+        x, cache = carry
+        weights, of_caption, kind, i = inputs
 
         def attend(qkv):
             query, *new = split_qkv(qkv.astype(jnp.float32))
-            grown = tuple(
-                jax.lax.dynamic_update_slice_in_dim(*pair, position, axis=1)
-                for pair in zip(old, new, strict=True)
-            )
-            seen = seen_by_kind[kind]
-            return _attend(query, of_caption, grown, seen).astype(qkv.dtype), grown
+            new = jnp.stack(new)[None, None, :, :, 0]  # L I 2 B N H, of one layer and position
+            grown = jax.lax.dynamic_update_slice(cache, new, (i, position, 0, 0, 0, 0))
+            seen = jnp.arange(places.shape[1]) < counts[kind]
+            of_image = grown[i, places[kind]].swapaxes(0, 1)  # 2 S B N H
+            return _attend(query, of_caption, of_image, seen).astype(qkv.dtype), grown
 
-        return _layer(config, params, weights, x, attend)
+        return _layer(config, params, weights, x, attend), None
 
-    captions_read = captions.keys, captions.values
-    inputs = params["layers"], tuple(cache), captions_read, jnp.asarray(of_layer)
-    x, grown = jax.lax.scan(body, x, inputs)
-    return _logits(params, x, "image")[:, 0], jnp.stack(grown)
+    read = captions.keys, captions.values
+    inputs = params["layers"], read, jnp.asarray(of_layer), jnp.arange(config.depth)
+    (x, cache), _ = jax.lax.scan(body, (x, cache), inputs)
+    return _logits(params, x, "image")[:, 0], cache
 
 
 def init_params(config: GPTConfig, key: Key[Array, ""]) -> PyTree:
@@ -278,6 +280,13 @@ def _image_masks(config):
     return stacked, np.array([list(masks).index(name) for name in names])
 
 
+def _seen_places(masks):
+    """Of each kind and position, the positions that it sees [kinds, I, S], and how many."""
+    counts = masks.sum(axis=-1)
+    places = np.argsort(~masks, axis=-1, kind="stable")  # those first, in order
+    return places[..., : counts.max()], counts
+
+
 def _embed_text(config, params, text):
     embed = params["embed"]
     if config.variant == "malevich-v2":
@@ -313,18 +322,18 @@ def _layers(config, params, x, masks, of_layer):
 
 
 def _attend(query, of_caption, of_image, seen):
-    """One softmax over a caption, which several images share, and the codes of each image."""
+    """One softmax over a caption, which several images share, and codes [S, B, N, H] of each."""
     (text_key, text_value), (key, value) = of_caption, of_image
     U, S, N, H = text_key.shape
     by_caption = query.reshape(U, -1, N, H)  # U W N H
     text_scores = jnp.einsum("UWNH,USNH->UWNS", by_caption, text_key)
-    scores = jnp.einsum("BTNH,BSNH->BTNS", query, key)
+    scores = jnp.einsum("BTNH,SBNH->BTNS", query, key)
     scores = jnp.where(seen[None, None, None], scores, -jnp.inf)
     scores = jnp.concatenate([text_scores.reshape(*query.shape[:3], S), scores], axis=-1)
     weights = jax.nn.softmax(scores * H**-0.5)
     text_weights = weights[..., :S].reshape(U, -1, N, S)
     from_text = jnp.einsum("UWNS,USNH->UWNH", text_weights, text_value).reshape(query.shape)
-    return from_text + jnp.einsum("BTNS,BSNH->BTNH", weights[..., S:], value)
+    return from_text + jnp.einsum("BTNS,SBNH->BTNH", weights[..., S:], value)
 
 
 def _layer(config, params, weights, x, attend):
