@@ -1,7 +1,7 @@
 """What gradient scales do: a small prior in float32, in float16, and in float16 without them.
 
 And in bfloat16, with gradients of kernels summed in float32 or in bfloat16; and in float32 with
-Adam's moments in the paper's 16 bits.
+Adam's moments in the paper's 16 bits; and in float16 with these and the layers' kernels in 16 bits.
 
     python experiments/float16.py --out docs/float16.png
 
@@ -36,6 +36,7 @@ from dalle_jax.train.train_step import make_train_step
 BATCH, TEXT, IMAGE = 8, 24, 144
 PAPER_BATCH, PAPER_TOKENS = 1024, 1280
 DIVISOR = PAPER_BATCH * PAPER_TOKENS / (BATCH * (TEXT + IMAGE))
+PAPER_FORMATS = {"precision": "float16", "kernels": "float16", "moments": "16-bit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ def main(options: Options) -> None:
         ("bfloat16", False, {"precision": "bfloat16"}),
         ("bfloat16 sums", False, {"precision": "bfloat16", "grad_dtype": "bfloat16"}),
         ("16-bit moments", False, {"moments": "16-bit"}),
+        ("16 bits for all", True, PAPER_FORMATS),
     ):
         stage = stage_of(options, tokens, tokenizer, changes, scaled=scaled)
         curves[name], skipped = train(stage, data)

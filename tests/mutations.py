@@ -618,6 +618,27 @@ MUTANTS = [
         "train/test_prior_stage.py -k moments",
     ),
     Mutant(
+        "kernels-stay-float32",
+        "train/prior_stage.py",
+        "return x.astype(self.run.kernels) if has_16_bits(path) else x",
+        "return x",
+        "train/test_resblock_scaling.py -k kernels",
+    ),
+    Mutant(
+        "float16-kernels-average-in-float16",
+        "train/state.py",
+        "jax.tree.map(jnp.copy, in_float32)",
+        "jax.tree.map(jnp.copy, params)",
+        "train/test_resblock_scaling.py -k kernels",
+    ),
+    Mutant(
+        "ema-on-the-host-at-every-step",
+        "train/loop.py",
+        "config.ema_on_host and step % config.ema_every == 0",
+        "config.ema_on_host",
+        "train/test_loop.py -k host",
+    ),
+    Mutant(
         "means-are-not-rounded",
         "optim/optimizer.py",
         "encode(jnp.clip(x, -bound, bound), format)",

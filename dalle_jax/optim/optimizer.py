@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from optax import tree_utils
 
 from dalle_jax.optim.muon import Muon
-from dalle_jax.precision.formats import decode, encode, largest
+from dalle_jax.precision.formats import decode, encode, has_16_bits, largest
 
 MEAN, VARIANCE = "1-6-9", "0-6-10"  # formats of Adam's moments in 16 bits
 
@@ -61,8 +61,7 @@ def store_in_16_bits(adam: optax.GradientTransformation) -> optax.GradientTransf
 
     def each(change, tree):
         def of_leaf(path, x):
-            is_kernel = path[0].key == "layers" and path[-1].key == "kernel"
-            return change(x) if is_kernel else x
+            return change(x) if has_16_bits(path) else x
 
         return jax.tree_util.tree_map_with_path(of_leaf, tree)
 

@@ -64,6 +64,8 @@ def compiled_for(run: PriorRun, devices: Sequence[Any]) -> dict[str, int]:
 def _lowered(run, mesh):
     """The update on a mesh, before it is compiled."""
     stage, shapes = stage_of(run), state_shapes(run)
+    if run.loop.ema_on_host:
+        shapes = shapes.replace(ema_params=())
     places = shardings(shapes, mesh, stage.rules)
     batch = {
         "text": ((run.batch_size, run.model.text_length - 1), jnp.int32),
@@ -77,7 +79,7 @@ def _lowered(run, mesh):
     update = make_train_step(
         stage,
         accumulation_steps=run.loop.accumulation_steps,
-        ema_every=run.loop.ema_every,
+        ema_every=None if run.loop.ema_on_host else run.loop.ema_every,
         ema_decay=run.loop.ema_decay,
     )
     with jax.set_mesh(mesh):

@@ -24,6 +24,7 @@ from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.sharding_rules import shardings
 from dalle_jax.planner.collectives import Collective
+from dalle_jax.precision.formats import has_16_bits
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 
@@ -74,7 +75,7 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
       run: the settings; its own mesh is not looked at.
       mesh: sizes of data, fsdp and tensor.
     Returns:
-      Bytes by kind: "weights", "gradients", "moments" and "ema", in float32 and cut as
+      Bytes by kind: "weights", "gradients", "moments" and "ema", as stored and cut as
       `parallel.rules` says; "kept", what each image leaves for the backward pass; "recomputed",
       what one layer adds to that when it is computed again, or nothing without `remat`; "gathered",
       the kernels of two layers in the precision of the products, one in use and one on its way,
@@ -106,7 +107,7 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
         "weights": weights,
         "gradients": weights * (2 if run.loop.accumulation_steps > 1 else 1),
         "moments": held(state.opt_state, places.opt_state),
-        "ema": held(state.ema_params, places.ema_params),
+        "ema": 0 if run.loop.ema_on_host else held(state.ema_params, places.ema_params),
         "kept": images * image_bytes(run.model, run, remat=run.remat),
         "recomputed": images * inside if run.remat else 0,
         "gathered": whole,
@@ -128,7 +129,7 @@ def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int
     params = state_shapes(run).params
     places = shardings(params, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
     parts = [
-        (_part_bytes(leaf, place) // 4, path[0].key == "layers" and path[-1].key == "kernel")
+        (_part_bytes(leaf, place) // leaf.dtype.itemsize, has_16_bits(path))
         for (path, leaf), place in zip(
             jax.tree.leaves_with_path(params), jax.tree.leaves(places), strict=True
         )

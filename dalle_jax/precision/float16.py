@@ -3,9 +3,10 @@
 A product of float16 arrays gives float16 in JAX, in the backward pass too. There the gradient of a
 kernel sums over all tokens of a batch: times a gradient scale it passes the greatest float16,
 65,504, long before what it is summed from does. That of bfloat16 arrays has 8 bits, and so has its
-sum over devices. Here it leaves as float32, as the kernel is kept.
+sum over devices. Here it leaves in the type of the kernel, float32 or, as in the paper,
+float16.
 
-Source: ours. In Ramesh et al. 2021 parameters and their gradients are float16.
+Source: ours; Ramesh et al. 2021, appendix D, for float16 kernels.
 """
 
 from functools import partial
@@ -26,7 +27,7 @@ def product(
 
     Args:
       x: one vector a token; its gradient is rounded to its type after it is summed.
-      kernel: its gradient is the sum of products of numbers of that type.
+      kernel: its gradient is the sum of products of numbers of that type, rounded to its own.
       sums: type of that sum, over the tokens of a device and over devices.
     Returns:
       x @ kernel; its gradient is rounded to the type of x before it is used.
@@ -38,16 +39,16 @@ def product(
 def _forward(x, kernel, sums):
     del sums
     half = kernel.astype(x.dtype)  # and not the kernel, which devices would gather in float32
-    return jnp.matmul(x, half, preferred_element_type=jnp.float32), (x, half)
+    return jnp.matmul(x, half, preferred_element_type=jnp.float32), (x, half, kernel[:0])
 
 
 def _backward(sums, saved, dy):
-    x, half = saved
+    x, half, kernel = saved
     dy = dy.astype(x.dtype)
     f32 = {"preferred_element_type": jnp.float32}
     dx = jnp.einsum("BTn,mn->BTm", dy, half, **f32)
     dkernel = jnp.einsum("BTm,BTn->mn", x, dy, preferred_element_type=sums)
-    return dx.astype(x.dtype), dkernel.astype(jnp.float32)  # the type of kernels in training
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
 product.defvjp(_forward, _backward)

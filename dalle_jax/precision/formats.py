@@ -7,7 +7,7 @@ in IEEE formats the lowest exponent code holds zero and subnormals, the highest 
 Source: Ramesh et al. 2021, appendix D; biases as below.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,16 @@ _FORMATS = {
     # Ours: the greatest bias that holds the paper's bound of 5; normal from 2**-59 to 7.996.
     "0-6-10": _Format(False, 6, 10, bias=60),
 }
+
+
+def has_16_bits(path: tuple[Any, ...]) -> bool:
+    """Whether the paper stores a parameter in 16 bits: the kernels of the layers, and nothing else.
+
+    Args:
+      path: of the parameter, as JAX gives it.
+    Source: Ramesh et al. 2021, appendix D: gains, biases, embeddings and heads stay float32.
+    """
+    return path[0].key == "layers" and path[-1].key == "kernel"
 
 
 def largest(format: str) -> float:

@@ -35,7 +35,7 @@ from dalle_jax.train.log import MetricsLog, ProgressLog, installed_sinks
 from dalle_jax.train.metrics_buffer import MetricsBuffer
 from dalle_jax.train.stage import Stage
 from dalle_jax.train.state import TrainState
-from dalle_jax.train.train_step import make_train_step
+from dalle_jax.train.train_step import make_ema_update, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ MAY_CHANGE = (
     "evaluate_every",
     "sheet_every",
     "max_to_keep",
+    "ema_on_host",
     "seed",  # other batches from there on; parameters and keys are those of the checkpoint
     "mesh",  # the same but for rounding; with PowerSGD, groups get equal parts of the error
 )
@@ -92,6 +93,9 @@ class LoopConfig:
     """Steps between two updates of the EMA of the parameters."""
     ema_decay: float = 0.999
     """Decay of the EMA at each of its updates, in [0, 1)."""
+    ema_on_host: bool = False
+    """Keep the EMA in the memory of the CPUs, as the paper does; its arrays visit the devices one
+    by one when it is updated."""
     seed: int = 0
     """Seed of the initial parameters and of all noise in training."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -102,7 +106,7 @@ class LoopConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            is_number = isinstance(value, int) and field.name != "seed"
+            is_number = isinstance(value, int) and field.name not in ("seed", "ema_on_host")
             if is_number and value < 1:
                 raise UserError(f"{field.name} is {value}, but must be at least 1")
         if not 0 <= self.seed < 2**32:
@@ -157,7 +161,9 @@ def train(
     groups = None if rank is None else PowerSGDGroups(config.powersgd, mesh)
     init, key = partial(state_lib.init_state, stage, groups=groups), jax.random.key(config.seed)
     shapes = jax.eval_shape(init, key)
-    shardings = state_lib.state_shardings(shapes, mesh, stage.rules, groups)
+    shardings = state_lib.state_shardings(
+        shapes, mesh, stage.rules, groups, ema_on_host=config.ema_on_host
+    )
     one_process = jax.process_count() == 1
     with (
         locked(workdir),
@@ -181,9 +187,10 @@ def train(
             shardings=shardings,
             groups=groups,
             accumulation_steps=config.accumulation_steps,
-            ema_every=config.ema_every,
+            ema_every=None if config.ema_on_host else config.ema_every,
             ema_decay=config.ema_decay,
         )
+        update_ema = make_ema_update(shardings, decay=config.ema_decay)
         metrics_log = MetricsLog(
             workdir / "metrics.jsonl",
             stage=stage.name,
@@ -196,6 +203,8 @@ def train(
                 batch = place_batch(mesh, _next_batch(iterator, step, config.steps))
                 state, metrics = train_step(state, batch)
                 step += 1
+                if config.ema_on_host and step % config.ema_every == 0:
+                    state = update_ema(state)
                 signal_ = None if one_process else max_over_processes(mesh, signals.caught)
                 examples = len(jax.tree.leaves(batch)[0])
                 buffer.add(step, metrics, examples=examples, signal=signal_)
@@ -223,7 +232,7 @@ def train(
                 makes_sheet = _due(step, config.sheet_every, last)
                 with buffer.paused():
                     if evaluates or makes_sheet:
-                        ema_params = gather_to_host(state.ema_params)
+                        ema_params = gather_to_host(state_lib.on_devices(state).ema_params)
                     if evaluates:
                         scores = {k: float(v) for k, v in stage.evaluate(ema_params).items()}
                         metrics_log.write(step, {f"eval/{k}": v for k, v in scores.items()})
@@ -236,7 +245,7 @@ def train(
             checkpoints.wait()
             log.info("%s saved step %d and stops", stage.name, step)
             raise SystemExit(128 + stop)
-        return state
+        return state_lib.on_devices(state)
 
 
 def _due(step: int, every: int | None, last: bool) -> bool:

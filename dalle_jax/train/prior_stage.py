@@ -26,6 +26,7 @@ from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
 from dalle_jax.parallel.mesh import constrain_batch, gather_rows
 from dalle_jax.parallel.sharding_rules import MUON, PRIOR, reshard
+from dalle_jax.precision.formats import has_16_bits
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.resblock_scaling import ResblockScaling
@@ -60,6 +61,9 @@ class PriorRun(MuonOptions):
     moments: Literal["float32", "16-bit"] = "float32"
     """How the moments of the layers' kernels are stored: 16-bit is the paper's, 1-6-9 for means and
     0-6-10 for variances, in half the memory."""
+    kernels: Literal["float32", "float16"] = "float32"
+    """How the layers' kernels and their gradients are stored while training: float16 is the
+    paper's, in half the memory, and needs precision float16. The EMA and exports are float32's."""
     bpe_dropout: float = 0.1
     """Chance that a merge of the tokenizer is skipped while training."""
     caption_dropout: float = 0.0
@@ -143,6 +147,12 @@ class PriorStage(Stage):
                 f"grad_dtype is {run.grad_dtype}, but with precision {run.precision} it has "
                 "to be float32"
             )
+        if run.kernels not in ("float32", run.precision):
+            raise UserError(
+                f"kernels is {run.kernels}, but with precision {run.precision} their gradients "
+                "would have no scales and become 0; choose precision float16, or leave kernels at "
+                "float32"
+            )
         self.run = run
         self.config = run.model
         self.model = self.prior(
@@ -182,7 +192,11 @@ class PriorStage(Stage):
 
     def init(self, key):
         """Initialises the parameters."""
-        return self.draw(self.config, key)
+
+        def stored(path, x):
+            return x.astype(self.run.kernels) if has_16_bits(path) else x
+
+        return jax.tree_util.tree_map_with_path(stored, self.draw(self.config, key))
 
     def init_from_data(self, params):
         """Takes the parameters to begin with, if there are any."""

@@ -28,8 +28,9 @@ class TrainState:
     step: PyTree
     """Steps done, int32 scalar."""
     params: PyTree
+    """Float32, or float16 where the run stores kernels so."""
     ema_params: PyTree
-    """Exponential moving average (EMA) of params, of the same structure; for samples and export."""
+    """Exponential moving average (EMA) of params, in float32; for samples and export."""
     opt_state: PyTree
     key: PyTree
     """Typed key scalar, never changed: the key of a step is fold_in(key, step)."""
@@ -45,11 +46,12 @@ def init_state(
     """Makes the state before the first step; the EMA starts as a copy of the parameters."""
     key_init, key_steps = jax.random.split(key)
     params = stage.init(key_init)
+    in_float32 = as_float32(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema_params=jax.tree.map(jnp.copy, params),  # own buffers: the step donates both
-        opt_state=stage.optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, in_float32),  # own buffers: the step donates both
+        opt_state=stage.optimizer.init(in_float32),
         key=key_steps,
         scales=stage.scaling.create() if stage.scaling else (),
         powersgd=groups.init(params) if groups else (),
@@ -57,11 +59,29 @@ def init_state(
 
 
 def state_shardings(
-    state: TrainState, mesh: Mesh, rules: Rules, groups: PowerSGDGroups | None = None
+    state: TrainState,
+    mesh: Mesh,
+    rules: Rules,
+    groups: PowerSGDGroups | None = None,
+    *,
+    ema_on_host: bool = False,
 ) -> TrainState:
     """The sharding of each array of a state; takes the state or its shapes."""
     shardings = sharding_rules.shardings(state.replace(powersgd=()), mesh, rules)
+    if ema_on_host:
+        shardings = _with_ema_in(shardings, "pinned_host")
     return shardings.replace(powersgd=groups.shardings(shardings.params) if groups else ())
+
+
+def _with_ema_in(shardings, memory_kind):
+    places = jax.tree.map(lambda s: s.with_memory_kind(memory_kind), shardings.ema_params)
+    return shardings.replace(ema_params=places)
+
+
+def on_devices(state: TrainState) -> TrainState:
+    """The state with its EMA in the memory of the devices, wherever it was."""
+    places = _with_ema_in(jax.tree.map(lambda x: x.sharding, state), "device").ema_params
+    return state.replace(ema_params=jax.device_put(state.ema_params, places))
 
 
 def to_checkpoint(state: TrainState, groups: PowerSGDGroups | None) -> TrainState:
@@ -93,15 +113,21 @@ def from_checkpoint(
     return saved.replace(powersgd=powersgd)
 
 
+def as_float32(params: PyTree) -> PyTree:
+    """Parameters as the optimizer sees them, whatever they are stored in."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+
 def with_params(state: TrainState, shardings: TrainState, params: PyTree) -> TrainState:
     """Replaces the parameters of a new state and their EMA; each device gets its shards."""
 
-    def put(x, sharding):
+    def put(x, sharding, old):
         if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
-            return x
-        x = np.asarray(x)
+            return jnp.array(x, old.dtype, copy=True)  # own buffers, as in `init_state`
+        x = np.asarray(x, old.dtype)
         return jax.make_array_from_callback(x.shape, sharding, lambda shard: x[shard])
 
-    params = jax.tree.map(put, params, shardings.params)
-    ema_params = jax.tree.map(jnp.copy, params)  # own buffers, as in `init_state`
-    return state.replace(params=params, ema_params=ema_params)
+    return state.replace(
+        params=jax.tree.map(put, params, shardings.params, state.params),
+        ema_params=jax.tree.map(put, params, shardings.ema_params, state.ema_params),
+    )

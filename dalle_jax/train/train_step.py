@@ -14,7 +14,7 @@ Source: ours; the EMA follows Ramesh et al. 2021, appendices A.2 and B.2.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.parallel.powersgd_groups import PowerSGDGroups
 from dalle_jax.train.resblock_scaling import ResblockScaling
 from dalle_jax.train.stage import Batch, Metrics, Stage
-from dalle_jax.train.state import TrainState
+from dalle_jax.train.state import TrainState, as_float32
 
 
 class StepOutput(NamedTuple):
@@ -49,7 +49,7 @@ def make_train_step(
     shardings: TrainState | None = None,
     groups: PowerSGDGroups | None = None,
     accumulation_steps: int = 1,
-    ema_every: int = 1,
+    ema_every: int | None = 1,
     ema_decay: float = 0.999,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the jitted train step `(state, batch) -> (state, metrics)`; it consumes the state.
@@ -65,7 +65,8 @@ def make_train_step(
       groups: send each other compressed gradients; None to average gradients in full. The losses of
         groups have equal weight, as those of micro-batches have.
       accumulation_steps: micro-batches k per step, at least 1.
-      ema_every: steps between two updates of the EMA.
+      ema_every: steps between two updates of the EMA; None for a step that leaves it alone, since
+        `make_ema_update` is for it.
       ema_decay: d in ema = d * ema + (1 - d) * params, in [0, 1).
 
     Returns:
@@ -79,17 +80,56 @@ def make_train_step(
         step = skip_nonfinite(step)
     if stage.scaling:
         step = update_scales(step, stage.scaling)
-    step = update_ema(step, every=ema_every, decay=ema_decay)
+    if ema_every is not None:
+        step = update_ema(step, every=ema_every, decay=ema_decay)
     step = count(step)
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
+    if ema_every is None:  # it does not take part
+        shardings = shardings.replace(ema_params=())
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
     def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        ema_params = state.ema_params
+        if ema_every is None:
+            state = state.replace(ema_params=())
         with jax.set_mesh(shardings.step.mesh):  # models constrain their activations to it
-            return jitted(state, batch)
+            state, metrics = jitted(state, batch)
+        return (state if ema_every else state.replace(ema_params=ema_params)), metrics
 
     return on_mesh
+
+
+def make_ema_update(shardings: TrainState, *, decay: float) -> Callable[[TrainState], TrainState]:
+    """Builds the update of an EMA that lies in the memory of the CPUs; it consumes the state's EMA.
+
+    Its arrays visit the devices one at a time, between two steps, when these need least.
+
+    Args:
+      shardings: of the state, from `state_shardings` with `ema_on_host`.
+      decay: d in ema = d * ema + (1 - d) * params, in [0, 1).
+    Source: Ramesh et al. 2021, appendix B.2.
+    """
+
+    @cache
+    def moved(place):
+        def move(average, x):
+            average = jax.device_put(average, place.with_memory_kind("device"))
+            return decay * average + (1 - decay) * x
+
+        return jax.jit(move, donate_argnums=0, out_shardings=place)
+
+    def update(state: TrainState) -> TrainState:
+        return state.replace(
+            ema_params=jax.tree.map(
+                lambda place, average, x: moved(place)(average, x),
+                shardings.ema_params,
+                state.ema_params,
+                state.params,
+            )
+        )
+
+    return update
 
 
 def apply_gradients(stage: Stage, groups: PowerSGDGroups | None, accumulation_steps: int) -> Step:
@@ -113,7 +153,7 @@ def apply_gradients(stage: Stage, groups: PowerSGDGroups | None, accumulation_st
             norm = optax.global_norm(grads)
             finite = jnp.isfinite(norm) & block_finite.all() if stage.scaling else None
         updates, opt_state = stage.optimizer.update(
-            grads, state.opt_state, state.params, value=loss
+            grads, state.opt_state, as_float32(state.params), value=loss
         )
         params = optax.apply_updates(state.params, updates)
         norms = {"grad_norm": norm, "update_norm": optax.global_norm(updates)}
@@ -180,7 +220,9 @@ def count(inner: Step) -> Callable[[TrainState, Batch], tuple[TrainState, Metric
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         output = inner(state, batch)
-        metrics = output.metrics | {"param_norm": optax.global_norm(output.state.params)}
+        metrics = output.metrics | {
+            "param_norm": optax.global_norm(as_float32(output.state.params))
+        }
         return output.state.replace(step=state.step + 1), metrics
 
     return step

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from dalle_jax.train import loop
 from dalle_jax.train.checkpoint import CheckpointError, Checkpoints
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.loop import LoopConfig, train
@@ -102,6 +103,31 @@ def test_resumed_run_equals_unbroken_run(tmp_path, accumulation_steps):
     a, b = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
     last_a, last_b = ([e for e in entries if "loss" in e][-1] for entries in (a, b))
     assert last_a["last/loss"] == last_b["last/loss"]
+
+
+def test_an_ema_on_the_host_is_that_of_the_devices_bit_for_bit(tmp_path, monkeypatch):
+    make, kinds = loop.make_train_step, set()
+
+    def looking(*args, **options):
+        step = make(*args, **options)
+
+        def call(state, batch):
+            kinds.update(x.sharding.memory_kind for x in jax.tree.leaves(state.ema_params))
+            return step(state, batch)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", looking)
+    on_devices, _ = run(tmp_path / "a", 10, ema_every=2, ema_decay=0.5)
+    assert kinds == {"device"}
+    kinds.clear()
+    on_host = {"ema_every": 2, "ema_decay": 0.5, "ema_on_host": True}
+    run(tmp_path / "b", 5, **on_host)
+    resumed, _ = run(tmp_path / "b", 10, **on_host)
+    assert kinds == {"pinned_host"}
+    chex.assert_trees_all_equal(resumed, on_devices)
+    a, b = (read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in "ab")
+    assert "eval/mean" in a and a["eval/mean"] == b["eval/mean"]
 
 
 def test_a_resumed_run_draws_no_weights_and_begins_nothing(tmp_path):

@@ -108,7 +108,8 @@ def usual(tmp_path_factory):
 
 def test_every_field_of_the_loop_is_changed_here():
     fields = {field.name for field in dataclasses.fields(LoopConfig)}
-    assert fields == CHANGES.keys() | {"mesh", "powersgd"}  # these two: the test after the next
+    # mesh and powersgd: the test after the next; ema_on_host: tests/train/test_loop.py
+    assert fields == CHANGES.keys() | {"mesh", "powersgd", "ema_on_host"}
 
 
 @pytest.mark.parametrize("field", CHANGES)
