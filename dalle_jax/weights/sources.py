@@ -306,8 +306,8 @@ def convert(
     source: Source, config: Any, tensors: Mapping[str, np.ndarray], files: Sequence[Path]
 ) -> Imported:
     """Brings opened tensors under our names; WeightsError if they do not fit."""
+    tokenizer = source.tokenizer and source.tokenizer(files, config)  # before memory is taken
     arrays = to_ours(tensors, source.rules, shapes(config))
-    tokenizer = source.tokenizer and source.tokenizer(files, config)
     return Imported(source, config, flax.traverse_util.unflatten_dict(arrays, sep="/"), tokenizer)
 
 
