@@ -8,7 +8,7 @@ help:
 	@echo "make install   create $(VENV) with the tested packages (Python 3.11 or 3.12)"
 	@echo "make demo      generate a sheet of images with a shipped model into demo.png"
 	@echo "make test      lint, format check, types and every test"
-	@echo "make parity    run others' networks with PyTorch (1.5 GB more) and compare imported weights"
+	@echo "make parity    run others' networks with PyTorch (1.7 GB more) and compare imported weights"
 	@echo "make clean     remove $(VENV), caches and demo.png; runs/ stays"
 
 install: $(INSTALLED)
@@ -42,10 +42,11 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile  # tests of a file share what is slow to make
 
+# With GOLDEN=1 it also writes the files in tests/golden/weights anew, whose floats differ by machine.
 parity: install
 	bash tests/parity/install.sh $(CURDIR)/.parity
-	cd tests/parity && $(CURDIR)/.parity/venv/bin/python oracles.py $(CURDIR)/.parity $(CURDIR)/.parity/files ../golden/weights
-	PYTHONPATH=tests/parity JAX_PLATFORMS=cpu $(BIN)/python tests/parity/flax_oracles.py .parity .parity/files tests/golden/weights
+	cd tests/parity && $(CURDIR)/.parity/venv/bin/python oracles.py $(CURDIR)/.parity $(CURDIR)/.parity/files $(if $(GOLDEN),../golden/weights)
+	PYTHONPATH=tests/parity JAX_PLATFORMS=cpu $(BIN)/python tests/parity/flax_oracles.py .parity .parity/files $(if $(GOLDEN),tests/golden/weights)
 	PYTHONPATH=.:tests/parity JAX_PLATFORMS=cpu $(BIN)/python tests/parity/compare.py .parity/files
 
 clean:

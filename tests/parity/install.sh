@@ -5,8 +5,13 @@ set -euo pipefail
 folder=$1; here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mkdir -p "$folder"
 
-checkout() {  # NAME ADDRESS COMMIT: networks that no package holds
-  [ -d "$folder/$1" ] || { git clone -q "$2" "$folder/$1" && git -C "$folder/$1" checkout -q "$3"; }
+checkout() {  # NAME ADDRESS COMMIT: networks that no package holds; their Python alone, without pictures
+  [ -d "$folder/$1" ] && return
+  rm -rf "$folder/$1.part"
+  git clone -q --filter=blob:none --no-checkout "$2" "$folder/$1.part"
+  git -C "$folder/$1.part" sparse-checkout set --no-cone '*.py'
+  git -C "$folder/$1.part" -c advice.detachedHead=false checkout -q "$3"
+  mv "$folder/$1.part" "$folder/$1"  # a download that was cut is not taken for a whole one
 }
 checkout LlamaGen https://github.com/FoundationVision/LlamaGen ce98ec41803a74a90ce68c40ababa9eaeffeb4ec
 checkout 1d-tokenizer https://github.com/bytedance/1d-tokenizer 942a96fbdd873780179d1b78d5462911528bf8c8
