@@ -1,7 +1,7 @@
 """DALL-E and coarse-to-fine token generation in JAX/Flax."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dalle_jax.generate.sampling import SamplingConfig
 
@@ -14,11 +14,13 @@ __version__ = "0.2.0"
 __all__ = ["Clip", "Model", "SamplingConfig", "enable_compilation_cache", "load"]
 
 
-def load(name_or_folder: str | os.PathLike) -> "Model":
+def load(
+    name_or_folder: str | os.PathLike, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> "Model":
     """Opens a shipped model by name, or a model folder by path; see `Model.load`."""
     from dalle_jax.generate.model import Model  # jax takes a second to import
 
-    return Model.load(name_or_folder)
+    return Model.load(name_or_folder, dtype=dtype)
 
 
 def __getattr__(name):  # what needs jax is imported when it is first used

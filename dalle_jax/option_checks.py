@@ -1,5 +1,6 @@
 """What the options of a command name: checked before any work, and saved whatever happens."""
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,19 @@ def check_output_folder(option: str, path: Path | None) -> None:
     """Raises a UserError if there is a path, but no files can be written to that folder."""
     if path is not None:
         _check_folder_of(option, path, path)
+
+
+def check_room(option: str, path: Path, size: int) -> None:
+    """Raises a UserError if the disk of a path has no room for so many bytes."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{option} is {path}, which will take {size / 1e9:.1f} GB, but its disk has "
+            f"{free / 1e9:.1f} GB free; make room or choose another place"
+        )
 
 
 def _check_folder_of(option, path, folder):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tiny
 
-from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import tensor_file
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
@@ -121,7 +121,7 @@ def drawn(**where):
 
 def main(folder):
     (folder / "sent.json").write_text(json.dumps(sent_with_muon()))
-    files.CHUNK = 2**9  # bytes: tensors of the tiny model leave their devices in pieces
+    tensor_file.CHUNK = 2**9  # bytes: tensors of the tiny model leave their devices in pieces
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     for name, where in (("whole", {}), ("spread", {"mesh": mesh})):
         model, images = drawn(**where)

@@ -221,7 +221,7 @@ MUTANTS = [
     ),
     Mutant(
         "export-not-rounded",
-        "generate/model_folder.py",
+        "generate/tensor_file.py",
         "np.float32 if exact else ml_dtypes.bfloat16",
         "np.float32",
         EXPERIMENT,

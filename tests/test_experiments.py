@@ -16,7 +16,7 @@ from PIL import Image
 from saved import ema_params
 
 import dalle_jax
-from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import tensor_file
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.parallel.mesh import MeshConfig
 from dalle_jax.parallel.powersgd import PowerSGDConfig
@@ -175,9 +175,10 @@ def test_the_papers_run_goes_from_images_to_a_model_in_two_processes(tmp_path):
     assert "- prior: 2 updates of 8 examples" in model.card and model.clip is not None
     checkpoints = tmp_path / "run" / "prior" / "checkpoints"
     stored = {
-        name: np.asarray(x) for name, x in files.flatten_params(model.priors["prior"][1]).items()
+        name: np.asarray(x)
+        for name, x in tensor_file.flatten_params(model.priors["prior"][1]).items()
     }
-    for name, tensor in files.to_tensors(ema_params(checkpoints)).items():
+    for name, tensor in tensor_file.to_tensors(ema_params(checkpoints)).items():
         np.testing.assert_array_equal(stored[name], tensor.astype(np.float32), err_msg=name)
     assert not (tmp_path / "run" / "prior" / "codes").exists()  # nothing to measure, new crops
 

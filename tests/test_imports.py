@@ -10,6 +10,7 @@ ROOMS = {
     "cache_folder": set(),
     "compilation_cache": {"cache_folder"},
     "malloc": set(),
+    "memory": set(),
     "terminal": set(),
     "image": set(),
     "text": set(),
@@ -20,7 +21,7 @@ ROOMS = {
     "models": {"image", "precision"},
     "data": {"cache_folder", "image", "text"},
     "weights": {"text", "models"},
-    "generate": {"image", "text", "precision", "parallel", "models"},
+    "generate": {"memory", "image", "text", "precision", "parallel", "models"},
     "train": {"image", "text", "precision", "losses", "optim", "parallel", "models", "data"}
     | {"generate"}  # sheets and model folders come from what users call
     | {"compilation_cache", "malloc", "terminal"},
@@ -34,7 +35,7 @@ ROOMS["option_checks"] = set()
 ROOMS["commands"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
 # What every room may import.
-BASE = {"errors": set(), "atomic": set(), "extras": {"errors"}}
+BASE = {"errors": set(), "atomic": set(), "lazy_array": set(), "extras": {"errors"}}
 ROOMS = BASE | {room: below | set(BASE) for room, below in ROOMS.items()}
 
 # Slow or large to import: a user who only generates images does not wait for them.

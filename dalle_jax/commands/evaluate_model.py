@@ -16,6 +16,7 @@ from dalle_jax.terminal import bar
 def evaluate(
     *,
     model: str = "emoji",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     suite: Literal["emoji", "coco", "cub", "folder"] = "emoji",
     data: Path | None = None,
     split: str | None = None,
@@ -41,6 +42,7 @@ def evaluate(
 
     Args:
       model: A shipped model by name, or the path of a model folder.
+      dtype: Type of the prior's kernels in memory; bfloat16 halves them.
       suite: Captions and real images: emoji; or coco (30,000 captions), cub (all captions) or
         folder (a caption an image), of the set that --data names.
       data: Folder of captioned images, or one that TensorFlow Datasets prepared.
@@ -73,7 +75,7 @@ def evaluate(
     if num_captions is not None:
         config = dataclasses.replace(config, captions=num_captions)
     start = time.monotonic()
-    loaded = dalle_jax.load(model)
+    loaded = dalle_jax.load(model, dtype=dtype)
     network = efficientnet_network() if inception is None else inception_network(inception)
     sections = report.evaluate(
         loaded,

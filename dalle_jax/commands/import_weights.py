@@ -12,7 +12,8 @@ from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
 from dalle_jax.commands.process import prepare_process
-from dalle_jax.option_checks import check_output, check_output_folder
+from dalle_jax.memory import available_memory, total_memory
+from dalle_jax.option_checks import check_output, check_output_folder, check_room
 
 _EXTRAS = {
     "train": (
@@ -47,6 +48,7 @@ def import_(
     out: Path,
     px: int | None = None,
     codec: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     name: Annotated[str | None, arg(metavar="NAME")] = None,
 ) -> None:
     """Turn weights that others published into a model folder.
@@ -60,12 +62,14 @@ def import_(
       out: Folder for the model.
       px: Side of the images of a codec, in pixels; None for what it was trained on.
       codec: Of dalle-mini, mindalle and malevich: folder of the codec whose codes it samples.
+      dtype: Type that kernels are stored in; bfloat16 halves them, those of the codec too.
       name: Short name of the model; None for that of the source.
     """
     check_output_folder("--out", out)
     prepare_process()
     from dalle_jax.errors import UserError
     from dalle_jax.generate.clip_scorer import Clip
+    from dalle_jax.generate.cost import announce
     from dalle_jax.generate.model import Model
     from dalle_jax.generate.part_checks import CONFIGS
     from dalle_jax.weights import sources
@@ -84,13 +88,14 @@ def import_(
         raise UserError(f"--px is {px}, but only a codec can be told the side of its images")
     numbers = sum(map(math.prod, sources.shapes(config).values()))
     print(f"{source_info.title}: {numbers:,} parameters, {4 * numbers / 1e6:,.0f} MB in float32")
+    check_room("--out", out, numbers * (4 if dtype == "float32" else 2))
     print(config)
     imported = sources.convert(source_info, config, tensors, files)
     parts: dict[str, Any] = {
         "name": name or source,
         "card": sources.card(imported, name or source, files),
         "license": f"{source_info.licence}\n\nPublished at {', '.join(source_info.addresses)}\n",
-        "kernels": "float32",
+        "kernels": dtype,
     }
     model: Clip | Model
     if decoder is not None:
@@ -98,7 +103,16 @@ def import_(
         parts["card"] += f"\n## Codec\n\n{decoder.card}"
         part = next(part for part, kind in CONFIGS.items() if isinstance(config, kind))
         parts |= {part: config, f"{part}_params": imported.params}
-        model = Model(tokenizer=imported.tokenizer, **parts)
+        announce(
+            parts["name"],
+            decoder.codec,
+            decoder.codec_params,
+            {part: (config, imported.params)},
+            px=decoder.px,
+            dtype=dtype,
+            must_fit=False,  # its arrays are written one after the other
+        )
+        model = Model(tokenizer=imported.tokenizer, on_devices=False, **parts)
     elif imported.tokenizer is not None:
         model = Clip(config=config, params=imported.params, tokenizer=imported.tokenizer, **parts)
     else:
@@ -127,7 +141,7 @@ def export(
     import jax
 
     from dalle_jax.generate.model import Model
-    from dalle_jax.generate.model_folder import flatten_params
+    from dalle_jax.generate.tensor_file import flatten_params
     from dalle_jax.weights.export import write_codec
 
     opened = Model.load(model)
@@ -198,11 +212,7 @@ def _version(package: str) -> str | None:
 
 
 def _memory() -> str:
-    try:
-        pages = {name: os.sysconf(f"SC_{name}") for name in ("PHYS_PAGES", "AVPHYS_PAGES")}
-        size = os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError, AttributeError):
+    total, free = total_memory(), available_memory()
+    if total is None or free is None:
         return "unknown"
-    return (
-        f"{pages['PHYS_PAGES'] * size:.1f} GiB, {pages['AVPHYS_PAGES'] * size:.1f} GiB of it free"
-    )
+    return f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of it available"

@@ -4,7 +4,7 @@ import ipaddress
 import logging
 import os
 import socket
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -19,6 +19,7 @@ TOKEN = "DALLE_JAX_TOKEN"
 def serve(
     *,
     model: str = "emoji",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     host: str = "127.0.0.1",
     port: int = 8000,
     warm_up: bool = True,
@@ -31,6 +32,7 @@ def serve(
 
     Args:
       model: A shipped model by name, or the path of a model folder.
+      dtype: Type of the prior's kernels in memory; bfloat16 halves them.
       host: Address to listen on; by default only this machine is served.
       port: To listen on; 0 for any that is free.
       warm_up: Compile all sizes of batches before the first request.
@@ -56,7 +58,7 @@ def serve(
         log = logging.getLogger("dalle_jax")
         if not is_local and token is None:
             log.warning("whoever reaches %s can use this server; set %s", host, TOKEN)
-        loaded = dalle_jax.load(model)
+        loaded = dalle_jax.load(model, dtype=dtype)
         captions = default_captions(model) if model in shipped_models() else ()
         hosts = ("localhost", "127.0.0.1", host) if is_local else ("*",)
         app = create_app(

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, UInt8
 
 from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import tensor_file
 from dalle_jax.generate.micro_batching import micro_batches
 from dalle_jax.generate.model_folder import ModelError
 from dalle_jax.generate.part_checks import check_tensors, shapes
@@ -45,7 +46,7 @@ class Clip:
         card: str = "",
         license: str = "",
         fingerprints: dict[str, str] | None = None,
-        kernels: files.Dtype = "bfloat16",
+        kernels: tensor_file.Dtype = "bfloat16",
     ):
         """Checks that the parts belong to each other.
 
@@ -69,16 +70,16 @@ class Clip:
                 f"CLIP {name!r} was made for text vocabulary {config.text_vocabulary}, but the "
                 f"tokenizer has {tokenizer.vocabulary}; they do not belong together"
             )
-        tensors = files.to_tensors(params, kernels=kernels)
+        tensors = tensor_file.to_tensors(params, kernels=kernels)
         check_tensors(f"CLIP {name!r}", tensors, _shapes(config))
-        self.fingerprints = {"clip": files.fingerprint(tensors), "tokenizer": tokenizer.fingerprint}
+        fingerprint, self.params = tensor_file.place(tensors)
+        self.fingerprints = {"clip": fingerprint, "tokenizer": tokenizer.fingerprint}
         for part, has in self.fingerprints.items():
             if has != (wanted := (fingerprints or self.fingerprints)[part]):
                 raise ModelError(
                     f"the {part} of CLIP {name!r} is damaged or not the one it was saved with "
                     f"(fingerprint {has[:12]}, wanted {wanted[:12]}); put the original file back"
                 )
-        self.params = jax.device_put(files.to_params(tensors))
 
     @classmethod
     def load(cls, name_or_folder: str | os.PathLike) -> "Clip":
@@ -105,7 +106,7 @@ class Clip:
         return cls(
             name=name,
             config=files.config_from_fields(CLIPConfig, fields, folder),
-            params=files.to_params(files.read_tensors(folder / files.CLIP)),
+            params=tensor_file.nest(tensor_file.read_tensors(folder / files.CLIP)),
             tokenizer=load_tokenizer(folder / files.TOKENIZER),
             fingerprints=fingerprints,
             kernels=config.get("kernels", "bfloat16"),
@@ -130,8 +131,8 @@ class Clip:
             fingerprints=self.fingerprints,
             kernels=self.kernels,
         )
-        files.write_tensors(
-            folder / files.CLIP, files.to_tensors(self.params, kernels=self.kernels)
+        tensor_file.write_tensors(
+            folder / files.CLIP, tensor_file.to_tensors(self.params, kernels=self.kernels)
         )
         self.tokenizer.save(folder / files.TOKENIZER)
         files.write_texts(folder, card=self.card, license=self.license)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float16, Int, Int32, UInt8
 
 from dalle_jax.errors import UserError
-from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import tensor_file
 from dalle_jax.generate.micro_batching import micro_batches
 from dalle_jax.generate.part_checks import check_tensors, codec_shapes
 from dalle_jax.image import pixels
@@ -24,7 +24,12 @@ class Codec:
     """Encodes and decodes images of one size, in bounded memory."""
 
     def __init__(
-        self, *, px: int, codec: CodecConfig, codec_params: Any, kernels: files.Dtype = "bfloat16"
+        self,
+        *,
+        px: int,
+        codec: CodecConfig,
+        codec_params: Any,
+        kernels: tensor_file.Dtype = "bfloat16",
     ):
         """Checks that the parts belong to each other.
 
@@ -39,10 +44,10 @@ class Codec:
         self.px, self.codec, self.kernels = px, codec, kernels
         self.kind = codecs.kind(codec)
         """One of `models.codec.KINDS`, the name of its file and of its fingerprint."""
-        tensors = files.to_tensors(codec_params, kernels=kernels)
+        tensors = tensor_file.to_tensors(codec_params, kernels=kernels)
         check_tensors(codecs.TITLES[self.kind], tensors, codec_shapes(codec))
-        self.fingerprints = {self.kind: files.fingerprint(tensors)}
-        self.codec_params = jax.device_put(files.to_params(tensors))
+        fingerprint, self.codec_params = tensor_file.place(tensors)
+        self.fingerprints = {self.kind: fingerprint}
 
     @property
     def codec_fingerprint(self) -> str:

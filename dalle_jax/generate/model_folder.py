@@ -20,7 +20,6 @@ and the tokenizer that it was trained with, and any other is refused.
 
 import dataclasses
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -28,12 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
-
-import flax.traverse_util
-import ml_dtypes
-import numpy as np
-import safetensors
+from typing import Any
 
 from dalle_jax.errors import UserError
 
@@ -49,17 +43,6 @@ CLIP, CLIP_FOLDER = "clip.safetensors", "clip"
 CAPTIONS = "captions.txt"  # beside a shipped model
 
 _OWN = {CONFIG, TOKENIZER, CARD, LICENSE, CLIP, *CODECS.values(), *PRIORS.values()}
-
-# Kernels next to the codes, where rounding changes codes: with all kernels in bfloat16 the shipped
-# dVAE gave 46 % of the cells the same code, with these in float32 99 %.
-EXACT = ("encoder/output/", "decoder/input/", "encoder/conv_out/", "quant_conv/", "head/")
-
-CHUNK = 2**26  # bytes of a sharded tensor that are copied to the host at a time
-_DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # names in safetensors
-
-Dtype = Literal["float32", "bfloat16"]
-Tensors = dict[str, Any]
-"""Arrays of numpy, or of JAX where they are sharded over devices."""
 
 
 class ModelError(UserError):
@@ -96,71 +79,6 @@ def find_folder(name_or_folder: str | os.PathLike) -> Path:
     names = ", ".join(shipped_models()) or "none in this installation"
     problem = f"has no {CONFIG}" if folder.is_dir() else "is neither a shipped model nor a folder"
     raise ModelError(f"{str(name_or_folder)!r} {problem}; shipped models: {names}")
-
-
-def flatten_params(params: Any) -> dict[str, Any]:
-    """Leaves of nested parameters by the names they are stored under, sorted."""
-    return dict(sorted(flax.traverse_util.flatten_dict(params, sep="/").items()))
-
-
-def to_tensors(params: Any, *, kernels: Dtype = "bfloat16") -> Tensors:
-    """Flattens nested parameters and rounds the kernels to bfloat16, as they are stored.
-
-    With `kernels` in float32 nothing is rounded. Arrays of JAX stay on their devices.
-
-    Source: Ramesh et al. 2021, appendix D, keeps gains, biases, embeddings and unembeddings in
-    float32, and the released dVAE its convolutions next to the codes.
-    """
-
-    def rounded(name, array):
-        exact = kernels == "float32" or not name.endswith("kernel") or name.startswith(EXACT)
-        dtype = np.dtype(np.float32 if exact else ml_dtypes.bfloat16)
-        return array.astype(dtype) if is_sharded(array) else np.asarray(array, dtype)
-
-    return {name: rounded(name, array) for name, array in flatten_params(params).items()}
-
-
-def to_params(tensors: Tensors, *, dtype: Dtype = "float32") -> Any:
-    """Nests tensors, widened to float32 unless dtype is bfloat16."""
-    if dtype == "float32":
-        tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
-    return flax.traverse_util.unflatten_dict(tensors, sep="/")
-
-
-def fingerprint(tensors: Tensors) -> str:
-    """Sha256 over names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        for chunk in host_chunks(tensor):
-            digest.update(chunk.tobytes())
-    return digest.hexdigest()
-
-
-def host_chunks(tensor: Any) -> Iterator[np.ndarray]:
-    """Copies a tensor to the host, a few of its rows at a time if it is sharded.
-
-    If it is sharded over several processes, all of them call this.
-    """
-    if not is_sharded(tensor):
-        yield np.ascontiguousarray(tensor)
-        return
-    import jax  # late: the names of models are listed without it
-    from jax.experimental import multihost_utils
-
-    rows = len(tensor)
-    most = max(CHUNK * rows // tensor.nbytes, 1)
-    for start in range(0, rows, most):
-        # The index is no constant, so that one program cuts all pieces of a length.
-        chunk = jax.lax.dynamic_slice_in_dim(tensor, start, min(most, rows - start))
-        if not chunk.is_fully_addressable:
-            chunk = multihost_utils.process_allgather(chunk, tiled=True)
-        yield np.asarray(chunk)
-
-
-def is_sharded(array: Any) -> bool:
-    """Whether it is an array of JAX whose parts are on different devices."""
-    return not getattr(array, "is_fully_replicated", True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -200,17 +118,6 @@ def config_from_fields(cls: type, fields: Any, path: Path) -> Any:
         ) from error
 
 
-def read_tensors(path: Path) -> Tensors:
-    """Reads a safetensors file; ModelError if it is missing or cut short."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ModelError(
-            f"cannot read the weights {path}: missing or damaged ({error}); restore the file"
-        ) from error
-
-
 def read_texts(folder: Path) -> dict[str, str]:
     """Reads card and license, if they exist; ModelError if they are not in UTF-8."""
     texts = {"card": folder / CARD, "license": folder / LICENSE}
@@ -237,32 +144,6 @@ def write_config(folder: Path, **fields: Any) -> None:
     }
     text = json.dumps({"format": FORMAT, **plain}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def write_tensors(path: Path | None, tensors: Tensors) -> None:
-    """Writes a safetensors file, in chunks; the library would need all bytes at once.
-
-    Args:
-      path: of the file; None in a process that holds shards, while another one writes.
-      tensors: arrays on the host, or sharded over devices.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header, end = {}, 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(os.devnull if path is None else path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for chunk in host_chunks(tensors[name]):
-                file.write(chunk.tobytes())
 
 
 def copy_other_priors(old: Path, new: Path) -> None:

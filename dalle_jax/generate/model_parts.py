@@ -12,9 +12,11 @@ import jax
 from jax.sharding import Mesh
 
 from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import tensor_file
 from dalle_jax.generate.clip_scorer import Clip
+from dalle_jax.generate.cost import announce
 from dalle_jax.generate.image_codec import Codec
-from dalle_jax.generate.model_folder import CLIP_FOLDER, Dtype, ModelError
+from dalle_jax.generate.model_folder import CLIP_FOLDER, ModelError
 from dalle_jax.generate.part_checks import (
     CONFIGS,
     AnyPriorConfig,
@@ -23,13 +25,13 @@ from dalle_jax.generate.part_checks import (
     check_tensors,
     prior_shapes,
 )
+from dalle_jax.generate.tensor_file import Dtype
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
 from dalle_jax.models.gpt_prior import GPTConfig
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
 from dalle_jax.models.seq2seq_prior import Seq2SeqConfig
-from dalle_jax.parallel.sharding_rules import PRIOR, shardings
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.tokenizer_file import load_tokenizer
 
@@ -68,6 +70,7 @@ class ModelParts(Codec):
         kernels: Dtype = "bfloat16",
         dtype: Dtype = "float32",
         mesh: Mesh | None = None,
+        on_devices: bool = True,
     ):
         """Checks that the parts belong to each other.
 
@@ -94,6 +97,8 @@ class ModelParts(Codec):
           dtype: of the priors' kernels and of their products; bfloat16 halves their memory.
           mesh: from `parallel.mesh.make_mesh`: devices that the priors' weights are sharded over;
             None for one device, or for the sharding that they have.
+          on_devices: False leaves the priors' weights where they are, such as in files, for a model
+            that is only saved.
         Raises:
           ModelError: if a part is missing, has other sizes, or does not belong.
         """
@@ -102,6 +107,7 @@ class ModelParts(Codec):
         self.tokenizer, self.card, self.license = tokenizer, card, license
         self.guidance = guidance
         self._clip = clip
+        self._rounded = dtype != "float32" == kernels
         priors: Priors = {}
         if prior is not None:
             priors["prior"] = prior, prior_params
@@ -117,11 +123,15 @@ class ModelParts(Codec):
         """Sizes and parameters of "prior", "progressive", "seq2seq" and "gpt", those there are."""
         for part, (sizes, params) in priors.items():
             assert tokenizer is not None  # check_parts has seen to it
-            tensors = files.to_tensors(params, kernels=kernels)
+            tensors = tensor_file.to_tensors(params, kernels=kernels)
             check_tensors(part, tensors, prior_shapes(sizes))
-            self.fingerprints[part] = files.fingerprint(tensors)
+            if on_devices:
+                self.fingerprints[part], held = tensor_file.place(tensors, dtype=dtype, mesh=mesh)
+            else:
+                self.fingerprints[part] = tensor_file.fingerprint(tensors)
+                held = tensor_file.nest(tensors)
             self.fingerprints["tokenizer"] = tokenizer.fingerprint
-            self.priors[part] = sizes, _put_on_devices(files.to_params(tensors, dtype=dtype), mesh)
+            self.priors[part] = sizes, held
         check_fingerprints(name, self.fingerprints, fingerprints or {})
 
     @classmethod
@@ -139,7 +149,8 @@ class ModelParts(Codec):
           dtype: of the priors' kernels, float32 or bfloat16.
           mesh: devices that the priors' weights are sharded over; None for one device.
         Raises:
-          ModelError: if there is no such model, a file is damaged or belongs to another model.
+          ModelError: if there is no such model, it does not fit into memory, or a file is damaged
+            or belongs to another model.
         """
         folder = files.find_folder(name_or_folder)
         config = files.read_config(folder)
@@ -152,17 +163,28 @@ class ModelParts(Codec):
             parts["codec"] = files.config_from_fields(codecs.KINDS[kind], config[kind], folder)
         except KeyError as error:
             raise ModelError(f"{folder / files.CONFIG} lacks {error}; restore it") from error
+        weights = tensor_file.read_tensors(folder / files.CODECS[kind])
+        parts["codec_params"] = tensor_file.nest(weights)
         for part, file in files.PRIORS.items():
             if config.get(part) is not None:
                 parts[part] = files.config_from_fields(CONFIGS[part], config[part], folder)
-                tensors = files.read_tensors(folder / file)
-                parts[f"{part}_params"] = files.to_params(tensors, dtype=dtype)
+                weights = tensor_file.read_tensors(folder / file)
+                parts[f"{part}_params"] = tensor_file.nest(weights)
                 parts["tokenizer"] = load_tokenizer(folder / files.TOKENIZER)
         if (folder / CLIP_FOLDER / files.CONFIG).is_file():
             parts["clip"] = folder / CLIP_FOLDER
         parts |= files.read_texts(folder)
+        if mesh is None:
+            priors = {p: (parts[p], parts[f"{p}_params"]) for p in files.PRIORS if p in parts}
+            announce(
+                parts["name"],
+                parts["codec"],
+                parts["codec_params"],
+                priors,
+                px=parts["px"],
+                dtype=dtype,
+            )
         return cls(
-            codec_params=files.to_params(files.read_tensors(folder / files.CODECS[kind])),
             fingerprints=fingerprints,
             guidance=config.get("guidance", 1.0),
             kernels=config.get("kernels", "bfloat16"),
@@ -185,10 +207,18 @@ class ModelParts(Codec):
 
         If weights are sharded over several processes, all of them call this: one with the folder,
         the others with None.
+
+        Raises:
+          ModelError: if its priors hold less than their files did.
         """
+        if self._rounded and self.priors:
+            raise ModelError(
+                f"model {self.name!r} was stored in float32 and is in memory in bfloat16; open it "
+                "in float32 to save it"
+            )
         for part, (_, params) in self.priors.items():
             file = None if folder is None else folder / files.PRIORS[part]
-            files.write_tensors(file, files.to_tensors(params, kernels=self.kernels))
+            tensor_file.write_tensors(file, tensor_file.to_tensors(params, kernels=self.kernels))
         if folder is None:
             return
         files.write_config(
@@ -201,8 +231,8 @@ class ModelParts(Codec):
             guidance=self.guidance,
             kernels=self.kernels,
         )
-        codec = files.to_tensors(self.codec_params, kernels=self.kernels)
-        files.write_tensors(folder / files.CODECS[self.kind], codec)
+        codec = tensor_file.to_tensors(self.codec_params, kernels=self.kernels)
+        tensor_file.write_tensors(folder / files.CODECS[self.kind], codec)
         if self.priors and self.tokenizer is not None:
             self.tokenizer.save(folder / files.TOKENIZER)
         if self.clip is not None:
@@ -230,9 +260,3 @@ class ModelParts(Codec):
             for part, (_, params) in self.priors.items()
         ]
         return f"{type(self).__name__}({self.name!r}: {sizes}, {', '.join(parts) or 'no prior'})"
-
-
-def _put_on_devices(params, mesh):
-    if mesh is not None:
-        return jax.device_put(params, shardings(params, mesh, PRIOR))
-    return jax.tree.map(lambda x: x if files.is_sharded(x) else jax.device_put(x), params)

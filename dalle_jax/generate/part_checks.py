@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
-from dalle_jax.generate import model_folder as files
-from dalle_jax.generate.model_folder import ModelError, Tensors
+from dalle_jax.generate import tensor_file
+from dalle_jax.generate.model_folder import ModelError
 from dalle_jax.generate.sampling import Decoder
+from dalle_jax.generate.tensor_file import Tensors
 from dalle_jax.models import autoregressive_prior, gpt_prior, progressive_prior, seq2seq_prior
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
@@ -123,4 +124,4 @@ def prior_shapes(config: AnyPriorConfig) -> Shapes:
 def shapes(init: Callable, *inputs: Any) -> Shapes:
     """Shapes of the parameters that `init` returns; nothing is computed."""
     params = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), *inputs)
-    return files.flatten_params(params.get("params", params))
+    return tensor_file.flatten_params(params.get("params", params))

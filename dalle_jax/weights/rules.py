@@ -12,12 +12,14 @@ ours has joined or split (heads) follow from the shapes. A rule without a place 
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
 
 import numpy as np
 
+from dalle_jax.lazy_array import LazyArray
 from dalle_jax.weights.errors import WeightsError
 
 Shape = tuple[int, ...]
@@ -55,21 +57,21 @@ def linear(theirs: str, ours: str, index: str = "[{i}]") -> tuple[Rule, ...]:
 
 def to_ours(
     tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, Shape]
-) -> dict[str, np.ndarray]:
-    """Fills our arrays with their tensors; theirs are not changed, and copied once.
+) -> dict[str, LazyArray]:
+    """Fits our arrays together from their tensors, which stay in their files.
 
     Args:
       tensors: theirs, by their names.
       rules: the first that fits counts.
       shapes: of all our arrays, by our names.
     Returns:
-      Our arrays, in float32.
+      Our arrays, in float32, each of them made from its tensors when it is used.
     Raises:
       WeightsError: if a tensor has no rule, a place is left empty or has another shape; all names
         are listed.
     """
     compiled = [(re.compile(_pattern(rule.theirs)), rule) for rule in rules]
-    places: dict[tuple, tuple[np.ndarray, Rule]] = {}
+    parts: dict[str, dict[tuple[str, ...], tuple[np.ndarray, Rule]]] = {name: {} for name in shapes}
     filled = dict.fromkeys(shapes, 0)
     problems: dict[str, list[str]] = {"unknown": [], "misfit": [], "missing": []}
     for name, tensor in tensors.items():
@@ -77,7 +79,7 @@ def to_ours(
         if found and found[1].ours is None:
             continue
         place = found and _place(found[1].ours, found[0].groupdict())
-        if not found or place[0] not in shapes or place in places:
+        if not found or place[0] not in shapes or place[1] in parts[place[0]]:
             problems["unknown"].append(name)
             continue
         ours, index = place
@@ -85,18 +87,27 @@ def to_ours(
         if problem:
             problems["misfit"].append(f"{name} {problem}")
             continue
-        places[place] = tensor, found[1]
+        parts[ours][index] = tensor, found[1]
         filled[ours] += tensor.size
     problems["missing"] = [name for name, n in filled.items() if n != math.prod(shapes[name])]
     if any(problems.values()):
         raise WeightsError(_said(problems))
-    # only now is memory taken: as many numbers as the tensors have
-    arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-    for (ours, index), (tensor, rule) in places.items():
-        part = arrays[ours][(*map(_numpy_index, index), ...)]
+    return {
+        name: LazyArray(
+            shape=shape, dtype=np.dtype(np.float32), make=partial(_filled, shape, parts[name])
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def _filled(shape, parts) -> np.ndarray:
+    """An array of ours; only here memory is taken, for as many numbers as the tensors have."""
+    array = np.empty(shape, np.float32)
+    for index, (tensor, rule) in parts.items():
+        part = array[(*map(_numpy_index, index), ...)]
         turned = tensor if rule.axes is None else tensor.transpose(rule.axes)
         part[...] = turned.reshape(part.shape)
-    return arrays
+    return array
 
 
 def to_theirs(arrays: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:

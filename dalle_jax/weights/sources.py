@@ -264,7 +264,7 @@ class Imported(NamedTuple):
     source: Source
     config: Any
     params: Any
-    """Nested, in float32."""
+    """Nested; arrays of float32 that are made when they are used."""
     tokenizer: Tokenizer | None
 
 

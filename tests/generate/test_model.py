@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import tiny
 from PIL import Image
 
 import dalle_jax
-from dalle_jax.generate import micro_batching
+from dalle_jax.generate import micro_batching, tensor_file
 from dalle_jax.generate import model_folder as files
 from dalle_jax.generate.micro_batching import micro_batches
 from dalle_jax.generate.model import Model
@@ -197,7 +198,7 @@ def test_every_file_may_be_read_by_those_who_may_read_the_config(saved):
 
 def test_only_kernels_away_from_codes_and_tokens_are_stored_in_bfloat16(saved):
     for file in ("prior", "dvae"):
-        for name, tensor in files.read_tensors(saved / f"{file}.safetensors").items():
+        for name, tensor in tensor_file.read_tensors(saved / f"{file}.safetensors").items():
             rounded = name.endswith("kernel") and not name.startswith(
                 ("head/", "encoder/output/", "decoder/input/")
             )
@@ -250,7 +251,7 @@ def test_failed_save_leaves_the_old_model(copy, monkeypatch):
     def fail(path, tensors):
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "write_tensors", fail)
+    monkeypatch.setattr(tensor_file, "write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         tiny.model(name="new").save(copy)
     assert dalle_jax.load(copy).name == "tiny"
@@ -322,8 +323,8 @@ def test_saving_through_a_symbolic_link_replaces_the_folder_behind_it(copy):
 
 
 def test_a_weights_file_is_the_librarys_to_the_byte(tmp_path):
-    tensors = files.to_tensors(tiny.parts()["prior_params"])
-    files.write_tensors(tmp_path / "ours", tensors)
+    tensors = tensor_file.to_tensors(tiny.parts()["prior_params"])
+    tensor_file.write_tensors(tmp_path / "ours", tensors)
     assert (tmp_path / "ours").read_bytes() == safetensors.numpy.save(tensors)
 
 
@@ -335,6 +336,30 @@ def test_bfloat16_halves_the_kernels_and_is_saved_as_float32_is(tmp_path):
     half.save(tmp_path / "half")
     assert Model.load(tmp_path / "half").fingerprints == whole.fingerprints
     assert half.generate("sky", n=2).shape == (1, 2, tiny.PX, tiny.PX, 3)
+
+
+def test_float32_kernels_are_rounded_to_bfloat16_when_they_are_loaded_so(tmp_path):
+    tiny.model(kernels="float32").save(tmp_path / "whole")
+    half, whole = (Model.load(tmp_path / "whole", dtype=x) for x in ("bfloat16", "float32"))
+    kernels = [m.priors["prior"][1]["layers"]["qkv"]["kernel"] for m in (half, whole)]
+    assert kernels[0].dtype == "bfloat16" and kernels[1].dtype == "float32"
+    np.testing.assert_array_equal(kernels[0], kernels[1].astype("bfloat16"))
+    assert half.priors["prior"][1]["head"]["image"]["kernel"].dtype == "float32"
+    assert half.fingerprints == whole.fingerprints
+    with pytest.raises(ModelError, match="stored in float32 and is in memory in bfloat16"):
+        half.save(tmp_path / "half")
+
+
+def test_each_tensor_of_a_file_is_read_once_to_load_it(saved, monkeypatch):
+    read, reader = [], tensor_file._read_tensor
+    monkeypatch.setattr(
+        tensor_file,
+        "_read_tensor",
+        lambda path, name: read.append((path, name)) or reader(path, name),
+    )
+    model = Model.load(saved)
+    parts = [model.codec_params, model.priors["prior"][1]]
+    assert len(read) == len(set(read)) == len(jax.tree.leaves(parts))
 
 
 def test_a_new_model_takes_over_the_other_prior_of_an_old_one_for_the_same_codes(tmp_path):

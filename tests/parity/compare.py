@@ -19,8 +19,8 @@ import recipe
 from dalle_jax.generate import imported_sampler
 from dalle_jax.generate.clip_scorer import Clip
 from dalle_jax.generate.model import Model
-from dalle_jax.generate.model_folder import flatten_params
 from dalle_jax.generate.sampling import SamplingConfig
+from dalle_jax.generate.tensor_file import flatten_params
 from dalle_jax.models import dvae, gpt_prior, vqgan
 from dalle_jax.models.dvae import DVAE, DVAEConfig
 from dalle_jax.models.maskgit_vqgan import MaskGITVQGAN
@@ -62,7 +62,8 @@ def differences(source, files, expected):
 def imported_from(source, files):
     """The weights of these files."""
     info, config, tensors = sources.open_source(source, files, codes=CODES)
-    return sources.convert(info, config, tensors, files)
+    found = sources.convert(info, config, tensors, files)
+    return found._replace(params=jax.tree.map(np.asarray, found.params))
 
 
 def _codec(imported, expected):

@@ -12,7 +12,7 @@ import pytest
 import stages
 import tiny
 
-from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import tensor_file
 from dalle_jax.train import run_settings
 from dalle_jax.train.loop import LoopConfig
 
@@ -87,6 +87,6 @@ def test_averaged_weights_are_exported_rounded_as_they_are_stored(name):
     assert rounded != np.float32(1.003)
     found = {float(x) for leaf in jax.tree.leaves(params) for x in np.unique(leaf)}
     assert found == {rounded, float(np.float32(1.003))}
-    for path, leaf in files.flatten_params(params).items():
-        exact = not path.endswith("kernel") or path.startswith(files.EXACT)
+    for path, leaf in tensor_file.flatten_params(params).items():
+        exact = not path.endswith("kernel") or path.startswith(tensor_file.EXACT)
         chex.assert_trees_all_equal(np.unique(leaf), np.float32([1.003 if exact else rounded]))

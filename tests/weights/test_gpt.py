@@ -140,8 +140,9 @@ def test_an_imported_model_generates_the_codes_of_the_peer(tmp_path, capsys):
     codec_params = vqgan.init_params(codec, jax.random.key(0))
     saved = Model(name="v", px=8, codec=codec, codec_params=codec_params, kernels="float32")
     saved.save(tmp_path / "vqgan")
-    files, out = map(str, published(tmp_path)), ["--out", str(tmp_path / "mindalle")]
-    main(["import", "mindalle", *files, "--codec", str(tmp_path / "vqgan"), *out])
+    files, half = [*map(str, published(tmp_path))], tmp_path / "half"
+    codec_and_out = ["--codec", str(tmp_path / "vqgan"), "--out", str(tmp_path / "mindalle")]
+    main(["import", "mindalle", *files, *codec_and_out])
     assert "parameters" in capsys.readouterr().out
 
     model = Model.load(tmp_path / "mindalle")
@@ -151,6 +152,20 @@ def test_an_imported_model_generates_the_codes_of_the_peer(tmp_path, capsys):
     for image, codes in zip(images, WANTED["greedy"], strict=False):
         expected = model.decode(codes.reshape(1, 4, 4))[0]
         np.testing.assert_array_equal(image, np.stack([expected] * 2))
+    main(
+        [
+            "import",
+            "mindalle",
+            *files,
+            *codec_and_out[:2],
+            "--out",
+            str(half),
+            "--dtype",
+            "bfloat16",
+        ]
+    )
+    sizes = [(x / "gpt.safetensors").stat().st_size for x in (half, tmp_path / "mindalle")]
+    assert sizes[0] < 0.7 * sizes[1] and Model.load(half).kernels == "bfloat16"
     config, params = model.priors["gpt"]
     specs, guided = [ImageSpec(captions[0], 0, 0)], SamplingConfig(temperature=0, guidance=3)
     (grids,) = sample_jointly(config, params, model.tokenizer, specs, sampling=guided)

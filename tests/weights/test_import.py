@@ -9,6 +9,7 @@ import recipe
 
 from dalle_jax.cli import main
 from dalle_jax.generate import model_folder as files
+from dalle_jax.generate import tensor_file
 from dalle_jax.generate.clip_scorer import Clip
 from dalle_jax.generate.model import Model
 from dalle_jax.models import codec as codecs
@@ -46,7 +47,7 @@ def test_out_and_in_again_is_the_same_bit_for_bit(layout, config, tmp_path):
     written = write_codec(layout, config, arrays, tmp_path / "new.ckpt")
     source, found, tensors = sources.open_source(layout, written)
     assert found == config
-    back = files.flatten_params(sources.convert(source, found, tensors, written).params)
+    back = tensor_file.flatten_params(sources.convert(source, found, tensors, written).params)
     assert back.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(back[name], array)
@@ -77,7 +78,7 @@ def test_an_imported_codec_is_a_model_folder_and_makes_codes_for_experiments(tmp
     assert "parameters" in capsys.readouterr().out
     model = Model.load(out)
     assert (model.px, model.codec, model.kernels) == (16, DVAE, "float32")
-    for name, array in files.flatten_params(model.codec_params).items():
+    for name, array in tensor_file.flatten_params(model.codec_params).items():
         np.testing.assert_array_equal(array, params_of(DVAE)[name])
     for said in ("cdn.openai.com/dall-e/encoder.pkl", "- dvae: dVAE of DALL-E", "encoder.pkl: "):
         assert said in model.card
