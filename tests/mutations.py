@@ -360,8 +360,8 @@ MUTANTS = [
     Mutant(
         "cache-counts-one-cell-more",
         "models/progressive_prior.py",
-        "mask = jnp.arange(S)[None, None] < at + count",
-        "mask = jnp.arange(S)[None, None] <= at + count",
+        "seen = jnp.arange(S) < count",
+        "seen = jnp.arange(S) <= count",
         "models/test_progressive_prior.py",
     ),
     Mutant(

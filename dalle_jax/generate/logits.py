@@ -3,6 +3,8 @@
 Letters: U prompts, B batch, K codebook.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,11 @@ from jaxtyping import Array, Float, Int, Key
 from dalle_jax.errors import UserError
 from dalle_jax.generate.part_checks import AnyPriorConfig
 from dalle_jax.generate.sampling import SamplingConfig
+from dalle_jax.models.image_parts import map_images
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+
+NUMBERS = 2**21  # drawn at once for several images: a TPU makes some twenty arrays on the way
 
 
 def filter_logits(
@@ -80,6 +85,15 @@ def sample_logits(
     Returns:
       Codes, and their log-probabilities (at temperature 0, those of temperature 1).
     """
+
+    def sample(logits, keys):
+        return _sample_logits(logits, keys, temperature, top_k, top_p)
+
+    numbers = math.prod(logits.shape[1:])
+    return map_images(sample, logits, keys, numbers_each=numbers, numbers=NUMBERS)
+
+
+def _sample_logits(logits, keys, temperature, top_k, top_p):
     greedy = temperature == 0
     # with the best at 0, tiny temperatures send the others to -inf and nothing to nan
     logits = logits - logits.max(axis=-1, keepdims=True)

@@ -123,8 +123,9 @@ def sample_passes(
     before = config.text_length + config.image_length - cells + after - counts  # in the cache
     options = traced_options(sampling)
     start = jnp.asarray(start.reshape(B, -1), jnp.int32)
+    layers = _unstack(config, params)
     state, captions, cache = _begin(
-        *(config, params, jnp.asarray(text), keys, start),
+        *(config, params, layers, jnp.asarray(text), keys, start),
         choice_temperature=jnp.float32(sampling.choice_temperature),
         order=sampling.order,
         guided=options["guidance"] is not None,
@@ -137,7 +138,7 @@ def sample_passes(
         plan = [*integers, jnp.asarray((span + 1) / stages, jnp.float32)]
         n = int(counts[span].max())
         codes, cache, grids = _sample_span(
-            *(config, params, state, codes, cache, plan),
+            *(config, params, layers, state, codes, cache, plan),
             **options,
             order=sampling.order,
             n=n,
@@ -145,31 +146,36 @@ def sample_passes(
         )
         yield grids.reshape(-1, B, G, G)
     for _ in range(sampling.revise):
-        codes = _revise(config, params, captions, codes, start, options["guidance"])
+        codes = _revise(config, params, layers, captions, codes, start, options["guidance"])
         yield codes.reshape(1, B, G, G)
+
+
+@partial(jax.jit, static_argnames="config")
+def _unstack(config, params):
+    return _bind(config, params).layers_for_stages()
 
 
 @partial(jax.jit, static_argnames=("config", "order", "guided", "num_known"))
 def _begin(
-    config, params, text, keys, start, *, choice_temperature, order, guided, num_known
+    config, params, layers, text, keys, start, *, choice_temperature, order, guided, num_known
 ):  # fmt: skip
     """Reads the captions and the known cells, and draws the order of the cells."""
     B, P, K = len(start), config.text_length, config.codes
     I = config.image_length  # noqa: E741
     samples = B // len(text)
-    prior = ProgressivePrior(config).bind({"params": params})
-    captions = prior.prefill(text)
+    prior = _bind(config, params)
+    captions = prior.prefill(text, layers=layers)
     key_order, key_codes = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     noise = choice_temperature * _gumbel(key_order, I)
     if order == "dynamic":
-        logits = prior.predict(captions, jnp.arange(I)[None], count=P)
+        logits = prior.predict(captions, jnp.arange(I)[None], count=P, layers=layers)
         noise += jnp.repeat(-_entropy(logits), samples, axis=0)
     elif order == "raster":
         noise = jnp.broadcast_to(-jnp.arange(I, dtype=jnp.float32), (B, I))
 
     captions = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), captions)
     if guided:  # one empty caption serves all
-        nothing = prior.prefill(empty_captions(config, text)[:1])
+        nothing = prior.prefill(empty_captions(config, text)[:1], layers=layers)
         captions = jax.tree.map(
             lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]), captions, nothing
         )
@@ -180,19 +186,19 @@ def _begin(
             jnp.tile(x, (2, 1)) if guided else x
             for x in (jnp.take_along_axis(start, cells, axis=1), cells)
         )
-        cache = prior.extend(cache, known, cells, at=P, count=num_known)
+        cache = prior.extend(cache, known, cells, at=P, count=num_known, layers=layers)
     return (noise, key_codes), captions, cache
 
 
 @partial(jax.jit, static_argnames=("config", "order", "n", "length"))
 def _sample_span(
-    config, params, state, codes, cache, plan, *, temperature, top_k, top_p, guidance, order, n,
-    length,
+    config, params, layers, state, codes, cache, plan, *, temperature, top_k, top_p, guidance,
+    order, n, length,
 ):  # fmt: skip
     """Samples some stages of at most n cells, in a cache of this length; None for the last one."""
     noise, key_codes = state
     B, I, K = len(codes), config.image_length, config.codes  # noqa: E741
-    prior = ProgressivePrior(config).bind({"params": params})
+    prior = _bind(config, params)
     guided = guidance is not None  # None has no leaves, so that jit compiles it in
 
     def twice(x):
@@ -205,7 +211,7 @@ def _sample_span(
         priority = noise
         if order == "confidence":
             all_cells = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
-            logits = prior.predict(cache, twice(all_cells), count=at)
+            logits = prior.predict(cache, twice(all_cells), count=at, layers=layers)
             logits = guide(logits, _guidance_at(guidance, share))
             sampled, log_q = sample_logits(logits, key, temperature, top_k, top_p)
             priority = log_q + (1 - share) * noise
@@ -213,31 +219,38 @@ def _sample_span(
         if order == "confidence":
             new = jnp.take_along_axis(sampled, cells, axis=1)
         else:
-            logits = prior.predict(cache, twice(cells), count=at)
+            logits = prior.predict(cache, twice(cells), count=at, layers=layers)
             logits = guide(logits, _guidance_at(guidance, share))
             new, _ = sample_logits(logits, key, temperature, top_k, top_p)
         if length is not None:  # the codes of the last stage are not cached
-            cache = prior.extend(cache, twice(new), twice(cells), at=at, count=count)
+            added = {"at": at, "count": count, "layers": layers}
+            cache = prior.extend(cache, twice(new), twice(cells), **added)
         wanted = jnp.where(jnp.arange(n)[None] < count, cells, I)  # the rest is out of bounds
         codes = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(codes, wanted, new)
         return (codes, cache), codes
 
     if length is not None:
-        more = max(length - cache[0].key.shape[1], 0)
+        more = max(length - cache[0].key.shape[-1], 0)
         cache = jax.tree.map(partial(pad_cache, more=more), cache)
     (codes, cache), grids = jax.lax.scan(stage, (codes, cache), plan)
     return codes, cache, grids
 
 
 @partial(jax.jit, static_argnames="config")
-def _revise(config, params, captions, codes, start, guidance):
+def _revise(config, params, layers, captions, codes, start, guidance):
     """Replaces codes of a full grid that are much less likely than others."""
-    prior = ProgressivePrior(config).bind({"params": params})
+    prior = _bind(config, params)
     both = codes if guidance is None else jnp.concatenate([codes, codes])
-    logits = guide(prior.predict_left_out(captions, both), _guidance_at(guidance, 1))
+    logits = guide(prior.predict_left_out(captions, both, layers=layers), _guidance_at(guidance, 1))
     likeliest, margin = revision_margins(logits, codes)
     unknown = start == config.codes
     return jnp.where(unknown & (margin >= REVISION_MARGIN), likeliest, codes)
+
+
+def _bind(config, params):
+    """The prior with its weights, whose kernels say the type of its products."""
+    dtype = params["layers"]["mlp_in"]["kernel"].dtype
+    return ProgressivePrior(config, dtype=dtype).bind({"params": params})
 
 
 def _guidance_at(guidance, share):

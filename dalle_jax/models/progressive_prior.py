@@ -16,24 +16,34 @@ stages it takes; in training one pass predicts every cell.
 Source: ours, after Li et al. 2025 (ARPG, arXiv 2503.10568), with stages as in Fei et al. 2022.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dalle_jax.models.attention import dense
+from dalle_jax.models.image_parts import map_images
 from dalle_jax.models.layers import init_norm, layer_norm, project, split_qkv
 from dalle_jax.models.prior_config import ProgressiveConfig, check_lengths
 from dalle_jax.models.transformer import PriorTransformer, init_embeddings, init_prior, init_stack
 
+LOGITS = 2**22  # computed at once for several images while stages are sampled: 16 MB of float32
+
 
 class KeysValues(NamedTuple):
-    """The cache of one layer: keys and values of text and filled cells."""
+    """The cache of one layer: keys and values of text and filled cells.
 
-    key: Float[Array, "B S N H"]
-    value: Float[Array, "B S N H"]
+    Positions come last: attention multiplies the arrays as they lie, and a TPU, which pads the last
+    axis to a multiple of 128, would keep heads of 64 numbers in twice their size.
+    """
+
+    key: Float[Array, "B N H S"]
+    value: Float[Array, "B N H S"]
 
 
 class ProgressivePrior(PriorTransformer):
@@ -91,8 +101,10 @@ class ProgressivePrior(PriorTransformer):
 
         def query_layer(x, layer, is_last, kinds):
             weights, scale = layer
-            cache = self._content_cache(weights, content)
-            return self._query_layer(weights, self.constrain(x), cache, asks, scale)
+            weights = _split_queries(weights)
+            key, value = self._content_keys_values(weights, content)
+            attend = partial(dense, key=key, value=value, mask=asks)
+            return self._query_layer(weights, self.constrain(x), attend, scale)
 
         def layers(start, stop):
             return jax.tree.map(lambda array: array[start:stop], (self.layers, scales))
@@ -104,13 +116,36 @@ class ProgressivePrior(PriorTransformer):
         x = jnp.broadcast_to(x, (len(text), *x.shape[1:]))
         return self.logits(self.run_layers(query_layer, x, layers(split, None)))
 
-    def prefill(self, text: Int[Array, "U slots"]) -> list[KeysValues]:
-        """Caches captions, once for all samples: keys and values [U, P, N, H] for each layer."""
+    def layers_for_stages(self) -> list[PyTree]:
+        """The weights of the layers, one by one, for the passes over some cells.
+
+        Kernels are matrices, and in the place of "qkv" a query layer has "query" and "content",
+        which queries and content are multiplied with. To be made once for all stages: cut from
+        the stacks in each of them, weights are copied each time.
+        """
+        split, layers = self.config.content_depth, self.unstacked()
+        layers[split:] = map(_split_queries, layers[split:])
+
+        def flat(weights):
+            if "kernel" not in weights:
+                return weights  # of a norm
+            return {**weights, "kernel": weights["kernel"].reshape(-1, weights["bias"].size)}
+
+        return [{name: flat(part) for name, part in weights.items()} for weights in layers]
+
+    def prefill(
+        self, text: Int[Array, "U slots"], *, layers: Sequence[PyTree] | None = None
+    ) -> list[KeysValues]:
+        """Caches captions, once for all samples: keys and values [U, N, H, P] for each layer.
+
+        Args:
+          text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
+          layers: from `layers_for_stages`; None to make them.
+        """
         check_lengths(self.config, text)
-        P = self.config.text_length
-        mask = jnp.ones((1, P, P), bool)
         empty = [None] * self.config.depth
-        return self._extend(empty, self.embed_text(text), lambda cache, new: (new, new), mask)
+        x, P = self.embed_text(text), self.config.text_length
+        return self._extend(layers, empty, x, lambda cache, new: new, count=P)
 
     def extend(
         self,
@@ -120,6 +155,7 @@ class ProgressivePrior(PriorTransformer):
         *,
         at: Int[Array, ""] | int,
         count: Int[Array, ""] | int,
+        layers: Sequence[PyTree] | None = None,
     ) -> list[KeysValues]:
         """Adds filled cells of one stage to the cache.
 
@@ -129,26 +165,29 @@ class ProgressivePrior(PriorTransformer):
           cells: their raster positions.
           at: position of the cache where they start; all before it holds text or earlier stages.
           count: how many of them are valid, at most n: the next stage overwrites the others.
+          layers: from `layers_for_stages`; None to make them.
         Returns:
           The extended cache.
         """
 
         def put(cache, new):
-            grown = KeysValues(
+            return KeysValues(
                 *(
-                    jax.lax.dynamic_update_slice(old, x.astype(old.dtype), (0, at, 0, 0))
+                    jax.lax.dynamic_update_slice(old, x.astype(old.dtype), (0, 0, 0, at))
                     for old, x in zip(cache, new, strict=True)
                 )
             )
-            return grown, grown
 
-        S = cache[0].key.shape[1]
-        mask = jnp.arange(S)[None, None] < at + count
-        mask = jnp.broadcast_to(mask, (1, cells.shape[1], S))
-        return self._extend(cache, self._embed_codes(codes, cells), put, mask)
+        x = self._embed_codes(codes, cells)
+        return self._extend(layers, cache, x, put, count=at + count)
 
     def predict(
-        self, cache: list[KeysValues], cells: Int[Array, "#B n"], *, count: Int[Array, ""] | int
+        self,
+        cache: list[KeysValues],
+        cells: Int[Array, "#B n"],
+        *,
+        count: Int[Array, ""] | int,
+        layers: Sequence[PyTree] | None = None,
     ) -> Float[Array, "B n K"]:
         """Logits of the codes of some cells.
 
@@ -156,20 +195,24 @@ class ProgressivePrior(PriorTransformer):
           cache: from `prefill` and `extend`.
           cells: raster positions of the cells, for each image or for all.
           count: how many positions of the cache are valid: text and filled cells.
+          layers: from `layers_for_stages`; None to make them.
         Returns:
           Unnormalised log-probabilities in float32.
         """
-        B, S, *_ = cache[0].key.shape
         x = self._embed_queries(cells)
-        x = jnp.broadcast_to(x, (B, *x.shape[1:]))
-        mask = jnp.broadcast_to(jnp.arange(S)[None, None] < count, (1, x.shape[1], S))
+        x = jnp.broadcast_to(x, (len(cache[0].key), *x.shape[1:]))
         split = self.config.content_depth
-        for weights, cached in zip(self.unstacked(split), cache[split:], strict=True):
-            x = self._query_layer(weights, x, cached, mask)
+        layers = self.layers_for_stages() if layers is None else layers
+        for weights, cached in zip(layers[split:], cache[split:], strict=True):
+            x = self._query_layer(weights, x, partial(_attend, cached=cached, count=count))
         return self.logits(x)
 
     def predict_left_out(
-        self, captions: list[KeysValues], codes: Int[Array, "B I"]
+        self,
+        captions: list[KeysValues],
+        codes: Int[Array, "B I"],
+        *,
+        layers: Sequence[PyTree] | None = None,
     ) -> Float[Array, "B I K"]:
         """Logits of every code of a full grid, each without that code itself.
 
@@ -179,9 +222,11 @@ class ProgressivePrior(PriorTransformer):
         Args:
           captions: cache from `prefill`, one for each image.
           codes: in [0, K).
+          layers: from `layers_for_stages`; None to make them.
         Returns:
           Unnormalised log-probabilities in float32.
         """
+        layers = self.layers_for_stages() if layers is None else layers
         P, cells = self.config.text_length, np.arange(self.config.image_length)
         row, column = np.divmod(cells, self.config.grid)
         quarter = row % 2 * 2 + column % 2
@@ -192,47 +237,45 @@ class ProgressivePrior(PriorTransformer):
             cache = jax.tree.map(lambda x, n=n: pad_cache(x, n), captions)
             if n:
                 cells = jnp.broadcast_to(jnp.asarray(others)[None], (len(codes), n))
-                cache = self.extend(cache, codes[:, others], cells, at=P, count=n)
-            predicted = self.predict(cache, jnp.asarray(wanted)[None], count=P + n)
+                sizes = {"at": P, "count": n, "layers": layers}
+                cache = self.extend(cache, codes[:, others], cells, **sizes)
+            asked = jnp.asarray(wanted)[None]
+            predicted = self.predict(cache, asked, count=P + n, layers=layers)
             logits = logits.at[:, wanted].set(predicted)
         return logits
 
-    def _extend(self, cache, x, put, mask):
-        """Runs content x through its layers; `put` joins its keys and values to a layer's cache.
-
-        `put` gives what is attended to, and what is cached.
-        """
+    def _extend(self, layers, cache, x, put, count):
+        """Runs content x through its layers; `put` joins its keys and values to a layer's cache."""
         split, extended = self.config.content_depth, []
-        for weights, cached in zip(self.unstacked(0, split), cache[:split], strict=True):
+        layers = self.layers_for_stages() if layers is None else layers
+        for weights, cached in zip(layers[:split], cache[:split], strict=True):
 
             def attend(qkv, cached=cached):
                 query, key, value = split_qkv(qkv)
-                seen, cached = put(cached, KeysValues(_qk_norm(key), value))
-                return dense(_qk_norm(query), seen.key, seen.value, mask=mask), cached
+                cached = put(cached, _as_cached(_qk_norm(key), value))
+                return _attend(_qk_norm(query), cached, count), cached
 
             x, cached = self.run_layer(weights, x, attend)
             extended.append(cached)
         content = self._content(x)
-        for weights, cached in zip(self.unstacked(split), cache[split:], strict=True):
-            extended.append(put(cached, self._content_cache(weights, content))[1])
+        for weights, cached in zip(layers[split:], cache[split:], strict=True):
+            new = _as_cached(*self._content_keys_values(weights, content))
+            extended.append(put(cached, new))
         return extended
 
     def _content(self, x):
         """What query layers see of the output of the content layers."""
         return layer_norm(self.head["memory_norm"], x).astype(self.dtype)
 
-    def _content_cache(self, weights, content):
+    def _content_keys_values(self, weights, content):
         """Keys and values of content for one query layer."""
-        weights = _select_qkv(weights["qkv"], slice(1, 3))
-        key, value = split_qkv(project(weights, content, grad_dtype=self.grad_dtype))
-        return KeysValues(_qk_norm(key), value)
+        keys_values = project(weights["content"], content, grad_dtype=self.grad_dtype)
+        key, value = split_qkv(keys_values)
+        return _qk_norm(key), value
 
-    def _query_layer(self, weights, x, cached, mask, scale=None):
-        def attend(query):
-            return dense(_qk_norm(query), cached.key, cached.value, mask=mask), None
-
-        weights = {**weights, "qkv": _select_qkv(weights["qkv"], 0)}
-        return self.run_layer(weights, x, attend, scale)[0]
+    def _query_layer(self, weights, x, attend, scale=None):
+        weights = {**weights, "qkv": weights["query"]}
+        return self.run_layer(weights, x, lambda query: (attend(_qk_norm(query)), None), scale)[0]
 
     def _embed_codes(self, codes, cells=None):
         if cells is None:
@@ -260,14 +303,41 @@ def _init_head(key, config):
     return norms | {"image": {"kernel": jnp.zeros((D, config.codes))}}
 
 
-def pad_cache(cached: Float[Array, "B S N H"], more: int) -> Float[Array, "B S2 N H"]:
+def pad_cache(cached: Float[Array, "B N H S"], more: int) -> Float[Array, "B N H S2"]:
     """Makes room for more positions behind those of a cache."""
-    return jnp.pad(cached, ((0, 0), (0, more), (0, 0), (0, 0)))
+    return jnp.pad(cached, ((0, 0), (0, 0), (0, 0), (0, more)))
 
 
-def _select_qkv(weights, which):
-    """The weights of some of queries, keys and values."""
-    return {"kernel": weights["kernel"][:, which], "bias": weights["bias"][which]}
+def _split_queries(weights):
+    """The weights of a query layer, with those of queries apart from those of keys and values."""
+    qkv = weights["qkv"]
+    others = {name: part for name, part in weights.items() if name != "qkv"}
+    query = {"kernel": qkv["kernel"][:, 0], "bias": qkv["bias"][0]}
+    content = {"kernel": qkv["kernel"][:, 1:], "bias": qkv["bias"][1:]}
+    return {**others, "query": query, "content": content}
+
+
+def _as_cached(key, value):
+    # A TPU's compiler would keep caches as the new keys and values come, positions first, and turn
+    # whole caches in every stage. For a CPU, XLA makes wrong programs of such a constraint.
+    ordered = partial(with_layout_constraint, layouts=Layout((0, 1, 2, 3)))
+    place = partial(jax.lax.platform_dependent, tpu=ordered, default=lambda x: x)
+    return KeysValues(*(place(x.transpose(0, 2, 3, 1)) for x in (key, value)))  # B N H n
+
+
+def _attend(query, cached, count):
+    """What `attention.dense` gives if queries see the first positions of a cache."""
+    _, n, N, H = query.shape
+    S = cached.key.shape[-1]
+    seen = jnp.arange(S) < count
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def attend(query, key, value):
+        logits = product("BnNH,BNHS->BNnS", query, key) * H**-0.5
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(value.dtype)
+        return product("BNnS,BNHS->BnNH", weights, value).astype(value.dtype)
+
+    return map_images(attend, query, *cached, numbers_each=N * n * S, numbers=LOGITS)
 
 
 def _qk_norm(x):

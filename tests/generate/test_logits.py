@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.generate.logits import filter_logits
+from dalle_jax.generate import logits as module
+from dalle_jax.generate.logits import filter_logits, sample_logits
 
 SHARES = [0.125, 0.5, 0.0625, 0.25, 0.0625]  # exact in binary, so that sums are too
 
@@ -78,3 +79,13 @@ def test_rows_of_a_batch_are_filtered_alone_with_traced_limits():
     for row in np.ndindex(3, 2):
         alone = filter_logits(logits[row], top_k=4, top_p=0.8)
         np.testing.assert_array_equal(together[row], alone)
+
+
+def test_images_sampled_a_few_at_a_time_get_the_codes_of_the_whole_batch(monkeypatch):
+    logits = jax.random.normal(jax.random.key(0), (4, 3, 5))
+    keys = jax.random.split(jax.random.key(1), 4)
+    whole, log_p = sample_logits(logits, keys, jnp.float32(1), None, None)
+    monkeypatch.setattr(module, "NUMBERS", 2 * 3 * 5)
+    parts, log_p_of_parts = sample_logits(logits, keys, jnp.float32(1), None, None)
+    np.testing.assert_array_equal(parts, whole)
+    np.testing.assert_allclose(log_p_of_parts, log_p, rtol=1e-6)

@@ -225,3 +225,18 @@ def test_stages_are_16_unless_fewer_cells_are_empty():
 def test_a_top_k_above_the_codebook_is_refused():
     with pytest.raises(ValueError, match=r"top_k is 7, but must lie in 1\.\.6"):
         draw(top_k=7)
+
+
+def test_kernels_of_bfloat16_are_multiplied_in_bfloat16():
+    def sampled(params, keys):
+        return sample(CONFIG, params, TEXT, keys, sampling=SamplingConfig(stages=2))
+
+    half = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(jnp.bfloat16) if path[-1].key == "kernel" else x,
+        {"layers": params()["layers"]},
+    )
+    text = jax.jit(sampled).lower(params() | half, jax.random.split(jax.random.key(0), 2)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    heads = [line for line in products if f"x{K}xf32>" in line]
+    assert heads
+    assert all("xbf16>" in line for line in products if line not in heads)

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, init_params
+from dalle_jax.models import progressive_prior
+from dalle_jax.models.progressive_prior import (
+    ProgressiveConfig,
+    ProgressivePrior,
+    init_params,
+    pad_cache,
+)
 
 TINY = ProgressiveConfig(
     width=16, depth=4, query_depth=2, heads=2, text_vocabulary=11, text_length=4, grid=2, codes=5
@@ -56,15 +62,17 @@ def test_pads_differ_from_words_and_from_each_other():
     assert (jnp.abs(words - pads).max(-1) > 1e-5).all()
 
 
-def test_cached_stages_equal_the_forward_pass():
+@pytest.mark.parametrize("logits", [progressive_prior.LOGITS, 1])
+def test_cached_stages_equal_the_forward_pass(logits, monkeypatch):
+    monkeypatch.setattr(progressive_prior, "LOGITS", logits)
     text, codes = batch()
     wanted = forward(params(), text, codes, STAGES)
 
     @jax.jit
     def in_stages(params, text, codes):
         prior = ProgressivePrior(TINY).bind({"params": params})
-        room = ((0, 0), (0, CELLS + 1), (0, 0), (0, 0))  # one more, for what does not count
-        cache = jax.tree.map(lambda x: jnp.pad(x, room), prior.prefill(text))
+        more = CELLS + 1  # one more, for what does not count
+        cache = jax.tree.map(lambda x: pad_cache(x, more), prior.prefill(text))
         found = []
         for cells in ([1, 0], [2, 3], [0, 1]):  # the second of the first stage does not count
             cells = jnp.asarray([cells])
