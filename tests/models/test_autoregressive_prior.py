@@ -128,6 +128,17 @@ def test_samples_of_a_prompt_share_its_text():
     chex.assert_trees_all_close(_decode(TINY, text[:2], codes), expected, atol=1e-5)
 
 
+def test_a_decode_step_sums_products_of_bfloat16_in_float32():
+    prior = AutoregressivePrior(TINY, dtype=jnp.bfloat16).bind({"params": _parameters(TINY)})
+    text, codes = _batch(TINY, 2)
+    caches = jax.eval_shape(prior.prefill, text)
+    program = jax.make_jaxpr(prior.decode_step())(caches, codes[:, 0], jnp.int32(0))
+    products = [x for x in program.eqns if x.primitive.name == "dot_general"]
+    half = [x for x in products if x.invars[0].aval.dtype == jnp.bfloat16]
+    assert len(half) >= 4 * TINY.depth
+    assert {x.outvars[0].aval.dtype for x in half} == {jnp.dtype(jnp.float32)}
+
+
 def test_cached_decode_equals_full_forward_with_dense_layers():
     config = dataclasses.replace(TINY, depth=2, attention="dense")
     text, codes = _batch(config, 2)
