@@ -58,13 +58,16 @@ def vqgan(*, dwt):
 
 
 def tokens(folder):
-    """A small vocabulary, and the recipe's captions as the release makes them tokens."""
+    """The small vocabulary, and the recipe's captions as the release makes them tokens."""
     import youtokentome
 
-    corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(recipe.RUSSIAN_CORPUS), encoding="utf-8")
-    path = folder / "bpe.model"
-    youtokentome.BPE.train(data=str(corpus), model=str(path), vocab_size=130, n_threads=1)
+    path, known = folder / "bpe.model", GOLDEN and GOLDEN / "gpt" / "malevich-v3.npz"
+    if known and known.exists():  # training breaks ties another way each time
+        path.write_text(str(np.load(known)["bpe_model"]))
+    else:
+        corpus = folder / "corpus.txt"
+        corpus.write_text("\n".join(recipe.RUSSIAN_CORPUS), encoding="utf-8")
+        youtokentome.BPE.train(data=str(corpus), model=str(path), vocab_size=130, n_threads=1)
     wrapper = module("tokenizer").get_tokenizer(path=str(path))
     texts = [caption.lower().strip() for caption in recipe.RUSSIAN]
     return path.read_text(), torch.stack(
