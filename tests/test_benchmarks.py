@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.prior_config import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig, ProgressiveConfig
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.stage import Stage
 
@@ -239,6 +239,67 @@ def test_a_decoding_step_reads_as_many_bytes_as_written_out():
     read, flop = script("counting").decode_step(PRIOR, 6, captions=2)
     assert read == 4 * (weights + 2 * 8 * (2 * 2 * 4 + 6 * (3 + 4)))
     assert flop == 2 * 6 * (weights + 2 * 8 * (2 * 4 + 3 + 4))
+    half, _ = script("counting").decode_step(PRIOR, 6, captions=2, kernel_bytes=2)
+    assert half == (read + 4 * 8 * 6) / 2  # but for the head
+
+
+def test_a_stage_reads_as_many_bytes_as_written_out():
+    sizes = {"text_vocabulary": 20, "text_length": 4, "grid": 2, "codes": 6}
+    config = ProgressiveConfig(width=8, depth=2, query_depth=1, heads=2, **sizes)
+    read, flop = script("counting").stage(config, 6, cells=3, positions=7, kernel_bytes=2)
+    kernels, cached = 2 * (12 * 64), 2 * 8 * 2 * 7
+    assert read == 2 * (kernels + 6 * cached) + 4 * 8 * 6
+    assert flop == 2 * 6 * 3 * (kernels + 8 * 6 + cached)
+
+
+LOOP = """
+%cut (p: f32[4,8,128], i: s32[]) -> f32[8,128] {
+  %p = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %z = s32[] constant(0)
+  %s = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,8,128}
+  ROOT %b = f32[8,128]{1,0:T(8,128)} bitcast(%s)
+}
+
+%step (t: (s32[], bf16[33,64])) -> (s32[], bf16[33,64]) {
+  %t = (s32[]{:T(128)S(6)}, bf16[33,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[33,64]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  ROOT %c = bf16[33,64]{1,0:T(8,128)(2,1)S(1)} copy(%x)
+}
+
+%more (t: (s32[], bf16[33,64])) -> pred[] {
+  %t = (s32[]{:T(128)S(6)}, bf16[33,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %n = s32[] constant(5)
+  %k = s32[]{:T(128)S(6)} get-tuple-element(%t), index=0
+  ROOT %less = pred[]{:T(512)S(6)} compare(%k, %n), direction=LT
+}
+
+%body (t: (s32[], f32[4,8,128], f32[16,128])) -> f32[16,128] {
+  %t = (s32[]{:T(128)S(6)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%t), index=0
+  %w = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%t), index=1
+  %held = f32[16,128]{1,0:T(8,128)} get-tuple-element(%t), index=2
+  %row = f32[8,128]{1,0:T(8,128)S(1)} fusion(%w, %i), kind=kLoop, calls=%cut
+  %loop = (s32[]{:T(128)S(6)}, bf16[33,64]{1,0}) while(%t), condition=%more, body=%step
+  ROOT %put = f32[16,128]{1,0:T(8,128)} dynamic-update-slice(%held, %row, %i, %i)
+}
+
+ENTRY %main (a: f32[16,128]) -> f32[16,128] {
+  %a = f32[16,128]{1,0:T(8,128)} parameter(0)
+  ROOT %while = f32[16,128]{1,0:T(8,128)} while(%a), condition=%more, body=%body
+}
+"""
+
+
+def test_a_loop_moves_the_bytes_that_it_uses_of_arrays_in_memory():
+    hbm = script("hbm")
+    program, entry = hbm.read_program(LOOP)
+    assert entry == "main"
+    assert hbm.loop_bodies(program, entry) == ["body"]
+    moved = {x.instruction.name: (x.read, x.written) for x in hbm.traffic(program, "body")}
+    tile = 4 * 8 * 128
+    # one of four matrices onto the chip; 40 rows of 128, padded, five times; one tile of two
+    assert moved == {"row": (tile, 0), "c": (5 * 2 * 40 * 128, 0), "put": (0, tile)}
 
 
 def test_a_dvae_convolves_as_often_as_written_out():

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from dalle_jax.models.attention import blocked
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.kv_cache import layout
-from dalle_jax.models.prior_config import PriorConfig
+from dalle_jax.models.prior_config import PriorConfig, ProgressiveConfig
 
 
 class Multiplications(NamedTuple):
@@ -53,8 +53,10 @@ def attention_forward(config: PriorConfig, kind: str) -> int:
     return _products(program.jaxpr)
 
 
-def decode_step(config: PriorConfig, batch: int, *, captions: int) -> tuple[int, int]:
-    """Bytes that one step of decoding has to read in float32, and its FLOP.
+def decode_step(
+    config: PriorConfig, batch: int, *, captions: int, kernel_bytes: int = 4
+) -> tuple[int, int]:
+    """Bytes that one step of decoding has to read, and its FLOP.
 
     Each weight of the layers and of the image head is read once, and so are the keys and values
     that a layer looks at: the text's once for each caption, and for each image the slots that
@@ -64,14 +66,34 @@ def decode_step(config: PriorConfig, batch: int, *, captions: int) -> tuple[int,
       config: sizes.
       batch: images drawn side by side.
       captions: different captions among them.
+      kernel_bytes: of a number in the layers' kernels and in the caches; the head is in float32.
     """
     c = config
     slots = sum(layout(kind, grid=c.grid, kernel=c.kernel).seen.shape[1] for kind in c.kinds)
     text = c.depth * c.text_length
-    weights = c.depth * _layer(c) + c.width * c.codes
-    floats = weights + 2 * c.width * (captions * text + batch * slots)
-    flop = 2 * batch * (weights + 2 * c.width * (text + slots))
-    return 4 * floats, flop
+    kernels, head = c.depth * _layer(c), c.width * c.codes
+    cached = 2 * c.width * (captions * text + batch * slots)
+    flop = 2 * batch * (kernels + head + 2 * c.width * (text + slots))
+    return kernel_bytes * (kernels + cached) + 4 * head, flop
+
+
+def stage(
+    config: ProgressiveConfig, batch: int, *, cells: int, positions: int, kernel_bytes: int = 4
+) -> tuple[int, int]:
+    """Bytes that one stage of the progressive sampler has to read, and its FLOP.
+
+    Args:
+      config: sizes.
+      batch: images sampled side by side.
+      cells: that are sampled and added in the stage.
+      positions: of the caches, which are read once.
+      kernel_bytes: of a number in the layers' kernels and in the caches; the head is in float32.
+    """
+    c = config
+    kernels, head = c.depth * _layer(c), c.width * c.codes
+    cached = 2 * c.width * c.depth * positions
+    flop = 2 * batch * cells * (kernels + head + cached)
+    return kernel_bytes * (kernels + batch * cached) + 4 * head, flop
 
 
 def encoder_forward(config: DVAEConfig, px: int) -> int:
