@@ -13,10 +13,11 @@ import numpy as np
 import tiny
 
 from dalle_jax.generate import tensor_file
+from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.prior_config import PriorConfig
-from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+from dalle_jax.parallel.mesh import MeshConfig, make_mesh, place_batch, place_captions
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.powersgd_groups import PowerSGDGroups
 from dalle_jax.planner import compiled_step
@@ -114,9 +115,26 @@ def sent_with_muon():
 
 
 def drawn(**where):
-    """Images and files of a model whose prior lies there."""
-    model = tiny.model(**where)
-    return model, model.generate(["red apple", "sky"], n=2, seed=1)
+    """A model whose priors lie there, and images of two captions and of one, by both decoders."""
+    model = tiny.model(**tiny.progressive_parts(), **where)
+    images = [
+        model.generate(captions, n=n, seed=1, sampling=SamplingConfig(decoder=decoder))
+        for captions, n in ((["red apple", "sky"], 2), (["red apple"], 4))
+        for decoder in ("autoregressive", "progressive")
+    ]
+    return model, np.concatenate([x.reshape(4, *x.shape[2:]) for x in images])
+
+
+def check_captions(params):
+    """Two groups of devices have a caption each, or share one with two of its four images each."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    for captions in (np.arange(6).reshape(2, 3), np.arange(3).reshape(1, 3)):
+        text, spread = place_captions(params, captions, keys)
+        assert {x.data.shape for x in text.addressable_shards} == {(1, 3)}
+        assert {x.data.shape for x in spread.addressable_shards} == {(2,)}
+        assert np.asarray(text).tolist() == np.repeat(captions, 2 // len(captions), 0).tolist()
+    odd = np.arange(9).reshape(3, 3)
+    assert place_captions(params, odd, keys[:3])[0] is odd
 
 
 def main(folder):
@@ -128,6 +146,7 @@ def main(folder):
         model.save(folder / name)
         np.save(folder / f"{name}.npy", images)
     assert not model.priors["prior"][1]["head"]["image"]["kernel"].is_fully_replicated
+    check_captions(model.priors["prior"][1])
     for case, (name, sizes, *options) in CASES.items():
         mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
         leaves = jax.tree.leaves(two_updates(name, mesh, *options))

@@ -27,6 +27,7 @@ from dalle_jax.models.gpt_prior import GPTConfig
 from dalle_jax.models.kv_cache import layout
 from dalle_jax.models.prior_config import PriorConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig
+from dalle_jax.parallel.mesh import place_captions
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.caption import normalize_caption
 
@@ -84,7 +85,7 @@ def sample_codes(
             np.tile(columns.indices, u).astype(np.uint32),
         )
         start = None if known is None else np.concatenate([known[columns.indices]] * u)
-        inputs = (config, params, text[rows.indices], keys)
+        inputs = (config, params, *place_captions(params, text[rows.indices], keys))
         parts = list(sample_in_parts(*inputs, sampling=sampling, known=start))
         whole_passes = isinstance(config, ProgressiveConfig)
         passes = np.concatenate(parts) if whole_passes else parts[-1]

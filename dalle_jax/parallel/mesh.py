@@ -5,6 +5,7 @@ state of a group, each working on images of its own, "tensor" those that share t
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 from dalle_jax.errors import UserError
 
@@ -88,6 +89,31 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
         return jax.make_array_from_process_local_data(sharding, np.asarray(part))
 
     return jax.tree.map(place, batch)
+
+
+def place_captions(
+    params: PyTree, text: Int[Array | np.ndarray, "U slots"], keys: Key[Array, " B"]
+) -> tuple[Int[Array | np.ndarray, "U2 slots"], Key[Array, " B"]]:
+    """Spreads captions and their images over the groups of devices that each hold a whole model.
+
+    Args:
+      params: of the prior, wherever they lie.
+      text: captions [U, slots].
+      keys: one for each image [B], the images of a caption next to each other.
+    Returns:
+      Both, each group with its part. Where groups have to share a caption, it stands there once for
+      each of them, with that part of its images. They stay as they are without a mesh, or if the
+      images cannot be cut evenly.
+    """
+    place = getattr(jax.tree.leaves(params)[0], "sharding", None)  # NumPy's arrays have none
+    mesh = getattr(place, "mesh", None)
+    if mesh is None or mesh.is_multi_process or mesh.shape.get(DATA, 1) == 1:
+        return text, keys
+    copies = mesh.shape[DATA] // math.gcd(len(text), mesh.shape[DATA])
+    if len(keys) // len(text) % copies:
+        return text, keys
+    groups = NamedSharding(mesh, PartitionSpec(DATA))
+    return jax.device_put((np.repeat(text, copies, axis=0), keys), groups)
 
 
 def constrain_batch(x: Array) -> Array:
