@@ -26,7 +26,7 @@ ROOMS = {
     | {"generate"}  # sheets and model folders come from what users call
     | {"compilation_cache", "malloc", "terminal"},
     "watch": {"train"},
-    "planner": {"image", "text", "parallel", "models", "data", "generate", "train"},
+    "planner": {"image", "text", "precision", "parallel", "models", "data", "generate", "train"},
     "evaluate": {"image", "text", "precision", "losses", "models", "data", "generate", "weights"},
     "serve": {"image", "generate"},
     "__init__": {"compilation_cache", "malloc", "generate"},
