@@ -1,7 +1,7 @@
 r"""What compressed gradients cost: a small prior trained by four groups, with PowerSGD and without.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python experiments/powersgd.py \
-        --out docs/powersgd.png
+        --ranks 4 6 --out docs/powersgd.png
 
 Both see the same images, as codes of the shipped VQ-GAN, in the same order: coloured shapes, or
 emoji with `--data emoji` (needs `pip install dalle_jax[emoji]`). Prints what a group sends in an
@@ -9,6 +9,7 @@ update, means of the loss over tenths of the run, and by how much the last of th
 both curves (needs matplotlib).
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,13 @@ class Options:
     """What can be chosen."""
 
     data: Literal["shapes", "emoji"] = "shapes"
-    """Images, of 32 px."""
+    """Images, of 64 px."""
     steps: int = 300
     """Updates of each run."""
     ranks: tuple[int, ...] = (4,)
     """Ranks to compress to, one run each."""
+    warm_start: tuple[bool, ...] = (False, True)
+    """Whether Q is that of the update before, see `PowerSGDConfig`; one run each."""
     batch_size: int = 16
     """Images in an update, over all groups."""
     width: int = 64
@@ -79,12 +82,15 @@ def main(options: Options) -> None:
     iterator = EncodedBatches(iterator, tokens)
     data = [next(iterator) for _ in range(options.steps)]
     curves = {}
-    for rank in (None, *options.ranks):
-        name = "whole gradients" if rank is None else f"rank {rank}"
-        curves[name] = train(stage_of(options, tokens, tokenizer), data, rank)
+    pairs = itertools.product(options.ranks, options.warm_start)
+    for rank, warm_start in ((None, False), *pairs):
+        name = "whole gradients"
+        if rank is not None:
+            name = f"rank {rank}, {'warm' if warm_start else 'fixed'} Q"
+        curves[name] = train(stage_of(options, tokens, tokenizer), data, rank, warm_start)
         tenths = [part.mean() for part in np.array_split(curves[name], 10)]
         away = tenths[-1] / np.mean(np.array_split(curves["whole gradients"], 10)[-1]) - 1
-        print(f"{name:<16}", *(f"{x:6.3f}" for x in tenths), f"{away:+8.2%}", flush=True)
+        print(f"{name:<18}", *(f"{x:6.3f}" for x in tenths), f"{away:+8.2%}", flush=True)
     compare(curves, options.out)
 
 
@@ -112,10 +118,10 @@ def stage_of(options, tokens, tokenizer):
     )
 
 
-def train(stage, data, rank):
+def train(stage, data, rank, warm_start):
     """The loss of every update."""
     mesh = make_mesh(MeshConfig())
-    config = PowerSGDConfig(rank=rank)
+    config = PowerSGDConfig(rank=rank, warm_start=warm_start)
     groups = None if rank is None else PowerSGDGroups(config, mesh)
 
     def create(key):

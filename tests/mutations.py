@@ -639,6 +639,20 @@ MUTANTS = [
         "train/test_loop.py -k host",
     ),
     Mutant(
+        "q-stays-cold",
+        "parallel/powersgd.py",
+        "    if config.warm_start:",
+        "    if False:",
+        "parallel/test_powersgd.py -k warm",
+    ),
+    Mutant(
+        "error-buffers-stay-float32",
+        "parallel/powersgd.py",
+        "jax.tree.map(lambda e: encode(e, FORMAT), error) if config.low_precision else error",
+        "error",
+        "parallel/test_powersgd.py -k reduced",
+    ),
+    Mutant(
         "means-are-not-rounded",
         "optim/optimizer.py",
         "encode(jnp.clip(x, -bound, bound), format)",

@@ -7,7 +7,8 @@ batch of matrices; embeddings, heads, gains and biases are averaged as they are.
 
 Q is sampled once and never changes, as in the paper. So after every step the mean of e times Q is
 0: what e holds gets out only when a later gradient turns P towards it. A gradient that is the same
-in every step never does that; the noise of batches does.
+in every step never does that; the noise of batches does. With `warm_start` the mean Q of a step is
+the next one's, as in Vogels et al., which follows the gradient's largest directions.
 
 Source: Vogels et al. 2019; Ramesh et al. 2021, section 2.5 and appendix E.
 """
@@ -24,7 +25,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from dalle_jax.errors import UserError
 from dalle_jax.parallel.kernel_matrices import from_matrices, matrix_plan, to_matrices
-from dalle_jax.precision.formats import largest, round_to
+from dalle_jax.precision.formats import decode, encode, largest, round_to
 
 FORMAT = "1-6-9"
 
@@ -40,9 +41,12 @@ class PowerSGDConfig:
     """Times the identity, added to P before its columns are made orthonormal."""
     seed: int = 0
     """Of the Gaussian Q; the same for all members and for a resumed run."""
+    warm_start: bool = False
+    """Take the mean Q of an update as the Q of the next one, as Vogels et al. do; False leaves it
+    as it was sampled, as the paper does."""
     low_precision: bool = False
-    """Store error buffers, P and Q, and what is sent of them, in the format 1-6-9; simulated in
-    float32: it shows what that precision costs but saves no bytes."""
+    """Store error buffers in the 16 bits of the format 1-6-9, and round P and Q, and what is sent
+    of them, to it; these are float32 arrays all the same, so that nothing is saved in sending."""
     p_scale: float = 1.0
     """P is multiplied by this before it is rounded and sent."""
     q_scale: float = 1.0
@@ -62,10 +66,11 @@ class PowerSGDState:
     """What one member carries between steps."""
 
     error: PyTree
-    """f32 error buffers by the path of their kernel, in its shape; each member has its own."""
+    """Error buffers by the path of their kernel, in its shape: f32, or u16 in low precision, see
+    `stored_error`. Each member has its own."""
     q: PyTree
-    """Q [batch, n, rank] by path: the same for all members, never changed, drawn from the seed, so
-    that a checkpoint does without it."""
+    """Q [batch, n, rank] by path, the same for all members. A checkpoint does without it: it is
+    drawn from the seed, and a warm-started one is again after an update."""
 
 
 def init(params: PyTree, *, config: PowerSGDConfig, shards: int = 1) -> PowerSGDState:
@@ -94,7 +99,17 @@ def init(params: PyTree, *, config: PowerSGDConfig, shards: int = 1) -> PowerSGD
         key = jax.random.fold_in(jax.random.key(config.seed), i)
         q[path] = _stored(jax.random.normal(key, (batch, n, config.rank)), config)
         error[path] = jnp.zeros(leaf.shape, jnp.float32)
-    return PowerSGDState(error=error, q=q)
+    return PowerSGDState(error=stored_error(error, config), q=q)
+
+
+def stored_error(error: PyTree, config: PowerSGDConfig) -> PyTree:
+    """Error buffers as they are kept between updates."""
+    return jax.tree.map(lambda e: encode(e, FORMAT), error) if config.low_precision else error
+
+
+def read_error(error: PyTree, config: PowerSGDConfig) -> PyTree:
+    """Error buffers in float32, from those of `stored_error`."""
+    return jax.tree.map(lambda e: decode(e, FORMAT), error) if config.low_precision else error
 
 
 def reduce(
@@ -104,7 +119,7 @@ def reduce(
     config: PowerSGDConfig,
     axis_name: str,
     shards: int = 1,
-) -> tuple[PyTree, dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
+) -> tuple[PyTree, PowerSGDState, Float[Array, ""], Bool[Array, ""]]:
     """Averages gradients over the members of a mapped axis, those of the kernels compressed.
 
     Every member calls it within `jax.shard_map` or a `jax.vmap` that names the axis; axes that
@@ -123,7 +138,7 @@ def reduce(
       shards: as for `init`.
     Returns:
       grads: their mean over members in float32, that of the kernels approximate.
-      error: the new error buffers of this member; all else is the same for all members.
+      state: with new error buffers, which are this member's own; all else is the same for all.
       norm: of all mean gradients together, for clipping; infinite if anything on any member is not
         finite. If shards lie on devices that are mapped too, it is that of this device's shards.
       finite: whether everything on every member is.
@@ -154,7 +169,7 @@ def reduce(
     def add(e, g):
         return jnp.where(_finite(g), _stored(e + g, config), e)
 
-    e = jax.tree.map(add, matrices(state.error), matrices(kernels))
+    e = jax.tree.map(add, matrices(read_error(state.error, config)), matrices(kernels))
     # 3. P = e Q, scaled. 4. Average P over members and clamp infinities.
     p, p_finite = all_reduce({path: config.p_scale * (e[path] @ state.q[path]) for path in e})
     # 5. Make the columns of P orthonormal.
@@ -178,12 +193,18 @@ def reduce(
     # 12. Subtract what was sent from the error buffer; zero it if it is not finite itself.
     def subtract(e, sent, p_finite, q_finite):
         unsent = jnp.where(_finite(e), e, 0)
-        return jnp.where(p_finite & q_finite, _stored(e - sent, config), unsent)
+        return jnp.where(p_finite & q_finite, e - sent, unsent)
 
     error = to_kernels(jax.tree.map(subtract, e, approximate, p_finite, q_finite))
+    new_q = state.q
+    if config.warm_start:
+        new_q = {
+            path: jnp.where(finite, _unit_columns(x, config), state.q[path])
+            for path, x in q.items()
+        }
     means = others | to_kernels(approximate)
     means = jax.tree_util.tree_map_with_path(lambda path, _: means[_path(path)], grads)
-    return means, error, norm, finite
+    return means, PowerSGDState(error=stored_error(error, config), q=new_q), norm, finite
 
 
 def sent_bytes(
@@ -281,3 +302,9 @@ def _orthonormal(p, config):
     """Orthonormal columns that span those of p, by Householder reflections."""
     identity = jnp.eye(*p.shape[1:])[None]
     return _stored(jnp.linalg.qr(p + config.epsilon * identity).Q, config)
+
+
+def _unit_columns(q, config):
+    """Scales each column to a root mean square of 1, as that of a Gaussian; zeros stay."""
+    size = jnp.sqrt(jnp.mean(jnp.square(q), axis=1, keepdims=True))
+    return _stored(q / jnp.where(size > 0, size, 1), config)

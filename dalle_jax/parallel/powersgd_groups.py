@@ -93,28 +93,28 @@ class PowerSGDGroups:
             key = jax.random.fold_in(key, jax.lax.axis_index(DATA))
             measures, flags, grads = gradients(params, batch, key, *shared)
             own = state.replace(error=jax.tree.map(lambda e: e[0], state.error))
-            means, error, norm, finite = powersgd.reduce(
+            means, own, norm, finite = powersgd.reduce(
                 grads, own, config=self._config, axis_name=DATA, shards=self._shards
             )
             measures = jax.lax.pmean(measures, DATA)
             flags = jax.tree.map(lambda f: jax.lax.pmin(f.astype(jnp.int32), DATA) > 0, flags)
-            error = jax.tree.map(lambda e: e[None], error)
-            return (measures, flags), means, error, norm, finite
+            own = own.replace(error=jax.tree.map(lambda e: e[None], own.error))
+            return (measures, flags), means, own, norm, finite
 
         by_group = PowerSGDState(error=Spec(DATA), q=Spec())
-        averages, means, error, norm, finite = jax.shard_map(
+        averages, means, state, norm, finite = jax.shard_map(
             member,
             mesh=self._mesh,
             in_specs=(by_group, Spec(), Spec(DATA), Spec(), *(Spec() for _ in shared)),
-            out_specs=(Spec(), Spec(), Spec(DATA), Spec(), Spec()),
+            out_specs=(Spec(), Spec(), by_group, Spec(), Spec()),
             axis_names={DATA},
             check_vma=False,  # else JAX would sum gradients over the groups, uncompressed
         )(state, params, batch, key, *shared)
-        return averages, means, state.replace(error=error), norm, finite
+        return averages, means, state, norm, finite
 
     def summed_error(self, state: PowerSGDState) -> dict[str, Array]:
-        """What a checkpoint saves: the sum of the error buffers of all groups, by path."""
-        return _sum_over_groups(state.error)
+        """What a checkpoint saves: the f32 sum of the error buffers of all groups, by path."""
+        return _sum_over_groups(state.error, self._config)
 
     def summed_error_shardings(self, shardings: PyTree) -> dict[str, NamedSharding]:
         """Shardings of that sum: those of the parameters, which are given."""
@@ -134,6 +134,7 @@ class PowerSGDGroups:
 
         def init(summed_error):
             error = jax.tree.map(lambda e: e / self.count, summed_error)
+            error = powersgd.stored_error(error, self._config)
             return self.init(shapes).replace(error=self._for_each(error))
 
         return jax.jit(init, out_shardings=shardings)(summed_error)
@@ -142,6 +143,6 @@ class PowerSGDGroups:
         return jax.tree.map(lambda e: jnp.broadcast_to(e, (self.count, *e.shape)), error)
 
 
-@jax.jit
-def _sum_over_groups(error):
-    return jax.tree.map(partial(jnp.sum, axis=0), error)
+@partial(jax.jit, static_argnums=1)
+def _sum_over_groups(error, config):
+    return jax.tree.map(partial(jnp.sum, axis=0), powersgd.read_error(error, config))

@@ -36,6 +36,7 @@ KERNELS = {
 OTHERS = {"embed": {"code": (5, D)}, "head": {"image": {"kernel": (D, 5)}}}
 FULL = PowerSGDConfig(rank=D)
 THIN = PowerSGDConfig(rank=2)
+WARM = PowerSGDConfig(rank=2, warm_start=True)
 REDUCED = PowerSGDConfig(rank=2, low_precision=True, p_scale=2.0, q_scale=0.5)
 
 
@@ -60,6 +61,8 @@ def begun(config, shards=1, error_seed=None):
     error = {path: np.zeros((M, *e.shape), "f") for path, e in state.error.items()}
     if error_seed is not None:
         error = kernels_of(drawn(error_seed))
+    if config.low_precision:
+        error = powersgd.stored_error(jax.tree.map(jnp.asarray, error), config)
     return state.replace(error=error)
 
 
@@ -68,14 +71,16 @@ def mapped_reduce(config, shards=1):
     return jax.vmap(
         functools.partial(powersgd.reduce, config=config, axis_name="data", shards=shards),
         in_axes=(0, PowerSGDState(error=0, q=None)),
-        out_axes=(None, 0, None, None),
+        out_axes=(None, PowerSGDState(error=0, q=None), None, None),
         axis_name="data",
     )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shards"))
 def reduce(grads, state, *, config, shards=1):
-    return mapped_reduce(config, shards)(grads, state)
+    """Means, error buffers in float32, norm and flag."""
+    means, state, norm, finite = mapped_reduce(config, shards)(grads, state)
+    return means, powersgd.read_error(state.error, config), norm, finite
 
 
 def kernels_of(tree):
@@ -183,23 +188,23 @@ def test_what_is_not_compressed_is_averaged_as_it_is():
     assert set(error) == {f"layers/{name}/kernel" for name in KERNELS}
 
 
-@jax.jit
-def run(state, grads):
+@functools.partial(jax.jit, static_argnames="config")
+def run(state, grads, config):
     def step(state, g):
-        means, error, *_ = mapped_reduce(THIN)(g, state)
-        return state.replace(error=error), means
+        means, state, *_ = mapped_reduce(config)(g, state)
+        return state, means
 
     return jax.lax.scan(step, state, grads)[1]
 
 
-def shares_unsent(noise):
+def shares_unsent(noise, config=THIN):
     """How much of the sum of all mean gradients is still unsent after 20 and after 400 updates."""
     rng = np.random.default_rng(0)
     params = {"layers": {"mlp_in": {"kernel": jax.ShapeDtypeStruct((1, 8, 16), jnp.float32)}}}
     state = powersgd.init(params, config=THIN)
     state = state.replace(error=jax.tree.map(lambda e: np.zeros((M, *e.shape), "f"), state.error))
     grads = rng.normal(size=(1, M, 1, 8, 16)) + noise * rng.normal(size=(400, M, 1, 8, 16))
-    sent = run(state, {"layers": {"mlp_in": {"kernel": grads.astype("f")}}})
+    sent = run(state, {"layers": {"mlp_in": {"kernel": grads.astype("f")}}}, config)
     sent = sent["layers"]["mlp_in"]["kernel"].cumsum(axis=0)
     wanted = grads.mean(axis=1).cumsum(axis=0)
     return [np.linalg.norm(sent[t] - wanted[t]) / np.linalg.norm(wanted[t]) for t in (19, 399)]
@@ -215,6 +220,41 @@ def test_fixed_q_never_sends_the_rest_of_a_constant_gradient():
     early, late = shares_unsent(noise=0.0)
     assert early == pytest.approx(late, rel=1e-2)
     assert late > 0.5
+
+
+def test_a_warm_q_sends_all_of_a_constant_gradient():
+    early, late = shares_unsent(noise=0.0, config=WARM)
+    assert late < 0.1 * early
+    assert late < 0.05
+
+
+def test_a_warm_q_is_the_mean_of_the_update_before_in_columns_of_size_1():
+    grads, state = drawn(0), begun(WARM, error_seed=1)
+    _, after, *_ = mapped_reduce(WARM)(grads, state)
+    path = "layers/mlp_in/kernel"
+    e = (state.error[path] + kernels_of(grads)[path]).mean(axis=0)
+    for i in range(L):
+        p, _ = np.linalg.qr(e[i] @ state.q[path][i] + 1e-6 * np.eye(D, 2))
+        q = e[i].T @ p
+        expected = q / np.sqrt(np.square(q).mean(axis=0))
+        np.testing.assert_allclose(after.q[path][i], expected, atol=1e-5)
+    _, fixed, *_ = mapped_reduce(THIN)(grads, begun(THIN, error_seed=1))
+    chex.assert_trees_all_equal(fixed.q, state.q)
+
+
+def test_a_warm_q_survives_gradients_that_are_zero_or_not_finite():
+    zeros = jax.tree.map(np.zeros_like, drawn(0))
+    _, state, _, finite = mapped_reduce(WARM)(zeros, begun(WARM))
+    assert finite
+    chex.assert_tree_all_finite(state.q)
+    means, *_ = mapped_reduce(WARM)(drawn(0), state)  # Q is 0, and P then that of the identity
+    assert np.abs(means["layers"]["mlp_in"]["kernel"]).max() > 0.1
+    broken = drawn(1)
+    broken["embed"]["code"][0, 0, 0] = np.nan
+    before = begun(WARM)
+    _, after, _, finite = mapped_reduce(WARM)(broken, before)
+    assert not finite
+    chex.assert_trees_all_equal(after.q, before.q)
 
 
 def test_mean_error_times_q_is_zero_after_every_update():
@@ -285,6 +325,8 @@ def test_reduced_buffers_hold_numbers_of_1_6_9_and_stay_near_float32():
     for e in jax.tree.leaves(error):
         significand, _ = np.frexp(np.asarray(e))
         np.testing.assert_array_equal(significand * 2**10 % 1, 0)
+    _, after, *_ = mapped_reduce(REDUCED)(grads, begun(REDUCED))
+    assert {e.dtype for e in jax.tree.leaves(after.error)} == {jnp.dtype("uint16")}
 
 
 def test_overflow_of_1_6_9_is_clamped_but_flagged():
@@ -358,10 +400,10 @@ def on_four_devices(file):
     def member(grads, error, q):
         grads, error = jax.tree.map(lambda x: x[0], (grads, error))
         state = PowerSGDState(error=error, q=q)
-        means, error, norm, finite = powersgd.reduce(
+        means, state, norm, finite = powersgd.reduce(
             grads, state, config=THIN, axis_name=DATA, shards=2
         )
-        return means, jax.tree.map(lambda e: e[None], error), norm, finite
+        return means, jax.tree.map(lambda e: e[None], state.error), norm, finite
 
     def placed(tree, specs):
         return jax.device_put(tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))

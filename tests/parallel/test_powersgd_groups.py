@@ -151,14 +151,14 @@ def program():
         return update.lower(state, place_batch(mesh, batch(0))).compile().as_text()
 
 
-def trained(folder, sizes, save_every=3):
+def trained(folder, sizes, save_every=3, **powersgd_options):
     config = LoopConfig(
         steps=6,
         save_every=save_every,
         evaluate_every=None,
         sheet_every=None,
         mesh=sizes,
-        powersgd=PowerSGDConfig(rank=1),
+        powersgd=PowerSGDConfig(rank=1, **powersgd_options),
     )
     return train(Layered(), Data(), config=config, workdir=folder, settings={})
 
@@ -181,6 +181,15 @@ def continued(folder):
     resumed = state_lib.from_checkpoint(kept, shardings, groups)
     chex.assert_trees_all_equal(resumed.powersgd.q, state.powersgd.q)
     jax.tree.map(lambda x, place: _check(x.sharding, place, x.ndim), resumed, shardings)
+    small = trained(folder / "small", four, low_precision=True, warm_start=True)
+    assert all(e.dtype == jnp.uint16 for e in jax.tree.leaves(small.powersgd.error))
+    for name in ("small again", "small once more"):
+        shutil.copytree(
+            folder / "small" / "checkpoints" / "000003", folder / name / "checkpoints" / "000003"
+        )
+        again = trained(folder / name, four, low_precision=True, warm_start=True)
+        results[name] = again.params
+    results["small"] = small.params
     of_two, of_four = (jax.tree.map(np.asarray, s.powersgd.error) for s in (resumed, unbroken))
     return results | {"errors of two": of_two, "errors of four": of_four}
 
@@ -263,6 +272,15 @@ def test_runs_that_go_on_from_one_checkpoint_are_equal_bit_for_bit(folder):
     chex.assert_trees_all_close(again, unbroken, rtol=0, atol=1e-4)
     # rank 1 is the same with two groups but for rounding and for where kernels are cut
     chex.assert_trees_all_close(read(folder, "continued", "['two']"), unbroken, rtol=0, atol=0.05)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_warm_q_and_small_buffers_goes_on(folder):
+    """Q starts anew from the seed: the same each time, not the same as without a stop."""
+    again = read(folder, "continued", "['small again']")
+    chex.assert_trees_all_equal(again, read(folder, "continued", "['small once more']"))
+    unbroken = read(folder, "continued", "['small']")
+    chex.assert_trees_all_close(again, unbroken, rtol=0, atol=0.05)
 
 
 @pytest.mark.slow
