@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
 from dalle_jax.data.paraphrase import Paraphrased
-from dalle_jax.data.sources import ConcatSource
+from dalle_jax.data.sources import ConcatSource, DataSource, Subset
 from dalle_jax.generate.model_folder import default_captions
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
@@ -48,17 +50,32 @@ class EmojiOptions:
     splits: tuple[str, ...] = ("train",)
     """Splits to train on. A judge of other models may know more of them: its workdir, or its
     folder, has to be another."""
+    toned: float = 1.0
+    """Share of the training images with skin tones to train on. They are half of all, of few people
+    and hands, and learned long before things are."""
 
     def open(self, px: int) -> Data:
         """Draws the emoji, if this has not been done yet, and opens their splits."""
         split = partial(emoji_source, px=px, data_dir=self.data_dir)
         return Data(
-            train=Paraphrased(ConcatSource(*map(split, self.splits))),
+            train=Paraphrased(_some(ConcatSource(*map(split, self.splits)), self.toned)),
             validation=split("validation"),
             captions=default_captions("emoji")[:6],
             attribution=ATTRIBUTION,
             license=LICENSE,
         )
+
+
+def _some(source: DataSource, toned: float) -> DataSource:
+    """The images without a skin tone, and a share of the others."""
+    rng = np.random.default_rng(0)
+
+    def is_kept(record):
+        return "skin tone" not in record["captions"][0] or rng.random() < toned
+
+    if toned >= 1:
+        return source
+    return Subset(source, [i for i in range(len(source)) if is_kept(source[i])])
 
 
 def dvae() -> DVAERun:

@@ -110,6 +110,38 @@ def test_a_progressive_prior_learns_and_joins_the_model(workdir, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_prior_goes_on_from_that_of_another_model(workdir, tmp_path, monkeypatch, capsys):
+    last = ("--steps", 1, "--evaluate-every", "None", "--sheet-every", "None")
+    other = ("--codec", workdir / "model", *last)
+    run("debug", "prior", "--workdir", tmp_path / "a", *other, monkeypatch=monkeypatch)
+    run(
+        "debug",
+        "prior",
+        "--workdir",
+        tmp_path / "b",
+        *other,
+        "--continued",
+        monkeypatch=monkeypatch,
+    )
+    folders = (workdir, tmp_path / "a", tmp_path / "b")
+    reached, fresh, continued = (
+        [line["loss"] for line in metrics(folder / "prior") if "loss" in line][-1]
+        for folder in folders
+    )
+    assert continued < fresh - 0.2 and continued < reached + 0.2
+    tokenizers = [dalle_jax.load(x / "model").tokenizer for x in (workdir, tmp_path / "b")]
+    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
+    has_one = ("--codec", tmp_path / "a" / "model")
+    for name, change in (("prior", ("--model.mlp-ratio", 2)), ("progressive", has_one)):
+        where = ("--workdir", tmp_path / "c", *other, "--continued", *change)
+        with pytest.raises(SystemExit):
+            run("debug", name, *where, monkeypatch=monkeypatch)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "wants the sizes of the prior of 'debug', but --model has mlp_ratio 2 (there 4)" in said
+    assert "wants to begin with a progressive prior, but the model 'debug' has prior; name" in said
+
+
+@pytest.mark.slow
 def test_a_vqgan_makes_the_codes_in_place_of_the_dvae(tmp_path, monkeypatch):
     few = ("--steps", 2, "--evaluate-every", "None", "--sheet-every", "None")
     run("debug", "vqgan", "--workdir", tmp_path, *few, monkeypatch=monkeypatch)
@@ -244,6 +276,20 @@ def test_the_papers_filters_are_on_in_its_run_alone(script, left, tmp_path, monk
     data = names.get("PaperOptions", names["FolderOptions"])(data=tmp_path).open(64)
     assert len(data.train) + len(data.validation) == left
     assert data.captions == ["a red apple"]
+
+
+def test_emoji_with_skin_tones_can_be_left_out_in_part(monkeypatch):
+    names = runpy.run_path(str(SCRIPTS / "emoji.py"))
+    captions = ["red apple"] * 50 + ["cook with dark skin tone"] * 100
+    records = [{"captions": [caption], "style": "twemoji"} for caption in captions]
+    opened = names["EmojiOptions"].open.__globals__
+    monkeypatch.setitem(opened, "emoji_source", lambda *_, **options: records)
+
+    def images(**options):
+        return len(names["EmojiOptions"](**options).open(96).train)
+
+    assert (images(), images(toned=1.0), images(toned=0.0)) == (150, 150, 50)
+    assert 60 < images(toned=0.25) < 90
 
 
 def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import collections
 import itertools
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,6 +24,7 @@ __all__ = [
     "Listing",
     "Record",
     "SourceError",
+    "Subset",
     "folder_splits",
     "list_folder",
 ]
@@ -43,6 +45,24 @@ class ConcatSource:
     def __getitem__(self, index: int) -> Record:
         which = bisect.bisect_right(self._ends, index)
         return self._sources[which][index - (self._ends[which - 1] if which else 0)]
+
+
+class Subset:
+    """Some records of a source.
+
+    Args:
+      source: of all of them.
+      indices: of those that are kept, in their order here.
+    """
+
+    def __init__(self, source: DataSource, indices: Sequence[int]):
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[self._indices[index]]
 
 
 class FolderSource:

@@ -66,6 +66,8 @@ def train_stages(
         codec_model = open_codec(codec, workdir)
         title = TITLES[codec_model.kind]
         _check_fit(prior, px=codec_model.px, codec=codec_model.codec, title=title)
+        if continued:
+            _check_continued(stage, prior, codec_model)
         opened = _opened(data, codec_model.px)
         codec_model.name = name  # that of the model to come, whosever codec it is
         model = train_prior(
@@ -123,6 +125,25 @@ def _check_fit(prior: PriorRun, *, px: int, codec: CodecConfig, title: str) -> N
                 f"the prior's model.{option} is {got}, but the {title} makes {wanted}; "
                 f"give the prior --model.{option} {wanted} (--prior.model.{option} with `all`)"
             )
+
+
+def _check_continued(stage: str, prior: PriorRun, model: Model) -> None:
+    if stage not in model.priors:
+        raise UserError(
+            f"--continued wants to begin with a {stage} prior, but the model {model.name!r} has "
+            f"{' and '.join(model.priors) or 'none'}; name another with --codec, or leave it out"
+        )
+    there = model.priors[stage][0]
+    if there != prior.model:
+        differing = [
+            f"{name} {value} (there {getattr(there, name)})"
+            for name, value in vars(prior.model).items()
+            if value != getattr(there, name)
+        ]
+        raise UserError(
+            f"--continued wants the sizes of the prior of {model.name!r}, but --model has "
+            f"{', '.join(differing)}"
+        )
 
 
 def _check_vocabulary(stage: str, run: Any) -> None:

@@ -31,6 +31,13 @@ Codec = Annotated[
     ),
 ]
 
+Continued = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="Begin with the prior of --codec, a model of these sizes, and keep its tokenizer."
+    ),
+]
+
 
 def main(
     name: str,
@@ -94,6 +101,8 @@ def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
     ]
     if set(runs) - {"dvae", "vqgan"}:
         fields.append(("codec", Codec, dataclasses.field(default="dvae")))
+    if set(runs) <= set(PRIOR_STAGES):
+        fields.append(("continued", Continued, dataclasses.field(default=False)))
     for stage, run in runs.items():
         # One stage alone needs no prefix before its options.
         prefix = stage if len(runs) > 1 else ""
@@ -116,4 +125,5 @@ def _run(name: str, options: Any) -> None:
         priors={stage: run for stage, run in priors.items() if run is not None},
         clip=getattr(options, "clip", None),
         codec=wanted or "dvae",
+        continued=getattr(options, "continued", False),
     )

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from dalle_jax.data.sources import FolderSource, SourceError, list_folder
+from dalle_jax.data.sources import FolderSource, SourceError, Subset, list_folder
 from dalle_jax.image.pixels import encode_png
 
 
@@ -143,3 +143,8 @@ def test_a_share_outside_zero_to_one_is_refused(folder):
 def test_an_unknown_split_is_refused(folder):
     with pytest.raises(SourceError, match="splits train and validation, not 'val'"):
         FolderSource(folder, split="val")
+
+
+def test_a_subset_has_the_chosen_records_in_their_order():
+    some = Subset([{"id": name} for name in "abcd"], [3, 1])
+    assert [some[i]["id"] for i in range(len(some))] == ["d", "b"]

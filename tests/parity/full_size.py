@@ -1,6 +1,6 @@
 """Writes a published size with random weights, in others' layout, to measure what importing takes.
 
-    python full_size.py SOURCE FOLDER [--dtype float16]
+    python full_size.py SOURCE FOLDER [float16]
 
 SOURCE is one of those below; the files get the names that they are published by. The vocabularies
 are small ones, but for CLIP's, whose length counts.
