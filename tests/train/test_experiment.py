@@ -41,7 +41,7 @@ def test_a_run_goes_on_with_these_settings_changed_and_no_others():
             else:
                 allowed.add(name)
     lengths = {"steps", "log_every", "save_every", "evaluate_every", "sheet_every", "max_to_keep"}
-    free = {"seed", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+    free = {"seed", "ema_on_host", "mesh.data", "mesh.fsdp", "mesh.tensor"}
     assert allowed == {f"loop.{name}" for name in lengths | free} | {
         "run.remat",
         "run.scan_layers",
