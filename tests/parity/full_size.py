@@ -155,6 +155,34 @@ def mindalle(out, dtype):
     (out / "bpe-16k-merges.txt").write_text(merges, encoding="utf-8")
 
 
+def malevich(out, dtype):
+    D, V, P, G, K = 2048, 16384, 128, 32, 8192
+    shapes = {
+        "text_embeddings.weight": (V + P, D), "text_pos_embeddings.weight": (P + 1, D),
+        "image_embeddings.weight": (K, D), "image_row_embeddings.weight": (G, D),
+        "image_col_embeddings.weight": (G, D),
+    }  # fmt: skip
+    norms = ("input", "before_first_addition", "post_attention", "before_second_addition")
+    linears = {
+        "attention.query_key_value": (3 * D, D), "attention.dense": (D, D),
+        "mlp.dense_h_to_4h": (4 * D, D), "mlp.dense_4h_to_h": (D, 4 * D),
+    }  # fmt: skip
+    for i in range(24):
+        layer = f"transformer.layers.{i}"
+        for name in norms:
+            shapes |= norm(f"{layer}.{name}_layernorm", D)
+        for name, shape in linears.items():
+            shapes |= linear(f"{layer}.{name}", *shape)
+    shapes |= norm("transformer.final_layernorm", D) | norm("to_logits.0", D)
+    shapes |= linear("to_logits.1", V + P + K, D)
+    state = {name: drawn(shape, dtype) for name, shape in shapes.items()}
+    write_torch(out / "pytorch_model_v3.bin", state)
+    letters = range(ord("a"), ord("z") + 1)
+    numbers = [(0x2581, 4), *((code, 5 + i) for i, code in enumerate(letters))]
+    lines = [f"{len(numbers)} 0", *(f"{code} {number}" for code, number in numbers), "1 0 2 3"]
+    (out / "bpe.model").write_text("\n".join(lines) + "\n")
+
+
 def hugging_face_clip(out, dtype):
     c = CLIPConfig(
         px=224, patch=32, image_width=768, image_depth=12, image_heads=12, text_width=512,
@@ -206,6 +234,7 @@ WRITERS = {
     "dalle-mini": lambda out, dtype: dalle_mini(MINI, out, dtype),
     "dalle-mega": lambda out, dtype: dalle_mini(MEGA, out, dtype),
     "mindalle": mindalle,
+    "malevich": malevich,
     "hf-clip": hugging_face_clip,
 }
 
