@@ -88,10 +88,7 @@ def stored_dtype(name: str, kernels: Dtype) -> np.dtype:
 
 
 def _rounded(name: str, array: Any, kernels: Dtype) -> Any:
-    return _as_type(array, stored_dtype(name, kernels))
-
-
-def _as_type(array: Any, dtype: Any) -> Any:
+    dtype = stored_dtype(name, kernels)
     if is_sharded(array) or isinstance(array, LazyArray):
         return array.astype(dtype)
     return np.asarray(array, dtype)

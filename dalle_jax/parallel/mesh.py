@@ -50,18 +50,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
       UserError: if their number does not fit the sizes.
     """
-    given, devices = devices, jax.device_count() if devices is None else len(devices)
+    count = jax.device_count() if devices is None else len(devices)
     shared = config.fsdp * config.tensor
-    data = devices // shared if config.data is None else config.data
-    if data * shared != devices:
+    data = count // shared if config.data is None else config.data
+    if data * shared != count:
         wanted = "" if config.data is None else f"data={config.data} x "
         raise UserError(
             f"a mesh of {wanted}fsdp={config.fsdp} x tensor={config.tensor} does not fit "
-            f"{devices} devices; their product has to be, or to divide, that number"
+            f"{count} devices; their product has to be, or to divide, that number"
         )
     sizes = {DATA: data, FSDP: config.fsdp, TENSOR: config.tensor}
     axes = (tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
-    return jax.make_mesh(*axes, devices=given)
+    return jax.make_mesh(*axes, devices=devices)
 
 
 def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:

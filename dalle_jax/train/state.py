@@ -69,18 +69,16 @@ def state_shardings(
     """The sharding of each array of a state; takes the state or its shapes."""
     shardings = sharding_rules.shardings(state.replace(powersgd=()), mesh, rules)
     if ema_on_host:
-        shardings = _with_ema_in(shardings, "pinned_host")
+        ema_params = jax.tree.map(
+            lambda place: place.with_memory_kind("pinned_host"), shardings.ema_params
+        )
+        shardings = shardings.replace(ema_params=ema_params)
     return shardings.replace(powersgd=groups.shardings(shardings.params) if groups else ())
-
-
-def _with_ema_in(shardings, memory_kind):
-    places = jax.tree.map(lambda s: s.with_memory_kind(memory_kind), shardings.ema_params)
-    return shardings.replace(ema_params=places)
 
 
 def on_devices(state: TrainState) -> TrainState:
     """The state with its EMA in the memory of the devices, wherever it was."""
-    places = _with_ema_in(jax.tree.map(lambda x: x.sharding, state), "device").ema_params
+    places = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), state.ema_params)
     return state.replace(ema_params=jax.device_put(state.ema_params, places))
 
 

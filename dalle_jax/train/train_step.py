@@ -85,19 +85,19 @@ def make_train_step(
     step = count(step)
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    if ema_every is None:  # it does not take part
+    if ema_every is None:  # the EMA does not take part
         shardings = shardings.replace(ema_params=())
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
     def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        ema_params = state.ema_params
-        if ema_every is None:
-            state = state.replace(ema_params=())
         with jax.set_mesh(shardings.step.mesh):  # models constrain their activations to it
-            state, metrics = jitted(state, batch)
-        return (state if ema_every else state.replace(ema_params=ema_params)), metrics
+            return jitted(state, batch)
 
-    return on_mesh
+    def beside_ema(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new, metrics = on_mesh(state.replace(ema_params=()), batch)
+        return new.replace(ema_params=state.ema_params), metrics
+
+    return beside_ema if ema_every is None else on_mesh
 
 
 def make_ema_update(shardings: TrainState, *, decay: float) -> Callable[[TrainState], TrainState]:
@@ -115,7 +115,7 @@ def make_ema_update(shardings: TrainState, *, decay: float) -> Callable[[TrainSt
     def moved(place):
         def move(average, x):
             average = jax.device_put(average, place.with_memory_kind("device"))
-            return decay * average + (1 - decay) * x
+            return _averaged(average, x, decay)
 
         return jax.jit(move, donate_argnums=0, out_shardings=place)
 
@@ -206,13 +206,17 @@ def update_ema(inner: Step, *, every: int, decay: float) -> Step:
         params = output.state.params
         ema_params = jax.lax.cond(
             (state.step + 1) % every == 0,
-            lambda ema: jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params),
+            lambda ema: jax.tree.map(partial(_averaged, decay=decay), ema, params),
             lambda ema: ema,
             state.ema_params,
         )
         return output._replace(state=output.state.replace(ema_params=ema_params))
 
     return step
+
+
+def _averaged(average, x, decay):
+    return decay * average + (1 - decay) * x
 
 
 def count(inner: Step) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from saved_tokenizer import check_saved
 
 from dalle_jax.text.bart_bpe import BARTTokenizer
 from dalle_jax.text.bpe import TextError
@@ -55,14 +56,7 @@ def test_tokens_are_those_of_the_peer_and_truncated_captions_keep_their_end(tmp_
 
 
 def test_a_saved_tokenizer_is_opened_as_it_was(tmp_path):
-    found = tokenizer(tmp_path)
-    found.save(tmp_path / "tokenizer.model")
-    opened = load_tokenizer(tmp_path / "tokenizer.model")
-    assert opened.fingerprint == found.fingerprint and opened.vocabulary == ROWS
-    captions = list(PEER)
-    np.testing.assert_array_equal(
-        opened.encode(captions, length=12), found.encode(captions, length=12)
-    )
+    check_saved(tokenizer(tmp_path), tmp_path, list(PEER), vocabulary=ROWS)
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):

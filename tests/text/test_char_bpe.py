@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import recipe
+from saved_tokenizer import check_saved
 
 from dalle_jax.text.bpe import TextError
 from dalle_jax.text.char_bpe import CharBPETokenizer
@@ -56,14 +57,7 @@ def test_a_pad_without_a_number_gets_the_next_one_as_the_peer_gives_it(tmp_path)
 
 
 def test_a_saved_tokenizer_is_opened_as_it_was(tmp_path):
-    found = tokenizer(tmp_path)
-    found.save(tmp_path / "tokenizer.model")
-    opened = load_tokenizer(tmp_path / "tokenizer.model")
-    assert opened.fingerprint == found.fingerprint and opened.vocabulary == ROWS
-    captions = list(PEER)
-    np.testing.assert_array_equal(
-        opened.encode(captions, length=12), found.encode(captions, length=12)
-    )
+    check_saved(tokenizer(tmp_path), tmp_path, list(PEER), vocabulary=ROWS)
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):

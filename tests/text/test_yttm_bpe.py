@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from saved_tokenizer import check_saved
 
 from dalle_jax.text.bpe import TextError
 from dalle_jax.text.tokenizer_file import load_tokenizer
@@ -68,13 +69,7 @@ def test_a_long_word_takes_time_in_proportion(tmp_path):
 
 def test_a_saved_tokenizer_is_opened_as_it_was(tmp_path):
     found = tokenizer(tmp_path)
-    found.save(tmp_path / "tokenizer.model")
-    opened = load_tokenizer(tmp_path / "tokenizer.model")
-    assert opened.fingerprint == found.fingerprint and opened.vocabulary == ROWS
-    captions = list(PEER)
-    np.testing.assert_array_equal(
-        opened.encode(captions, length=12), found.encode(captions, length=12)
-    )
+    check_saved(found, tmp_path, list(PEER), vocabulary=ROWS)
     with pytest.raises(ValueError, match="no BPE dropout"):
         found.encode(["a"], length=4, dropout=0.1, seeds=[0])
 
