@@ -137,8 +137,8 @@ MUTANTS = [
     Mutant(
         "ema-every",
         "train/loop.py",
-        "ema_every=config.ema_every",
-        "ema_every=1",
+        "None if config.ema_on_host else config.ema_every",
+        "None if config.ema_on_host else 1",
         LOOP + "ema_every",
     ),
     Mutant(
@@ -265,8 +265,8 @@ MUTANTS = [
     Mutant(
         "ema-of-the-old-params",
         "train/train_step.py",
-        "decay * e + (1 - decay) * p",
-        "decay * p + (1 - decay) * e",
+        "decay * average + (1 - decay) * x",
+        "decay * x + (1 - decay) * average",
         "train/test_train_step.py",
     ),
     Mutant(
@@ -662,8 +662,8 @@ MUTANTS = [
     Mutant(
         "errors-forgotten",
         "parallel/powersgd.py",
-        "_stored(e - sent, config), unsent",
-        "_stored(0 * e, config), unsent",
+        "e - sent, unsent",
+        "0 * e, unsent",
         POWERSGD + " -k equals_numpy",
     ),
     Mutant(
