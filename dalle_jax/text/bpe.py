@@ -60,6 +60,7 @@ class Tokenizer:
         pieces = map(self._pieces.id_to_piece, range(self.vocabulary))
         # SentencePiece numbers merges in the order in which it learned them
         self._merges = {piece: rank for rank, piece in enumerate(pieces) if _MERGED.match(piece)}
+        self._encoded: dict[str, list[int]] = {}  # of merged pieces and single characters
         self.fingerprint: str = hashlib.sha256(data).hexdigest()
         self.truncated: int = 0
 
@@ -186,7 +187,9 @@ class Tokenizer:
                 _, at = min(possible)
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
             for part in parts:
-                tokens += self._pieces.encode(part)
+                if part not in self._encoded:
+                    self._encoded[part] = self._pieces.encode(part)
+                tokens += self._encoded[part]
         return tokens
 
     def _overlong(self, caption: str, tokens: int, length: int, overlong: str) -> None:
