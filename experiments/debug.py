@@ -49,7 +49,7 @@ def dvae() -> DVAERun:
 
 def vqgan() -> VQGANRun:
     """4 x 4 codes of 32."""
-    sizes = {"width": 8, "multipliers": (1, 1, 2), "blocks_per_group": 1, "attention": ()}
+    sizes = {"patch": 4, "width": 8, "multipliers": (1,), "blocks_per_group": 1, "attention": ()}
     return VQGANRun(
         model=VQGANConfig(**sizes, z_width=16, codes=32, code_width=8),
         loop=_loop(steps=20),
