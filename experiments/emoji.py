@@ -21,6 +21,7 @@ import numpy as np
 from dalle_jax.data.emoji import ATTRIBUTION, emoji_source
 from dalle_jax.data.paraphrase import Paraphrased
 from dalle_jax.data.sources import ConcatSource, DataSource, Subset
+from dalle_jax.errors import UserError
 from dalle_jax.generate.model_folder import default_captions
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
@@ -53,6 +54,10 @@ class EmojiOptions:
     toned: float = 1.0
     """Share of the training images with skin tones to train on. They are half of all, of few people
     and hands, and learned long before things are."""
+
+    def __post_init__(self):
+        if not 0 <= self.toned <= 1:
+            raise UserError(f"toned is {self.toned}, but is a share and must lie in [0, 1]")
 
     def open(self, px: int) -> Data:
         """Draws the emoji, if this has not been done yet, and opens their splits."""

@@ -16,6 +16,7 @@ from PIL import Image
 from saved import ema_params
 
 import dalle_jax
+from dalle_jax.errors import UserError
 from dalle_jax.generate import tensor_file
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.parallel.mesh import MeshConfig
@@ -290,6 +291,8 @@ def test_emoji_with_skin_tones_can_be_left_out_in_part(monkeypatch):
 
     assert (images(), images(toned=1.0), images(toned=0.0)) == (150, 150, 50)
     assert 60 < images(toned=0.25) < 90
+    with pytest.raises(UserError, match="toned is 25, but is a share"):
+        images(toned=25)
 
 
 def test_a_mistyped_option_says_what_was_meant(tmp_path, monkeypatch, capsys):
