@@ -82,7 +82,7 @@ def evaluate(
             f"there is no study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}"
         )
     plotting()  # raises before hours of work if it is missing
-    sampling = model.with_guidance(sampling)
+    sampling = model.as_recommended(sampling)
     out = Path(out)
     cache = ResultCache(out / "cache")
     small = suite.head(config.captions)

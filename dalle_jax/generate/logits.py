@@ -156,7 +156,7 @@ def traced_options(sampling: SamplingConfig) -> dict[str, Array | None]:
     None is no input: whether there is a top_k, a top_p and guidance is compiled in.
     """
     return {
-        "temperature": jnp.float32(sampling.temperature),
+        "temperature": jnp.float32(1 if sampling.temperature is None else sampling.temperature),
         "top_k": None if sampling.top_k is None else jnp.int32(sampling.top_k),
         "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
         "guidance": jnp.float32(sampling.guidance) if sampling.guided else None,

@@ -222,14 +222,15 @@ class Model(ModelParts):
         dataclasses.replace(sampling, decoder=sampling.decoder or DECODERS[part][0])  # checked
         return part
 
-    def with_guidance(self, sampling: SamplingConfig) -> SamplingConfig:
-        """Fills in the scale of guidance that the model recommends, if none is named."""
-        if sampling.guidance is not None:
-            return sampling
-        return dataclasses.replace(sampling, guidance=self.guidance)
+    def as_recommended(self, sampling: SamplingConfig) -> SamplingConfig:
+        """Fills in what the model recommends for its decoder, where nothing is given."""
+        recommended = self.recommended
+        if self.prior_for(sampling) != "progressive":
+            recommended = dataclasses.replace(recommended, revise=None)
+        return sampling.or_else(recommended)
 
     def _sample(self, prompts, n, seed, sampling, known, progress):
-        sampling = self.with_guidance(sampling)
+        sampling = self.as_recommended(sampling)
         config, params = self.priors[self.prior_for(sampling)]
         done = 0
         for part in sample_codes(

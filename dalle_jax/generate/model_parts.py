@@ -25,6 +25,7 @@ from dalle_jax.generate.part_checks import (
     check_tensors,
     prior_shapes,
 )
+from dalle_jax.generate.sampling import AS_TRAINED, SamplingConfig
 from dalle_jax.generate.tensor_file import Dtype
 from dalle_jax.models import codec as codecs
 from dalle_jax.models.codec import CodecConfig
@@ -65,7 +66,7 @@ class ModelParts(Codec):
         clip: Clip | Path | None = None,
         card: str = "",
         license: str = "",
-        guidance: float = 1.0,
+        recommended: SamplingConfig = SamplingConfig(),
         fingerprints: dict[str, str] | None = None,
         kernels: Dtype = "bfloat16",
         dtype: Dtype = "float32",
@@ -91,7 +92,8 @@ class ModelParts(Codec):
           clip: ranks its images; a folder is loaded when the CLIP is first needed.
           card: text of the model card, Markdown, with the attribution of the data.
           license: text of the weights' licence.
-          guidance: scale that samples best, for callers who name none.
+          recommended: temperature, guidance and passes of revision that sample best, for callers
+            who name none.
           fingerprints: of the parts that the prior was trained with; None for those of these parts.
           kernels: dtype that kernels are rounded to and stored in; float32 for imported models.
           dtype: of the priors' kernels and of their products; bfloat16 halves their memory.
@@ -105,7 +107,12 @@ class ModelParts(Codec):
         super().__init__(px=px, codec=codec, codec_params=codec_params, kernels=kernels)
         self.name = name
         self.tokenizer, self.card, self.license = tokenizer, card, license
-        self.guidance = guidance
+        self.recommended = recommended
+        if SamplingConfig().or_else(recommended) != recommended.or_else(SamplingConfig()):
+            raise ModelError(
+                f"model {name!r} recommends {recommended.describe()}, but a model can recommend "
+                f"{', '.join(AS_TRAINED)} alone"
+            )
         self._clip = clip
         self._rounded = dtype != "float32" == kernels
         priors: Priors = {}
@@ -184,9 +191,10 @@ class ModelParts(Codec):
                 px=parts["px"],
                 dtype=dtype,
             )
+        recommended = files.config_from_fields(SamplingConfig, config.get("sampling", {}), folder)
         return cls(
             fingerprints=fingerprints,
-            guidance=config.get("guidance", 1.0),
+            recommended=recommended,
             kernels=config.get("kernels", "bfloat16"),
             dtype=dtype,
             mesh=mesh,
@@ -228,7 +236,7 @@ class ModelParts(Codec):
             **{self.kind: self.codec},
             **{part: sizes for part, (sizes, _) in self.priors.items()},
             fingerprints=self.fingerprints,
-            guidance=self.guidance,
+            sampling=self.recommended.recommendations(),
             kernels=self.kernels,
         )
         codec = tensor_file.to_tensors(self.codec_params, kernels=self.kernels)

@@ -145,7 +145,7 @@ def sample_passes(
             length=None if span[0] == last else int(before[span[-1]]) + n,
         )
         yield grids.reshape(-1, B, G, G)
-    for _ in range(sampling.revise):
+    for _ in range(sampling.revise or 0):
         codes = _revise(config, params, layers, captions, codes, start, options["guidance"])
         yield codes.reshape(1, B, G, G)
 

@@ -15,6 +15,9 @@ LARGEST = (
     1e9  # of a temperature or a scale: beyond any use, and its products stay finite in float32
 )
 
+AS_TRAINED = {"temperature": 1.0, "guidance": 1.0, "revise": 0}
+"""Options that a model can recommend, and what they are if it recommends nothing."""
+
 PROGRESSIVE_ONLY = ("stages", "schedule", "order", "choice_temperature", "revise")
 
 
@@ -38,8 +41,9 @@ class SamplingConfig:
     dalle_jax.errors.UserError: top_p is 1.5, but must be above 0 and at most 1
     """
 
-    temperature: float = 1.0
-    """Divides the logits: 1 as trained, below 1 safer, 0 always the likeliest code."""
+    temperature: float | None = None
+    """Divides the logits: 1 as trained, below 1 safer, 0 always the likeliest code. None for what
+    the model recommends, else 1."""
     top_k: int | None = None
     """Sample from this many likeliest codes only; None for all of them."""
     top_p: float | None = None
@@ -47,7 +51,7 @@ class SamplingConfig:
     of them."""
     guidance: float | None = None
     """Scale s of classifier-free guidance, u + s (c - u) of the logits with (c) and without (u)
-    caption: 1 is off, 2 to 4 follow the caption more closely. None for what the model's folder
+    caption: 1 is off, 2 to 4 follow the caption more closely. None for what the model
     recommends, else 1. The progressive decoder raises s along a line, from near 1 in the first
     stage."""
     decoder: Decoder | None = None
@@ -66,9 +70,9 @@ class SamplingConfig:
     choice_temperature: float = 1.0
     """Weight of the Gumbel noise, in nats, in choosing cells; 0 for none. For the order confidence
     it falls along a line to 0 in the last stage."""
-    revise: int = 0
+    revise: int | None = None
     """Passes of the progressive decoder over the full grid, each of which replaces the codes that
-    are less than a quarter as likely as another one."""
+    are less than a quarter as likely as another one. None for what the model recommends, else 0."""
 
     def __post_init__(self):
         for name in ("temperature", "top_p", "guidance", "choice_temperature"):
@@ -80,7 +84,7 @@ class SamplingConfig:
             if value not in get_args(choices) and (name, value) != ("decoder", None):
                 allowed = " or ".join(get_args(choices))
                 raise UserError(f"{name} is {value!r}, but must be {allowed}")
-        if not 0 <= self.temperature <= LARGEST:
+        if self.temperature is not None and not 0 <= self.temperature <= LARGEST:
             raise UserError(
                 f"temperature is {self.temperature}, but must be 0 (always the likeliest code) or "
                 f"a positive number up to {LARGEST:g}"
@@ -101,7 +105,7 @@ class SamplingConfig:
                 f"choice_temperature is {self.choice_temperature}, but must be 0 (no noise) or a "
                 f"positive number up to {LARGEST:g}"
             )
-        if self.revise < 0:
+        if self.revise is not None and self.revise < 0:
             raise UserError(f"revise is {self.revise}; it is a number of passes, 0 for none")
         if self.decoder in ("autoregressive", "jacobi"):
             for name in self._changed():
@@ -117,18 +121,29 @@ class SamplingConfig:
 
     def describe(self) -> str:
         """Names the options that are not at their defaults, or says "as trained"."""
-        changed = [
-            f"{name} {value}"
-            for name, value in self._changed().items()
-            if (name, value) != ("guidance", 1)
-        ]
+        changed = [f"{name} {value}" for name, value in self._changed().items()]
         return ", ".join(changed) or "as trained"
 
+    def recommendations(self) -> dict[str, float | int]:
+        """The options that are given, of those that a model can recommend."""
+        found = {name: getattr(self, name) for name in AS_TRAINED}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def or_else(self, recommended: "SamplingConfig") -> "SamplingConfig":
+        """Fills in what another one recommends, or what is as trained, where nothing is given.
+
+        >>> SamplingConfig(guidance=3).or_else(SamplingConfig(guidance=2, revise=1)).describe()
+        'guidance 3.0, revise 1'
+        """
+        filled: dict[str, Any] = AS_TRAINED | recommended.recommendations() | self.recommendations()
+        return dataclasses.replace(self, **filled)
+
     def _changed(self) -> dict[str, Any]:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            name: value
+            for name, value in vars(self).items()
+            if value not in (defaults[name], AS_TRAINED.get(name))
         }
 
     def _convert(self, name, kind, to, noun):

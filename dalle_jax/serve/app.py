@@ -119,7 +119,7 @@ class _Server:
             "px": self.model.px,
             "grid": self.model.grid,
             "decoders": [name for part in self.model.priors for name in DECODERS[part]],
-            "guidance": self.model.guidance,
+            "recommended": self.model.recommended.recommendations(),
             "ranks": self.model.clip is not None,
             "captions": list(self.captions),
             "limits": dataclasses.asdict(self.config),

@@ -97,7 +97,7 @@ def read_request(
             f"n is {request.n!r:.20}; this server generates at most {limits.max_images} images a "
             "request"
         )
-    passes = (sampling.stages or 1) + sampling.revise
+    passes = (sampling.stages or 1) + (sampling.revise or 0)
     if passes > limits.max_passes:
         raise UserError(
             f"stages and revise are {passes!r:.20} passes in all; this server makes at most "

@@ -110,7 +110,7 @@ class Job:
             self._known = np.repeat(codes, request.n, axis=0)
         # who names the default decoder is sampled with who does not
         decoder = sampling.decoder or DECODERS[part][0]
-        self.sampling = dataclasses.replace(model.with_guidance(sampling), decoder=decoder)
+        self.sampling = dataclasses.replace(model.as_recommended(sampling), decoder=decoder)
         self._images = np.empty((request.n, model.px, model.px, 3), np.uint8)
         self.part = part
 

@@ -83,7 +83,7 @@ class Worker:
 
     def warm_up(self) -> None:
         """Compiles each size of batch for the default settings; to be called before `start`."""
-        sampling, size = self._model.with_guidance(SamplingConfig()), 1
+        sampling, size = self._model.as_recommended(SamplingConfig()), 1
         part = self._model.prior_for(sampling)
         while size <= self._largest(part, sampling):
             for _, grids in self._passes(part, sampling, [ImageSpec("image", 0, 0)] * size):

@@ -296,7 +296,7 @@ def test_codec_quality_counts_codes_and_decibels(model, suite):
 def test_settings_change_one_thing_at_a_time():
     settings = EvaluationConfig(
         temperatures=(0.5, 1.0), top_ps=(0.9,), guidances=(1.0, 2.0)
-    ).settings(SamplingConfig(guidance=2.0))
+    ).settings(SamplingConfig(temperature=1, guidance=2.0))
     assert [sampling.describe() for sampling in settings] == [
         "guidance 2.0",
         "temperature 0.5, guidance 2.0",

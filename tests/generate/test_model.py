@@ -114,19 +114,40 @@ def test_every_option_of_sampling_reaches_the_decoder(model, option):
     assert (model.generate("red apple", n=2) != changed).any()
 
 
-def test_a_model_samples_with_its_own_guidance_unless_another_is_named(model, tmp_path):
-    named = [SamplingConfig(guidance=scale) for scale in (1, 3)]
-    off, on = (model.generate("red apple", n=2, sampling=sampling) for sampling in named)
+@pytest.mark.parametrize(
+    ("decoder", "option", "value", "as_trained"),
+    [
+        ("autoregressive", "guidance", 8, 1),
+        ("progressive", "temperature", 0.1, 1),
+        ("progressive", "revise", 2, 0),
+    ],
+)
+def test_a_model_samples_as_it_recommends_unless_another_way_is_named(
+    decoder, option, value, as_trained, tmp_path
+):
+    def images(model, **options):
+        sampling = SamplingConfig(decoder=decoder, **options)
+        return model.generate("red apple", n=2, sampling=sampling)
+
+    plain = tiny.model(**tiny.progressive_parts())
+    off, on = images(plain, **{option: as_trained}), images(plain, **{option: value})
     assert (off != on).any()
-    np.testing.assert_array_equal(model.generate("red apple", n=2), off)
-    model.guidance, before = 3.0, model.guidance
-    try:
-        model.save(tmp_path / "guided")
-    finally:
-        model.guidance = before
-    guided = Model.load(tmp_path / "guided")
-    np.testing.assert_array_equal(guided.generate("red apple", n=2), on)
-    np.testing.assert_array_equal(guided.generate("red apple", n=2, sampling=named[0]), off)
+    np.testing.assert_array_equal(images(plain), off)
+    recommended = SamplingConfig(**{option: value})
+    tiny.model(**tiny.progressive_parts(), recommended=recommended).save(tmp_path / "m")
+    recommending = Model.load(tmp_path / "m")
+    np.testing.assert_array_equal(images(recommending), on)
+    np.testing.assert_array_equal(images(recommending, **{option: as_trained}), off)
+    one_by_one = recommending.as_recommended(SamplingConfig(decoder="autoregressive"))
+    assert one_by_one.revise == 0  # which only the progressive decoder can do
+
+
+def test_a_model_cannot_recommend_what_callers_do_not_leave_open(model, tmp_path):
+    model.save(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(path.read_text().replace('"sampling": {}', '"sampling": {"stages": 3}'))
+    with pytest.raises(ModelError, match="recommends stages 3, but a model can recommend temper"):
+        Model.load(tmp_path / "m")
 
 
 def test_image_prompt_keeps_its_top_rows_of_codes(model, images, monkeypatch):

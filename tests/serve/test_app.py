@@ -286,7 +286,7 @@ def test_health_metrics_models_and_openapi_answer(client):
     )
     (entry,) = client.get("/v1/models").json()["data"]
     assert (entry["id"], entry["px"], entry["ranks"]) == ("tiny", 16, True)
-    assert entry["guidance"] == 1
+    assert entry["recommended"] == {}
     assert entry["decoders"] == ["autoregressive", "jacobi", "progressive"]
     document = client.get("/openapi.json").json()
     fields = document["components"]["schemas"]["ImageRequest"]["properties"]
