@@ -153,6 +153,7 @@ HELP = {
     "experiments/emoji.py": [["prior"]],
     "experiments/people.py": [["prior"]],
     "experiments/orders.py": [["train"], ["draw"]],
+    "experiments/recipes.py": [["prepare"], ["measure"], ["train"], ["table"]],
     "experiments/dalle_12b.py": [["plan"]],
     "experiments/powersgd.py": [[]],
     "experiments/benchmarks/decode.py": [[]],

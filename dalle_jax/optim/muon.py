@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class MuonOptions:
 class Muon:
     """Which parameters Muon moves, and how far."""
 
-    scale: float
+    scale: float | Float[Array, ""]
     """Its learning rate in multiples of AdamW's."""
     matrices: Callable[[PyTree], PyTree]
     """Maps parameters to a tree that has, in place of each, None for AdamW, or its axes as a pair
