@@ -365,6 +365,20 @@ MUTANTS = [
         "models/test_progressive_prior.py",
     ),
     Mutant(
+        "recommendation-is-forgotten",
+        "generate/sampling.py",
+        "AS_TRAINED | recommended.recommendations() | self.recommendations()",
+        "AS_TRAINED | self.recommendations()",
+        "generate/test_model.py -k recommends",
+    ),
+    Mutant(
+        "recommended-over-given",
+        "generate/sampling.py",
+        "recommended.recommendations() | self.recommendations()",
+        "self.recommendations() | recommended.recommendations()",
+        "generate/test_model.py -k recommends",
+    ),
+    Mutant(
         "guidance-does-not-rise",
         "generate/progressive_sampler.py",
         "1 + (guidance - 1) * share",
