@@ -44,6 +44,7 @@ def run(name, folder, monkeypatch):
 
 PARTS = {
     "progressive": {"prior": None, "prior_params": None, **tiny.progressive_parts()},
+    "both": tiny.progressive_parts(),
     "vqgan": {"codec": tiny.VQGAN_CONFIG, "codec_params": tiny.vqgan_params(0)},
 }
 
@@ -64,8 +65,9 @@ def test_rerank_runs(tmp_path, monkeypatch):
     assert curve == sorted(curve)
 
 
-def test_coarse_to_fine_runs(tmp_path, monkeypatch):
-    tiny.model(**PARTS["progressive"]).save(tmp_path / "tiny")
+@pytest.mark.parametrize("parts", ["both", "progressive"])
+def test_coarse_to_fine_runs(tmp_path, monkeypatch, parts):
+    tiny.model(**PARTS[parts]).save(tmp_path / "tiny")
     names = run("coarse_to_fine", tmp_path / "tiny", monkeypatch)
     assert names["frames"].shape == (8, 1, 2, tiny.PX, tiny.PX, 3)
     below = names["edited"][0, :, -tiny.PX // 4 :]

@@ -40,7 +40,7 @@ def test_it_describes_what_is_not_at_its_default():
         ({"temperature": math.nan}, "temperature is nan, but must be 0"),
         ({"temperature": math.inf}, "temperature is inf, but must be 0"),
         ({"temperature": "hot"}, "temperature is 'hot', but must be a number"),
-        ({"temperature": "hot"}, "temperature is 'hot', but must be a number"),
+        ({"choice_temperature": None}, "choice_temperature is None, but must be a number"),
         ({"top_k": 0}, "top_k is 0, but must be at least 1"),
         ({"top_k": 2.5}, "top_k is 2.5, but must be a whole number"),
         ({"top_k": True}, "top_k is True, but must be a whole number"),
