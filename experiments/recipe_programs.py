@@ -20,21 +20,18 @@ import optax
 from people import prior
 
 from dalle_jax.generate.progressive_sampler import cells_filled
-from dalle_jax.losses import cross_entropy, prior_loss
+from dalle_jax.losses import cross_entropy
 from dalle_jax.models import autoregressive_prior, layers, progressive_prior, transformer
-from dalle_jax.models.autoregressive_prior import AutoregressivePrior
-from dalle_jax.models.layers import matrices, normal, split_qkv
-from dalle_jax.models.transformer import init_prior
+from dalle_jax.models.layers import matrices, split_qkv
 from dalle_jax.optim.muon import Muon
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
-from dalle_jax.train.cell_orders import order_ranks, order_scores
+from dalle_jax.train.cell_orders import mixed_orders, random_share
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 from dalle_jax.train.progressive_stage import ProgressiveStage, progressive_run, sample_stages
 
 STAGES = 8  # of drawings
 COOLDOWN = 0.45  # share of the updates in which a trapezoid falls
-ANNEALED = (0.5, 0.75)  # shares of the updates between which the order changes
 
 
 class Numbers(NamedTuple):
@@ -75,9 +72,8 @@ class Numbered:
 
     def random_share(self, step):
         """Share of images in a random order at a step."""
-        begin, end = (share * self.run.loop.steps for share in ANNEALED)
         first, last = self.numbers.first_random, self.numbers.last_random
-        return first + (last - first) * jnp.clip((step - begin) / (end - begin), 0, 1)
+        return last + (first - last) * random_share(step / self.run.loop.steps)
 
 
 class Progressive(Numbered, ProgressiveStage):
@@ -101,7 +97,7 @@ class Progressive(Numbered, ProgressiveStage):
         return sample_stages(key_stages, self._ranks(key_order, codes.shape, step))
 
     def _ranks(self, key, shape, step):
-        return order_ranks(mixed_scores(key, shape, self.random_share(step)))
+        return jnp.argsort(mixed_orders(key, shape, self.random_share(step)), axis=-1)
 
     def plan(self, key, shape):
         """Which of how many stages fills each cell of a drawing."""
@@ -130,45 +126,12 @@ class Autoregressive(Numbered, PriorStage):
         return self.model.apply({"params": params}, text, codes)[1]
 
 
-class OrderedPrior(AutoregressivePrior):
-    """p(text, codes) in any order of the cells.
-
-    The input at place j has the position of the cell that is predicted there, as in raster order,
-    and that of its own code's cell. Source: Yu et al. 2024 (RAR, arXiv 2411.00776).
-    """
-
-    cells: Any = None  # [B, I] the cell of each place
-
-    def setup(self):
-        """Declares the parameters."""
-        super().setup()
-        size, std = (2, self.config.grid, self.config.width), 0.125 * self.config.width**-0.5
-        self.own = self.param("own", normal, size, std)
-
-    def _embed_image(self, codes):
-        row, column = jnp.divmod(self.cells[:, :-1], self.config.grid)
-        tokens = self.embed["code"][codes[:, :-1]] + self.own[0][row] + self.own[1][column]
-        return self.start_with("start_of_image", tokens) + self.embed_cells(self.cells)
-
-
 class Ordered(Autoregressive):
-    """The autoregressive prior whose order is annealed to raster order."""
+    """The autoregressive prior whose order is annealed, or is always raster order."""
 
-    prior = OrderedPrior
-    draw = staticmethod(lambda config, key: init_prior(OrderedPrior(config), key))
-
-    def loss(self, params, batch, key, step):
-        """That of the autoregressive prior, in the order of the cells."""
-        text, codes = batch["text"], batch["codes"].reshape(len(batch["codes"]), -1)
-        cells = jnp.argsort(mixed_scores(key, codes.shape, self.random_share(step)), axis=-1)
-        codes = jnp.take_along_axis(codes, cells, axis=-1)
-        logits = self.model.clone(cells=cells).apply({"params": params}, text, codes)
-        return prior_loss(*logits, text, codes)
-
-    def logits(self, params, text, codes, when):
-        """Logits of each code, given those before it in raster order."""
-        cells = jnp.broadcast_to(jnp.arange(codes.shape[1]), codes.shape)
-        return self.model.clone(cells=cells).apply({"params": params}, text, codes)[1]
+    def _cells(self, key, batch, step):
+        shape = (len(batch["codes"]), self.config.image_length)
+        return mixed_orders(key, shape, self.random_share(step))
 
 
 def schedule(run: PriorRun, numbers: Numbers) -> optax.Schedule:
@@ -182,12 +145,6 @@ def schedule(run: PriorRun, numbers: Numbers) -> optax.Schedule:
         return numbers.learning_rate * jnp.where(numbers.trapezoid, line(step), curve(step))
 
     return rate
-
-
-def mixed_scores(key, shape, share):
-    """Scores of cells, in a random order for a share of the images, else in raster order."""
-    chosen = jax.random.uniform(jax.random.fold_in(key, 1), (shape[0], 1)) < share
-    return jnp.where(chosen, order_scores("random", key, shape), order_scores("raster", key, shape))
 
 
 # Variants of the network: functions of the product that others replace while a program is traced.
@@ -250,7 +207,8 @@ class Program:
         if self.stage is Progressive:
             return progressive_run(start, **changes)
         if self.stage is Ordered:
-            changes["model"] = dataclasses.replace(start.model, attention="dense")
+            sizes = {"attention": "dense", "order": "annealed"}
+            changes["model"] = dataclasses.replace(start.model, **sizes)
         return dataclasses.replace(start, **changes)
 
     def lower(self, function: Callable, *args):

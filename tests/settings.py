@@ -112,6 +112,7 @@ FIELDS = {
     },
 }
 ELSEWHERE = {
+    ("prior", "model.order"): "needs dense attention: tests/train/test_prior_stage.py",
     ("prior", "scan_layers"): "needs four layers of two kinds; the progressive stage shows it",
     ("clip", "reconstructions"): "says whether a codec is opened at all: tests/test_experiments.py",
     ("clip", "folder"): "says where a run is written: tests/test_experiments.py",

@@ -1,6 +1,5 @@
 """The study of recipes: the base is the product, and each recipe changes what it says, no more."""
 
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ import pytest
 from dalle_jax.generate.progressive_sampler import sample_passes
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models import layers, progressive_prior
-from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.prior_config import PriorConfig
+from dalle_jax.train.cell_orders import mixed_orders
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.prior_stage import PriorStage, short_prior_run
 from dalle_jax.train.progressive_stage import ProgressiveStage
@@ -132,8 +131,8 @@ def test_an_order_is_annealed_in_the_third_quarter():
     s = stage("progressive", 100, first_random=1.0, last_random=0.0)
     shares = [float(s.random_share(step)) for step in (0, 50, 62.5, 75, 100)]
     assert shares == [1, 1, 0.5, 0, 0]
-    mixed = partial(recipe_programs.mixed_scores, jax.random.key(0), (400, 4))
-    raster = lambda share: (np.asarray(mixed(share)) == np.arange(4)).all(axis=1).mean()  # noqa: E731
+    mixed = partial(mixed_orders, jax.random.key(0), (400, 9))
+    raster = lambda share: (np.asarray(mixed(share)) == np.arange(9)).all(axis=1).mean()  # noqa: E731
     assert raster(0.0) == 1
     assert raster(1.0) == 0
     assert 0.65 < raster(0.3) < 0.75
@@ -249,42 +248,18 @@ def test_nothing_stays_replaced():
     assert before == (progressive_prior._qk_norm, progressive_prior.dense, layers.layer_norm)
 
 
-def test_the_ordered_prior_in_raster_order_is_the_autoregressive_one():
-    params = random_params("autoregressive, ordered")
-    without = params | {"own": 0 * params["own"]}
-    plain = {name: part for name, part in params.items() if name != "own"}
-    config = dataclasses.replace(MODEL, attention="dense")
-    _, wanted = AutoregressivePrior(config).apply({"params": plain}, TEXT, CODES)
-    found = logits("autoregressive, ordered", without)
-    np.testing.assert_allclose(found, wanted, atol=1e-4)
-    assert np.abs(logits("autoregressive, ordered", params) - wanted).max() > 1e-3
-
-
-def test_the_ordered_prior_sees_what_comes_before_and_the_cell_it_predicts():
-    params = random_params("autoregressive, ordered")
-    s = stage("autoregressive, ordered")
-    order = np.array([5, 0, 9, 3, *(x for x in range(16) if x not in (5, 0, 9, 3))])
-
-    def at_place_2(cells, codes):
-        cells = np.broadcast_to(cells, (1, 16))
-        shown = np.take_along_axis(codes[None], cells, axis=1)
-        model = s.model.clone(cells=jnp.asarray(cells))
-        return np.asarray(model.apply({"params": params}, TEXT[:1], jnp.asarray(shown))[1])[0, 2]
-
-    codes = np.array(CODES[0])
-    first = at_place_2(order, codes)
-    for cell, seen in ((5, True), (0, True), (9, False), (3, False), (15, False)):
-        other = codes.copy()
-        other[cell] = (codes[cell] + 1) % 12
-        assert np.allclose(at_place_2(order, other), first, atol=1e-5) != seen, cell
-    swapped = order.copy()
-    swapped[[2, 3]] = 3, 9  # another cell is asked for
-    assert np.abs(at_place_2(swapped, codes) - first).max() > 1e-3
-    same = codes.copy()
-    same[[5, 0]] = codes[5]
-    swapped = order.copy()
-    swapped[[0, 1]] = 0, 5  # the same codes, at each other's cells
-    assert np.abs(at_place_2(swapped, same) - at_place_2(order, same)).max() > 1e-3
+def test_the_ordered_prior_is_the_products_with_an_order_that_a_recipe_says(key):
+    s, params = (
+        stage("autoregressive, ordered", last_random=0.0),
+        random_params("autoregressive, ordered"),
+    )
+    product = PriorStage(s.run, **NOTHING)
+    for step in (3, 5, 8):  # random, mixed, raster
+        wanted, _ = product.loss(params, BATCH, key, step)
+        np.testing.assert_allclose(s.loss(params, BATCH, key, step)[0], wanted, rtol=1e-6)
+    raster = stage("autoregressive, ordered", first_random=0.0, last_random=0.0)
+    found, _ = raster.loss(params, BATCH, key, 3)
+    np.testing.assert_allclose(found, product.loss(params, BATCH, key, 8)[0], rtol=1e-6)
 
 
 def test_drawings_are_those_of_the_products_sampler():

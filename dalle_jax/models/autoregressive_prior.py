@@ -26,7 +26,7 @@ from dalle_jax.models.transformer import PriorTransformer, init_embeddings, init
 
 
 class AutoregressivePrior(PriorTransformer):
-    """p(text, codes) in raster order.
+    """p(text, codes) in raster order, or in any order of the cells.
 
     Where the paper is silent, these choices are ours. From Child et al. 2019, which it names as its
     model: GELU as x * sigmoid(1.702 x), a final layer norm, biases, weights from
@@ -36,6 +36,9 @@ class AutoregressivePrior(PriorTransformer):
     weights; no dropout. Image position p gets the row and column embedding of cell p, so the start
     of the image sits at (0, 0); a slot embedding is added to real tokens only, since each slot has
     a pad vector of its own.
+
+    With the order "annealed" inputs have a second row and column embedding, that of the cell of
+    their own code, so that the cells can come in any order (Yu et al. 2024, arXiv 2411.00776).
     """
 
     config: PriorConfig
@@ -51,13 +54,15 @@ class AutoregressivePrior(PriorTransformer):
         text: Int[Array, "B slots"],
         codes: Int[Array, "B I"],
         *,
+        cells: Int[Array, "B I"] | None = None,
         scales: Float[Array, "L 2"] | None = None,
     ) -> tuple[Float[Array, "B slots V"], Float[Array, "B I K"]]:
         """Logits of every caption slot and of every code, given all before it.
 
         Args:
           text: P - 1 caption slots; ids in [0, V), or V + j for slot j without a token.
-          codes: G * G codes in [0, K), in raster order; the last one is only predicted.
+          codes: G * G codes in [0, K), in the order of the cells; the last one is only predicted.
+          cells: raster position of each code, for the order "annealed"; None for raster order.
           scales: for float16: gradient scales of the attention and of the MLP branch of each layer,
             see `precision.grad_scale`. The gradients of a branch's parameters come out multiplied.
 
@@ -65,13 +70,17 @@ class AutoregressivePrior(PriorTransformer):
           Unnormalised log-probabilities in float32 of the slots' tokens and of the codes.
 
         Raises:
-          ValueError: if text or codes do not have the lengths of the config.
+          ValueError: if text or codes do not have the lengths of the config, or cells are given to
+            a prior that knows raster order alone.
 
         Source: Ramesh et al. 2021, sections 2.2 and 2.3, appendix B.
         """
         config = self.config
         check_lengths(config, text, codes)
-        x = jnp.concatenate([self.embed_text(text), self._embed_image(codes)], axis=1)  # B T D
+        if cells is not None and config.order == "raster":
+            raise ValueError("got an order of the cells, but a prior of order raster knows but one")
+        image = self._embed_image(codes, cells)
+        x = jnp.concatenate([self.embed_text(text), image], axis=1)  # B T D
         sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}
 
         def body(x, layer, is_last, kinds):
@@ -150,7 +159,8 @@ class AutoregressivePrior(PriorTransformer):
         start = self.embed["start_of_image"][None]
 
         def step(caches, previous, position):
-            token = jnp.where(position == 0, start, self.embed["code"][previous])
+            token = self._add_own_cell(self.embed["code"][previous], position[None] - 1)
+            token = jnp.where(position == 0, start, token)
             x = (token + self.embed_cells(position)[None]).T  # D B
             grown = []
             for weights, plan, cache in zip(layers, plans, caches, strict=True):
@@ -167,9 +177,14 @@ class AutoregressivePrior(PriorTransformer):
 
         return step
 
-    def _embed_image(self, codes):
-        tokens = self.start_with("start_of_image", self.gather(self.embed["code"], codes[:, :-1]))
-        return tokens + self.embed_cells(jnp.arange(self.config.image_length))[None]  # B I D
+    def _embed_image(self, codes, cells):
+        if cells is None:
+            cells = jnp.arange(self.config.image_length)[None]
+        tokens = self._add_own_cell(self.gather(self.embed["code"], codes[:, :-1]), cells[:, :-1])
+        return self.start_with("start_of_image", tokens) + self.embed_cells(cells)  # B I D
+
+    def _add_own_cell(self, tokens, cells):
+        return tokens if self.config.order == "raster" else tokens + self.embed_cells(cells, "own_")
 
 
 def init_params(config: PriorConfig, key: Key[Array, ""]) -> PyTree:
@@ -178,7 +193,9 @@ def init_params(config: PriorConfig, key: Key[Array, ""]) -> PyTree:
 
 
 def _init_embed(key, config):
-    return init_embeddings(key, config, tables={}, vectors=("start_of_text", "start_of_image"))
+    own = ("own_row", "own_column") if config.order == "annealed" else ()
+    tables, vectors = dict.fromkeys(own, config.grid), ("start_of_text", "start_of_image")
+    return init_embeddings(key, config, tables=tables, vectors=vectors)
 
 
 def _init_head(key, config):

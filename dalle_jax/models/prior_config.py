@@ -13,6 +13,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models.masks import Kind, layer_kinds
 
 ATTENTION = ("sparse", "dense")
+ORDERS = ("raster", "annealed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,19 @@ class PriorConfig(PriorSizes):
     """Side of the convolution window of the last layer; odd."""
     attention: Literal["sparse", "dense"] = "sparse"
     """Whether layers see rows, columns and a convolution, as in the paper, or all before them."""
+    order: Literal["raster", "annealed"] = "raster"
+    """Order of the cells in training: raster order, or random orders at first and raster order at
+    the end (RAR, Yu et al. 2024), for which inputs also say where their own code lies. Needs dense
+    attention; samples come in raster order."""
 
     def __post_init__(self):
-        if self.attention not in ATTENTION:
+        for name, choices in (("attention", ATTENTION), ("order", ORDERS)):
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{name} is {value!r}, but must be one of {list(choices)}")
+        if self.order == "annealed" and self.attention != "dense":
             raise UserError(
-                f"attention is {self.attention!r}, but must be one of {list(ATTENTION)}"
+                f"order annealed needs attention dense, but it is {self.attention}: rows and "
+                "columns mean nothing in a random order"
             )
         super().__post_init__()
         if self.kernel % 2 == 0:

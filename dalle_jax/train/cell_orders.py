@@ -1,7 +1,8 @@
-"""In which order the cells of an image are filled while the progressive prior learns.
+"""In which order the cells of an image come while a prior learns.
 
 Letters: B batch, I = G * G cells, G grid side. A low score comes first. Source: Fei et al. 2022 for
-the quantisation error and dynamic importance, in our reading; the others are controls.
+the quantisation error and dynamic importance, in our reading; the others are controls. Orders that
+are annealed: Yu et al. 2024 (RAR, arXiv 2411.00776).
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 Order = Literal["dynamic", "certain", "uncertain", "random", "raster", "centre"]
+ANNEALED = (0.5, 0.75)  # parts of training between which random orders become raster order
 
 
 def order_scores(
@@ -56,3 +58,24 @@ def order_scores(
 def order_ranks(scores: Float[Array, "B I"]) -> Int[Array, "B I"]:
     """The place of each cell in the order of the scores, from 0; equal ones in raster order."""
     return jnp.argsort(jnp.argsort(scores, axis=-1, stable=True), axis=-1)
+
+
+def random_share(progress: Float[Array, ""] | float) -> Float[Array, ""]:
+    """The share of images in a random order, from 1 to 0, once a part of training is done."""
+    begin, end = ANNEALED
+    return 1 - jnp.clip((progress - begin) / (end - begin), 0, 1)
+
+
+def mixed_orders(
+    key: Key[Array, ""], shape: tuple[int, int], share: Float[Array, ""] | float
+) -> Int[Array, "B I"]:
+    """Cells of each image: in a random order for a share of the images, else in raster order.
+
+    Args:
+      key: for the choice of the images and their orders.
+      shape: images B and cells I.
+      share: chance of a random order, in [0, 1].
+    """
+    chosen = jax.random.uniform(jax.random.fold_in(key, 1), (shape[0], 1)) < share
+    raster = order_scores("raster", key, shape)
+    return jnp.argsort(jnp.where(chosen, order_scores("random", key, shape), raster), axis=-1)

@@ -28,6 +28,7 @@ from dalle_jax.parallel.mesh import constrain_batch, gather_rows
 from dalle_jax.parallel.sharding_rules import MUON, PRIOR, reshard
 from dalle_jax.precision.formats import has_16_bits
 from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train.cell_orders import mixed_orders, random_share
 from dalle_jax.train.loop import LoopConfig
 from dalle_jax.train.resblock_scaling import ResblockScaling
 from dalle_jax.train.stage import Stage
@@ -204,8 +205,8 @@ class PriorStage(Stage):
 
     def loss(self, params, batch, key, step, *, scales=None):
         """1/8 of the text's and 7/8 of the image's mean cross-entropy, in nats per token."""
-        del key, step
-        return self._loss(params, batch, scales)
+        cells = self._cells(key, batch, step) if self.config.order == "annealed" else None
+        return self._loss(params, batch, scales, cells)
 
     def evaluate(self, params) -> dict[str, float]:
         """Measures nats per token on the validation set, each image with its first caption.
@@ -247,7 +248,16 @@ class PriorStage(Stage):
         }
         return Model(**(parts | changes))
 
-    def _loss(self, params, batch, scales=None):
+    def _cells(self, key, batch, step):
+        """Cells of each image, in the order in which they are learned."""
+        share = random_share(step / self.run.loop.steps)
+        return mixed_orders(key, (len(batch["codes"]), self.config.image_length), share)
+
+    def _loss(self, params, batch, scales=None, cells=None):
         text, codes = batch["text"], batch["codes"].reshape(len(batch["codes"]), -1)
-        text_logits, image_logits = self.model.apply({"params": params}, text, codes, scales=scales)
+        if cells is not None:
+            codes = jnp.take_along_axis(codes, cells, axis=1)
+        text_logits, image_logits = self.model.apply(
+            {"params": params}, text, codes, cells=cells, scales=scales
+        )
         return prior_loss(text_logits, image_logits, text, codes)

@@ -38,7 +38,7 @@ def progressive_run(run: PriorRun, **changes) -> ProgressiveRun:
       run: its sizes, schedules and lengths are kept; half of the layers become query layers.
       changes: fields to replace.
     """
-    own = {"kernel", "attention"}  # of the autoregressive prior alone
+    own = {"kernel", "attention", "order"}  # of the autoregressive prior alone
     sizes = {name: size for name, size in vars(run.model).items() if name not in own}
     model = ProgressiveConfig(**sizes, query_depth=run.model.depth // 2)
     fields = {name: value for name, value in vars(run).items() if name != "model"}

@@ -139,12 +139,69 @@ def test_a_decode_step_sums_products_of_bfloat16_in_float32():
     assert {x.outvars[0].aval.dtype for x in half} == {jnp.dtype(jnp.float32)}
 
 
-def test_cached_decode_equals_full_forward_with_dense_layers():
-    config = dataclasses.replace(TINY, depth=2, attention="dense")
+@pytest.mark.parametrize("order", ["raster", "annealed"])
+def test_cached_decode_equals_full_forward_with_dense_layers(order):
+    config = dataclasses.replace(TINY, depth=2, attention="dense", order=order)
     text, codes = _batch(config, 2)
     _, expected = _forward(config, text, codes)
     assert config.kinds == ("dense", "dense")
     chex.assert_trees_all_close(_decode(config, text, codes), expected, atol=1e-5)
+
+
+ANNEALED = dataclasses.replace(TINY, depth=2, attention="dense", order="annealed")
+
+
+def _ordered(codes, cells):
+    """Image logits of a prior that was shown some codes of a grid in the order of the cells."""
+    text, _ = _batch(ANNEALED, 1)
+    cells = jnp.asarray(cells)[None]
+    shown = jnp.take_along_axis(jnp.asarray(codes)[None], cells, axis=1)
+    apply = jax.jit(AutoregressivePrior(ANNEALED).apply)
+    return np.asarray(apply({"params": _parameters(ANNEALED)}, text, shown, cells=cells)[1])[0]
+
+
+def test_without_an_order_of_the_cells_it_is_raster_order():
+    text, codes = _batch(ANNEALED, 1)
+    found = _forward(ANNEALED, text, codes)[1][0]
+    chex.assert_trees_all_close(_ordered(codes[0], np.arange(9)), found, atol=1e-5)
+
+
+def test_inputs_that_say_where_their_code_lies_are_all_that_an_order_adds():
+    text, codes = _batch(ANNEALED, 2)
+    params, plain = _parameters(ANNEALED), dataclasses.replace(ANNEALED, order="raster")
+    own = {name: params["embed"][name] for name in ("own_row", "own_column")}
+    rest = {name: table for name, table in params["embed"].items() if name not in own}
+    wanted = _apply(plain, params | {"embed": rest}, text, codes)
+    nowhere = params | {"embed": params["embed"] | jax.tree.map(jnp.zeros_like, own)}
+    chex.assert_trees_all_close(_apply(ANNEALED, nowhere, text, codes), wanted, atol=1e-5)
+    assert np.abs(_apply(ANNEALED, params, text, codes)[1] - wanted[1]).max() > 1e-2
+
+
+def test_in_any_order_a_code_follows_from_those_before_it_and_from_its_cell():
+    order = np.array([5, 0, 7, 3, 1, 2, 4, 6, 8])
+    codes = np.array([1, 2, 3, 4, 5, 6, 0, 1, 2])
+    first = _ordered(codes, order)[2]
+    for cell, seen in ((5, True), (0, True), (7, False), (3, False), (8, False)):
+        other = codes.copy()
+        other[cell] = (codes[cell] + 1) % 7
+        assert np.allclose(_ordered(other, order)[2], first, atol=1e-5) != seen, cell
+    another = order.copy()
+    another[[2, 3]] = 3, 7  # another cell is asked for
+    assert np.abs(_ordered(codes, another)[2] - first).max() > 1e-3
+    codes[[5, 0]] = 4
+    another = order.copy()
+    another[[0, 1]] = 0, 5  # the same codes, at each other's cells
+    assert np.abs(_ordered(codes, another)[2] - _ordered(codes, order)[2]).max() > 1e-3
+
+
+def test_an_order_is_refused_where_it_means_nothing():
+    text, codes = _batch(TINY, 1)
+    with pytest.raises(ValueError, match="a prior of order raster knows but one"):
+        AutoregressivePrior(TINY).apply(
+            {"params": _parameters(TINY)}, text, codes, cells=jnp.arange(9)[None]
+        )
+    with pytest.raises(ValueError, match="order annealed needs attention dense, but it is sparse"):
+        dataclasses.replace(TINY, order="annealed")
 
 
 def _influence(config):

@@ -95,3 +95,30 @@ def test_sheet_draws_long_captions_too_and_the_model_is_whole(tokens):
     params = tiny.parts()["prior_params"]
     assert s.sheet(params).ndim == 3
     assert s.to_model(params, card="made here").card == "made here"
+
+
+def test_an_annealed_order_is_random_at_first_and_raster_order_at_the_end(tokens, key):
+    model = dataclasses.replace(tiny.parts()["prior"], attention="dense", order="annealed")
+    run = short_prior_run(model=model, loop=LoopConfig(steps=100), batch_size=4)
+    options = {"codec_model": tokens, "tokenizer": None, "validation": iter, "captions": ()}
+    s = PriorStage(run, **options)
+    batch = {"text": jnp.zeros((4, SLOTS), jnp.int32), "codes": jnp.arange(64).reshape(4, 4, 4)}
+    raster = np.arange(16)
+
+    def in_raster_order(step):
+        of = lambda k: s._cells(k, batch, step)  # noqa: E731
+        cells = np.asarray(jax.vmap(of)(jax.random.split(key, 100)))
+        assert (np.sort(cells, axis=-1) == raster).all()
+        return (cells == raster).all(axis=-1).mean()
+
+    found = [in_raster_order(step) for step in (0, 50, 62.5, 75, 100)]
+    assert found == pytest.approx([0, 0, 0.5, 1, 1], abs=0.1)
+
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), s.init(key))
+    batch["codes"] %= 12
+    of = jax.jit(s.loss)
+    first, middle, last = (float(of(params, batch, key, step)[0]) for step in (0, 40, 90))
+    assert first == middle != last
+    measured, _ = s._measure(params, batch)
+    assert last == pytest.approx(float(measured), rel=1e-5)
+    assert last != float(of(params, batch, key, 0)[0]), "the order is part of what is learned"
