@@ -121,6 +121,13 @@ MUTANTS = [
     ),
     Mutant("clip-shift", "train/clip_stage.py", "if run.shift:", "if False:", RUN + "clip-shift"),
     Mutant(
+        "orders-stay-random",
+        "train/prior_stage.py",
+        "step / self.run.loop.steps",
+        "0 * step",
+        "train/test_prior_stage.py -k annealed",
+    ),
+    Mutant(
         "progressive-order-ignored",
         "train/progressive_stage.py",
         "self.run.order, key_order",
@@ -400,6 +407,13 @@ MUTANTS = [
         "models/test_progressive_prior.py -k left_out",
     ),
     # Networks
+    Mutant(
+        "own-cell-is-the-next-one",
+        "models/autoregressive_prior.py",
+        "position[None] - 1",
+        "position[None]",
+        "models/test_autoregressive_prior.py -k dense_layers",
+    ),
     Mutant(
         "rows-and-columns-exchanged",
         "models/transformer.py",
