@@ -1,9 +1,9 @@
 """Which changes of the VQ-GAN help an equal small prior, and not PSNR alone, on people.
 
-    python experiments/codecs.py prepare --out runs/codecs.npz        # needs dalle_jax[emoji]
-    python experiments/codecs.py train --data runs/codecs.npz --out runs/codecs.jsonl
-    python experiments/codecs.py table --lines runs/codecs.jsonl
-    python experiments/codecs.py sheet --data runs/codecs.npz --lines runs/codecs.jsonl \
+    python experiments/codec_study.py prepare --out runs/codecs.npz        # needs dalle_jax[emoji]
+    python experiments/codec_study.py train --data runs/codecs.npz --out runs/codecs.jsonl
+    python experiments/codec_study.py table --lines runs/codecs.jsonl
+    python experiments/codec_study.py sheet --data runs/codecs.npz --lines runs/codecs.jsonl \
         --out runs/codecs.png
 
 Each variant of the tokenizer (codec_variants.py) differs from its base in one thing. It learns for
@@ -42,7 +42,7 @@ from dalle_jax.terminal import show_log_lines
 from dalle_jax.train.state import init_state
 from dalle_jax.train.train_step import make_train_step
 
-log = logging.getLogger("dalle_jax.codecs")
+log = logging.getLogger("dalle_jax.codec_study")
 
 SHOWN = 8  # held-out images on the sheet
 CHUNK = 64  # images encoded or decoded at a time
@@ -82,11 +82,11 @@ class Train:
     """File of JSON lines; variants that have one are left out. Beside it lies what they decode."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which ones."""
-    codec_updates: int = 1_000
+    codec_updates: int = 800
     """Of each tokenizer."""
     codec_batch: int = 8
     """Images in an update of it."""
-    codec_width: int = 64
+    codec_width: int = 48
     """Channels of its first group."""
     prior_updates: int = 800
     """Of each prior."""
@@ -301,7 +301,8 @@ def decoded_file(lines: Path, variant: str, seed: int) -> Path:
 
 def table(options: Table) -> None:
     """Prints a row for each variant and seed, in the order of their list."""
-    lines = sorted(read(options.lines), key=lambda x: list(VARIANTS).index(x["variant"]))
+    order = list(VARIANTS)
+    lines = sorted(read(options.lines), key=lambda x: (order.index(x["variant"]), x["seed"]))
     print(f"| variant | {' | '.join(COLUMNS)} |", f"|{' --- |' * (len(COLUMNS) + 1)}", sep="\n")
     for line in lines:
         name = line["variant"] + (f", seed {line['seed']}" if line["seed"] else "")
