@@ -179,10 +179,14 @@ def draw(stage, params, text, shape, key):
 def batches(seed: int, images: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """The images of each update, epoch by epoch in a new order, and which lose their captions."""
     rng, run = np.random.default_rng(seed), prior()
-    epochs = -(-steps * run.batch_size // images)
-    shown = np.concatenate([rng.permutation(images) for _ in range(epochs)])
-    shown = shown[: steps * run.batch_size].reshape(steps, -1)
-    return shown.astype(np.int32), rng.random(shown.shape) < run.caption_dropout
+    shown = epochs(rng, images, steps, run.batch_size)
+    return shown, rng.random(shown.shape) < run.caption_dropout
+
+
+def epochs(rng: np.random.Generator, images: int, steps: int, batch: int) -> np.ndarray:
+    """The images of each update, epoch by epoch in a new order."""
+    orders = [rng.permutation(images) for _ in range(-(-steps * batch // images))]
+    return np.concatenate(orders)[: steps * batch].reshape(steps, batch).astype(np.int32)
 
 
 def inputs(data, recipes: list[Recipe], steps: int, seeds: int) -> tuple:
@@ -251,9 +255,7 @@ class Truth:
 
     def __init__(self, options: Train):
         data, self.codec = load(options.data), dalle_jax.load(options.model)
-        rng = np.random.default_rng(0)
-        halves = [np.flatnonzero(half) for half in (data["seen"], ~data["seen"])]
-        self.own = np.stack([rng.permutation(half)[: options.images] for half in halves])
+        self.own = to_draw(data["seen"], options.images)
         self.inputs = tuple(jnp.asarray(data[name][self.own]) for name in ("text", "codes"))
         self.true = self.decode(data["codes"])
 
@@ -267,12 +269,26 @@ class Truth:
         """Nats a code and the share of right drawings, of each seed, seen and held out."""
         found = {name: [] for name in MEASURES}
         for (seen, held_out), codes in zip(np.asarray(nats), drawings, strict=True):
-            drawn = self.decode(codes)
-            apart = (self.true**2).sum(1)[None] - 2 * drawn @ self.true.T  # and the same for all
-            right = (apart.argmin(axis=1).reshape(self.own.shape) == self.own).mean(axis=1)
+            right = share_right(self.decode(codes), self.true, self.own)
             for name, value in zip(MEASURES, (seen, held_out, *right), strict=True):
                 found[name].append(float(value))
         return found
+
+
+def to_draw(seen: np.ndarray, images: int) -> np.ndarray:
+    """Images whose captions are drawn [2, images]: seen in training, and held out."""
+    rng = np.random.default_rng(0)
+    halves = [np.flatnonzero(half) for half in (seen, ~seen)]
+    return np.stack([rng.permutation(half)[:images] for half in halves])
+
+
+def share_right(drawn: np.ndarray, true: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Share of the drawings whose nearest true image is their own, seen and held out.
+
+    Pixels are float32 [images, pixels]; `own` is what `to_draw` gives.
+    """
+    apart = (true**2).sum(1)[None] - 2 * drawn @ true.T  # and the same for all
+    return (apart.argmin(axis=1).reshape(own.shape) == own).mean(axis=1)
 
 
 def load(path: Path) -> dict[str, np.ndarray]:

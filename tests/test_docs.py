@@ -154,6 +154,7 @@ HELP = {
     "experiments/people.py": [["prior"]],
     "experiments/orders.py": [["train"], ["draw"]],
     "experiments/recipes.py": [["prepare"], ["measure"], ["train"], ["table"]],
+    "experiments/codec_study.py": [["prepare"], ["train"], ["table"], ["sheet"]],
     "experiments/dalle_12b.py": [["plan"]],
     "experiments/powersgd.py": [[]],
     "experiments/benchmarks/decode.py": [[]],

@@ -74,9 +74,9 @@ def from_torch(state: Mapping[str, np.ndarray]) -> Params:
 
 
 def apply(
-    params: Params, images: UInt8[Array | np.ndarray, "B R R 3"]
+    params: Params, images: UInt8[Array | np.ndarray, "B R R 3"] | Float[Array, "B R R 3"]
 ) -> tuple[Float[Array, "B 1280"], Float[Array, "B 1000"]]:
-    """Features (of the last average pooling) and class logits of images."""
+    """Features (of the last average pooling) and class logits of images, from 0 to 255."""
 
     def layer(x, name, how=conv, **options):
         return jnp.clip(how(params[name], x, **options), 0, 6)
