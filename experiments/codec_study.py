@@ -8,7 +8,7 @@
 
 Each variant of the tokenizer (codec_variants.py) differs from its base in one thing. It learns for
 a number of updates, then a progressive prior of `people.py` learns its codes for another, and
-draws. What is in the file already is not trained again. What was measured: docs/vqgan.md.
+samples images. What is in the file already is not trained again. What was measured: docs/vqgan.md.
 """
 
 import json
@@ -50,21 +50,21 @@ COLUMNS = {
     "parameters": "{:,}",
     "PSNR": "{:.1f}",
     "foreground": "{:.1f}",
-    "KID": "{:.2f}",
+    "KID": "{:.0f}",
     "codes in use": "{:,}",
-    "nats an image, seen": "{:.1f}",
-    "nats an image, held out": "{:.1f}",
-    "nats a code, held out": "{:.3f}",
+    "nats an image, seen": "{:.0f}",
+    "nats an image, held out": "{:.0f}",
+    "nats a code, held out": "{:.2f}",
     "right, seen": "{:.0%}",
     "right, held out": "{:.0%}",
-    "KID of drawings": "{:.2f}",
+    "KID of samples": "{:.0f}",
     "minutes": "{:.1f}",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Draw the images and encode the captions once, into a file that `train` needs."""
+    """Collect images and tokens of captions once, in a file that `train` needs."""
 
     out: Path
     """The file, .npz."""
@@ -82,16 +82,16 @@ class Train:
     """File of JSON lines; variants that have one are left out. Beside it lies what they decode."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which ones."""
-    codec_updates: int = 800
+    codec_updates: int = 600
     """Of each tokenizer."""
     codec_batch: int = 8
     """Images in an update of it."""
     codec_width: int = 48
     """Channels of its first group."""
-    prior_updates: int = 800
+    prior_updates: int = 1_000
     """Of each prior."""
     images: int = 70
-    """Captions of training to draw, and as many that were held out, of which there are 70."""
+    """Captions of training to sample, and as many that were held out, of which there are 70."""
     seed: int = 0
     """First weights, batches and orders of tokenizer and prior."""
 
@@ -106,7 +106,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """Draw held-out images, and below them what each variant decodes."""
+    """Show held-out images, and below them what each variant decodes."""
 
     data: Path
     """From `prepare`."""
@@ -171,9 +171,9 @@ def train(options: Train) -> None:
         }
         log.info("%s: %s", name, line)
         start = time.perf_counter()
-        nats, drawn = train_prior(data, codes, truth.own, stage.run.model.codes, options)
-        images = in_chunks(stage.decode, params, drawn)
-        line |= truth.judge_drawn(nats, images, cells=codes[0].size)
+        nats, sampled = train_prior(data, codes, truth.own, stage.run.model.codes, options)
+        images = in_chunks(stage.decode, params, sampled)
+        line |= truth.judge_samples(nats, images, cells=codes[0].size)
         prior_minutes = (time.perf_counter() - start) / 60
         line |= {"prior updates": options.prior_updates, "prior minutes": prior_minutes}
         line |= {"minutes": codec_minutes + prior_minutes}
@@ -217,7 +217,7 @@ def update(stage: Codec, images: np.ndarray, order: np.ndarray, seed: int) -> di
 
 
 def train_prior(data, codes, own, K: int, options: Train) -> tuple[np.ndarray, np.ndarray]:
-    """Trains a prior; gives nats a code [2], and drawings [2 * images, G, G]."""
+    """Trains a prior; gives nats a code [2], and samples [2 * images, G, G]."""
     G = codes.shape[1]
     program = Codes(grid=G, codes=K)
     data = {**data, "codes": codes.reshape(len(codes), -1).astype(np.int32)}
@@ -229,16 +229,16 @@ def train_prior(data, codes, own, K: int, options: Train) -> tuple[np.ndarray, n
     params = program.lower(recipes.training(program, options.prior_updates), *args).compile()(*args)
     args = (numbers, params["last"], text[own], all_codes[own])
     judge = program.lower(recipes.judging(program, options.prior_updates), *args).compile()
-    nats, drawings = (np.asarray(x)[0, 0] for x in judge(*args))
-    return nats, drawings.reshape(-1, G, G)
+    nats, samples = (np.asarray(x)[0, 0] for x in judge(*args))
+    return nats, samples.reshape(-1, G, G)
 
 
 class Truth:
-    """The true images: those to be drawn, half of them held out, and others."""
+    """The true images: those to be sampled, half of them held out, and others."""
 
     def __init__(self, options: Train):
         data = load(options.data)
-        self.own = recipes.to_draw(data["seen"], options.images)
+        self.own = recipes.to_sample(data["seen"], options.images)
         self.images, self.held_out = data["images"], data["images"][~data["seen"]]
         self.network = efficientnet_network()
 
@@ -248,10 +248,12 @@ class Truth:
         kid = self.distance(self.held_out, decoded)
         return {"PSNR": float(psnr), "foreground": float(foreground), "KID": kid}
 
-    def judge_drawn(self, nats: np.ndarray, images: np.ndarray, *, cells: int) -> dict[str, float]:
-        """Nats, the share of drawings nearest to their own true image, and their KID, held out."""
-        drawn, true = (x.reshape(len(x), -1).astype(np.float32) for x in (images, self.images))
-        right = recipes.share_right(drawn, true, self.own)
+    def judge_samples(
+        self, nats: np.ndarray, images: np.ndarray, *, cells: int
+    ) -> dict[str, float]:
+        """Nats, the share of samples nearest to their own true image, and their KID, held out."""
+        sampled, true = (x.reshape(len(x), -1).astype(np.float32) for x in (images, self.images))
+        right = recipes.share_right(sampled, true, self.own)
         found = {}
         for i, half in enumerate(("seen", "held out")):
             found[f"nats a code, {half}"] = float(nats[i])
@@ -259,17 +261,17 @@ class Truth:
             found[f"right, {half}"] = float(right[i])
         held_out = self.own[1]
         kid = self.distance(self.images[held_out], images[len(held_out) :])
-        return found | {"KID of drawings": kid}
+        return found | {"KID of samples": kid}
 
     def distance(self, images: np.ndarray, others: np.ndarray) -> float:
-        """The KID times 1,000 of images and what is drawn of each."""
+        """The KID times 1,000 of images and what is made of each."""
         return 1000 * paired_distance(*(self.network(x)[0] for x in (images, others)))
 
 
 def paired_distance(first: np.ndarray, second: np.ndarray) -> float:
     """The KID of features [N, D] whose rows belong together.
 
-    An image and what is drawn of it are no independent samples, so that pair is left out, as
+    An image and what is made of it are not independent, so that pair is left out, as
     an image with itself is: this keeps the estimate unbiased.
     """
     kernel = [

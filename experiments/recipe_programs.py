@@ -30,7 +30,7 @@ from dalle_jax.train.cell_orders import mixed_orders, random_share
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 from dalle_jax.train.progressive_stage import ProgressiveStage, progressive_run, sample_stages
 
-STAGES = 8  # of drawings
+STAGES = 8  # of sampling
 COOLDOWN = 0.45  # share of the updates in which a trapezoid falls
 
 
@@ -100,7 +100,7 @@ class Progressive(Numbered, ProgressiveStage):
         return jnp.argsort(mixed_orders(key, shape, self.random_share(step)), axis=-1)
 
     def plan(self, key, shape):
-        """Which of how many stages fills each cell of a drawing."""
+        """Which of how many stages fills each cell of a sample."""
         rank = self._ranks(key, shape, self.run.loop.steps)
         filled = cells_filled(shape[1], min(STAGES, shape[1]), "cosine")
         return jnp.searchsorted(jnp.asarray(filled), rank, side="right"), len(filled)

@@ -6,11 +6,11 @@
         --equal-time runs/ratios.json
     python experiments/recipes.py table --lines runs/recipes.jsonl
 
-In the world of `people.py` a caption has one true image, so a drawing is right if no other true
-image, as its codes draw it, is nearer to it. A recipe differs from its base in one thing; recipes
-that differ in numbers alone, and all seeds, train together in one program, which leaves the device
-after the last update. Several processes can run `train` with one file and different `--recipes`;
-what is in the file already is not trained again. What was measured: docs/recipes.md.
+In the world of `people.py` a caption has one true image, so a sample is right if no other true
+image, as decoded from its codes, is nearer to it. A recipe differs from its base in one thing;
+recipes that differ in numbers alone, and all seeds, train together in one program, which leaves the
+device after the last update. Several processes can run `train` with one file and different
+`--recipes`; what is in the file already is not trained again. What was measured: docs/recipes.md.
 """
 
 import json
@@ -67,7 +67,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train recipes, draw with them, and add a line of JSON for each to a file."""
+    """Train recipes, sample with them, and add a line of JSON for each to a file."""
 
     data: Path
     """From `prepare`."""
@@ -82,7 +82,7 @@ class Train:
     seeds: int = 3
     """Runs of each recipe: other first weights, orders and batches, the same for all recipes."""
     images: int = 70
-    """Captions of training to draw, and as many that were held out, of which there are 70."""
+    """Captions of training to sample, and as many that were held out, of which there are 70."""
     model: str = "people"
     """As for `prepare`."""
 
@@ -141,10 +141,10 @@ def training(program: Program, steps: int) -> Callable:
 
 
 def judging(program: Program, steps: int) -> Callable:
-    """A function of numbers, parameters, text and codes [2, images, ...]: nats [2] and drawings.
+    """A function of numbers, parameters, text and codes [2, images, ...]: nats [2] and samples.
 
     It maps over recipes and seeds. Seen and held-out images stand apart; of each caption one
-    drawing is sampled.
+    image is sampled.
     """
     run = program.run(steps)
 
@@ -156,14 +156,15 @@ def judging(program: Program, steps: int) -> Callable:
             return jax.lax.map(lambda key: stage.nats(params, text, codes, key), keys).mean()
 
         shape = (2 * text.shape[1], codes.shape[2])
-        drawings = draw(stage, params, text.reshape(len(text[0]) * 2, -1), shape, jax.random.key(1))
-        return jnp.stack([nats(text[i], codes[i]) for i in range(2)]), drawings
+        text_of_all = text.reshape(len(text[0]) * 2, -1)
+        samples = sample(stage, params, text_of_all, shape, jax.random.key(1))
+        return jnp.stack([nats(text[i], codes[i]) for i in range(2)]), samples
 
     seeds = jax.vmap(judge, in_axes=(None, 0, None, None))
     return jax.vmap(seeds, in_axes=(0, 0, None, None))
 
 
-def draw(stage, params, text, shape, key):
+def sample(stage, params, text, shape, key):
     """Samples codes in the stages of a plan, each from all that came before."""
     key_plan, key_codes = jax.random.split(key)
     when, stages = stage.plan(key_plan, shape)
@@ -251,11 +252,11 @@ def train(options: Train) -> None:
 
 
 class Truth:
-    """The images as their codes draw them: those to be drawn, half of them held out, and others."""
+    """The images as decoded: those to be sampled, half of them held out, and others."""
 
     def __init__(self, options: Train):
         data, self.codec = load(options.data), dalle_jax.load(options.model)
-        self.own = to_draw(data["seen"], options.images)
+        self.own = to_sample(data["seen"], options.images)
         self.inputs = tuple(jnp.asarray(data[name][self.own]) for name in ("text", "codes"))
         self.true = self.decode(data["codes"])
 
@@ -265,29 +266,29 @@ class Truth:
         images = self.codec.decode(np.asarray(codes).reshape(-1, grid, grid))
         return images.reshape(len(images), -1).astype(np.float32)
 
-    def compare(self, nats: np.ndarray, drawings: np.ndarray) -> dict[str, list[float]]:
-        """Nats a code and the share of right drawings, of each seed, seen and held out."""
+    def compare(self, nats: np.ndarray, samples: np.ndarray) -> dict[str, list[float]]:
+        """Nats a code and the share of right samples, of each seed, seen and held out."""
         found = {name: [] for name in MEASURES}
-        for (seen, held_out), codes in zip(np.asarray(nats), drawings, strict=True):
+        for (seen, held_out), codes in zip(np.asarray(nats), samples, strict=True):
             right = share_right(self.decode(codes), self.true, self.own)
             for name, value in zip(MEASURES, (seen, held_out, *right), strict=True):
                 found[name].append(float(value))
         return found
 
 
-def to_draw(seen: np.ndarray, images: int) -> np.ndarray:
-    """Images whose captions are drawn [2, images]: seen in training, and held out."""
+def to_sample(seen: np.ndarray, images: int) -> np.ndarray:
+    """Images whose captions are sampled [2, images]: seen in training, and held out."""
     rng = np.random.default_rng(0)
     halves = [np.flatnonzero(half) for half in (seen, ~seen)]
     return np.stack([rng.permutation(half)[:images] for half in halves])
 
 
-def share_right(drawn: np.ndarray, true: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Share of the drawings whose nearest true image is their own, seen and held out.
+def share_right(sampled: np.ndarray, true: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Share of the samples whose nearest true image is their own, seen and held out.
 
-    Pixels are float32 [images, pixels]; `own` is what `to_draw` gives.
+    Pixels are float32 [images, pixels]; `own` is what `to_sample` gives.
     """
-    apart = (true**2).sum(1)[None] - 2 * drawn @ true.T  # and the same for all
+    apart = (true**2).sum(1)[None] - 2 * sampled @ true.T  # and the same for all
     return (apart.argmin(axis=1).reshape(own.shape) == own).mean(axis=1)
 
 

@@ -59,8 +59,8 @@ def test_the_base_has_the_loss_of_the_product(means):
     codes = s.encode(params, IMAGES)
     z = s._apply(params, vqgan.preprocess(IMAGES), "encode")
     np.testing.assert_array_equal(codes, vqgan.nearest(z, table)[0])
-    drawn = vqgan.to_uint8(s._apply(params, table[codes], "decode"))
-    np.testing.assert_array_equal(s.decode(params, codes), drawn)
+    wanted_image = vqgan.to_uint8(s._apply(params, table[codes], "decode"))
+    np.testing.assert_array_equal(s.decode(params, codes), wanted_image)
 
 
 def test_finite_scalar_quantisation_rounds_each_channel_and_reaches_all_codes():
@@ -158,7 +158,7 @@ def test_the_next_code_is_predicted_from_earlier_ones_alone():
     assert same.tolist() == [True, True, True, False, False]
 
 
-def test_an_image_and_its_own_drawing_are_no_pair_of_the_distance():
+def test_an_image_and_its_own_copy_are_no_pair_of_the_distance():
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(2, 5, 3))
 
@@ -184,4 +184,4 @@ def test_the_table_says_what_the_lines_say(tmp_path, capsys):
     codec_study.table(codec_study.Table(lines=file))
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| base", "| base, seed 1", "| unit"]
-    assert rows[2].startswith("| base | 12 | 20.5 | 1.0 | 1.00 | 3 |")
+    assert rows[2].startswith("| base | 12 | 20.5 | 1.0 | 1 | 3 |")

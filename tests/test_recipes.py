@@ -262,34 +262,36 @@ def test_the_ordered_prior_is_the_products_with_an_order_that_a_recipe_says(key)
     np.testing.assert_allclose(found, product.loss(params, BATCH, key, 8)[0], rtol=1e-6)
 
 
-def test_drawings_are_those_of_the_products_sampler():
+def test_samples_are_those_of_the_products_sampler():
     params = random_params("progressive")
     params["head"]["image"]["kernel"] *= 1e4  # so that nothing is left to chance
     s = stage("progressive", last_random=0.0)  # raster
-    drawn = recipes.draw(s, params, TEXT, CODES.shape, jax.random.key(0))
+    sampled = recipes.sample(s, params, TEXT, CODES.shape, jax.random.key(0))
     sampling = SamplingConfig(order="raster", stages=8)
     keys = jax.random.split(jax.random.key(1), 3)
     *_, last = sample_passes(s.config, params, TEXT, keys, sampling=sampling)
-    np.testing.assert_array_equal(drawn.reshape(3, 4, 4), last[-1])
+    np.testing.assert_array_equal(sampled.reshape(3, 4, 4), last[-1])
 
 
-def test_an_autoregressive_drawing_follows_its_own_codes():
+def test_an_autoregressive_sample_follows_its_own_codes():
     params = random_params("autoregressive")
     params["head"]["image"]["kernel"] *= 1e4
     s = stage("autoregressive")
-    drawn = recipes.draw(s, params, TEXT, CODES.shape, jax.random.key(0))
-    np.testing.assert_array_equal(logits("autoregressive", params, codes=drawn).argmax(-1), drawn)
+    sampled = recipes.sample(s, params, TEXT, CODES.shape, jax.random.key(0))
+    np.testing.assert_array_equal(
+        logits("autoregressive", params, codes=sampled).argmax(-1), sampled
+    )
 
 
-def test_nats_and_drawings_come_for_each_recipe_and_seed():
+def test_nats_and_samples_come_for_each_recipe_and_seed():
     name = "autoregressive, ordered"
     numbers = jax.tree.map(lambda *x: jnp.array(x), Numbers(), Numbers(), Numbers())
     params = jax.tree.map(lambda x: jnp.ones((3, 2, *x.shape)), random_params(name))
     text, codes = jnp.zeros((2, 5, 3), jnp.int32), jnp.zeros((2, 5, 16), jnp.int32)
     judge = recipes.judging(PROGRAMS[name], 8)
-    nats, drawings = PROGRAMS[name].lower(judge, numbers, params, text, codes).out_info
+    nats, samples = PROGRAMS[name].lower(judge, numbers, params, text, codes).out_info
     assert nats.shape == (3, 2, 2)
-    assert drawings.shape == (3, 2, 10, 16)
+    assert samples.shape == (3, 2, 10, 16)
 
 
 def test_recipes_are_trained_once_and_come_out_as_a_table(tmp_path, monkeypatch, capsys):
@@ -334,7 +336,7 @@ def test_recipes_are_trained_once_and_come_out_as_a_table(tmp_path, monkeypatch,
     assert rows[2].startswith("| base | 6 | 7 | 7.000 (7.000, 7.000) |")
 
 
-def test_a_drawing_is_right_if_its_own_image_is_the_nearest(tmp_path, monkeypatch):
+def test_a_sample_is_right_if_its_own_image_is_the_nearest(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes.dalle_jax, "load", lambda name: None)
     monkeypatch.setattr(recipes.Truth, "decode", lambda self, codes: np.asarray(codes, np.float32))
     images = 10 * np.eye(5, 16, dtype=np.int32)
