@@ -35,8 +35,8 @@ def _batch(config, size):
 
 
 @partial(jax.jit, static_argnames="config")
-def _apply(config, params, text, codes):
-    return AutoregressivePrior(config).apply({"params": params}, text, codes)
+def _apply(config, params, text, codes, cells=None):
+    return AutoregressivePrior(config).apply({"params": params}, text, codes, cells=cells)
 
 
 def _forward(config, text, codes):
@@ -156,8 +156,7 @@ def _ordered(codes, cells):
     text, _ = _batch(ANNEALED, 1)
     cells = jnp.asarray(cells)[None]
     shown = jnp.take_along_axis(jnp.asarray(codes)[None], cells, axis=1)
-    apply = jax.jit(AutoregressivePrior(ANNEALED).apply)
-    return np.asarray(apply({"params": _parameters(ANNEALED)}, text, shown, cells=cells)[1])[0]
+    return np.asarray(_apply(ANNEALED, _parameters(ANNEALED), text, shown, cells)[1])[0]
 
 
 def test_without_an_order_of_the_cells_it_is_raster_order():
