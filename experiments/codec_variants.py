@@ -6,6 +6,7 @@ Letters: B batch, R pixel side, G grid side, I cells, D channels of a code, K co
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,6 @@ import numpy as np
 import optax
 
 from dalle_jax.evaluate import efficientnet
-from dalle_jax.evaluate.feature_layers import conv, depthwise
 from dalle_jax.evaluate.features import efficientnet_network
 from dalle_jax.losses import codebook_loss, unused_code_pull
 from dalle_jax.models import vqgan
@@ -232,22 +232,9 @@ class Features(Perceptual):
 
     def seen(self, x):
         """The last map of each size, each cell of length 1."""
-        params, maps = self.ruler, []
-        mean, std = (
-            jnp.asarray(part)[None, None, None] for part in (efficientnet._MEAN, efficientnet._STD)
-        )
-        x = (((x + 1) / 2) - mean) / std
-        x = jnp.clip(conv(params["stem"], x, stride=2), 0, 6)
-        for i, stride in enumerate(efficientnet._STRIDES):
-            if stride == 2:
-                maps.append(x)
-            if len(maps) == 4:
-                break
-            y = jnp.clip(conv(params[f"{i}/expand"], x), 0, 6) if i > 0 else x
-            y = jnp.clip(depthwise(params[f"{i}/depthwise"], y, stride=stride), 0, 6)
-            y = conv(params[f"{i}/project"], y)
-            x = x + y if efficientnet._RESIDUAL[i] else y
-        return [_unit_cells(x) * x.shape[-1] ** 0.5 for x in maps]
+        maps = efficientnet.feature_maps(self.ruler, (x + 1) * 127.5)
+        last = [x for x, after in pairwise(maps) if x.shape[1] != after.shape[1]]
+        return [_unit_cells(x) * x.shape[-1] ** 0.5 for x in last[:4]]
 
 
 def _unit_cells(x):

@@ -77,20 +77,28 @@ def apply(
     params: Params, images: UInt8[Array | np.ndarray, "B R R 3"] | Float[Array, "B R R 3"]
 ) -> tuple[Float[Array, "B 1280"], Float[Array, "B 1000"]]:
     """Features (of the last average pooling) and class logits of images, from 0 to 255."""
+    head = conv(params["head"], feature_maps(params, images)[-1])
+    features = jnp.clip(head, 0, 6).mean(axis=(1, 2))  # of 7 x 7
+    exact = jax.lax.Precision.HIGHEST
+    logits = jnp.dot(features, params["fc"]["kernel"], precision=exact)
+    return features, logits + params["fc"]["bias"][None]
+
+
+def feature_maps(
+    params: Params, images: UInt8[Array | np.ndarray, "B R R 3"] | Float[Array, "B R R 3"]
+) -> list[Array]:
+    """What the stem and each block give of images from 0 to 255, [B, S, S, C] with S <= R / 2."""
 
     def layer(x, name, how=conv, **options):
         return jnp.clip(how(params[name], x, **options), 0, 6)
 
     x = images.astype(jnp.float32) / 255
     x = (x - jnp.array(_MEAN)[None, None, None]) / jnp.array(_STD)[None, None, None]
-    x = layer(x, "stem", stride=2)  # B 112 112 32
+    maps = [x := layer(x, "stem", stride=2)]  # B 112 112 32
     for i, (stride, residual) in enumerate(zip(_STRIDES, _RESIDUAL, strict=True)):
         y = layer(x, f"{i}/expand") if i > 0 else x
         y = layer(y, f"{i}/depthwise", depthwise, stride=stride)
         y = conv(params[f"{i}/project"], y)
         x = x + y if residual else y
-    x = layer(x, "head")  # B 7 7 1280
-    features = x.mean(axis=(1, 2))
-    exact = jax.lax.Precision.HIGHEST
-    logits = jnp.dot(features, params["fc"]["kernel"], precision=exact)
-    return features, logits + params["fc"]["bias"][None]
+        maps.append(x)
+    return maps
