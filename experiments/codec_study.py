@@ -11,41 +11,33 @@ a number of updates, then a progressive prior of `people.py` learns its codes fo
 samples images. What is in the file already is not trained again. What was measured: docs/vqgan.md.
 """
 
-import json
 import logging
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import recipes
-import tyro
 from codec_variants import START_IMAGES, VARIANTS, Codec, DecoderOnly, Variant
-from people import PeopleOptions, prior
 from recipe_programs import Program, Recipe
-from recipes import load, read
+from recipes import Table, load, read
 
 import dalle_jax
-from dalle_jax import atomic
-from dalle_jax.compilation_cache import enable_compilation_cache
 from dalle_jax.evaluate import distances
 from dalle_jax.evaluate.features import efficientnet_network
+from dalle_jax.generate.micro_batching import micro_batches
 from dalle_jax.image import pixels
 from dalle_jax.image.sheet import contact_sheet, save_png
-from dalle_jax.malloc import reuse_freed_memory
 from dalle_jax.models.codec import code_use
-from dalle_jax.terminal import show_log_lines
 from dalle_jax.train.state import init_state
 from dalle_jax.train.train_step import make_train_step
 
 log = logging.getLogger("dalle_jax.codec_study")
 
 SHOWN = 8  # held-out images on the sheet
-CHUNK = 64  # images encoded or decoded at a time
+IMAGE_BYTES = 2**24  # that encoding or decoding an image takes, at most
 COLUMNS = {
     "parameters": "{:,}",
     "PSNR": "{:.1f}",
@@ -97,14 +89,6 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """Print the table of what `train` has written."""
-
-    lines: Path
-    """Its file."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sheet:
     """Show held-out images, and below them what each variant decodes."""
 
@@ -132,20 +116,8 @@ class Codes(Program):
 
 def prepare(options: Prepare) -> None:
     """Writes images and tokens, those of training first."""
-    model = dalle_jax.load(options.model)
-    data = PeopleOptions().open(64)
-    records = [part[i] for part in (data.train, data.validation) for i in range(len(part))]
-    captions = [record["captions"][0] for record in records]
-    slots = prior().model.text_length - 1
-    arrays = {
-        "images": np.stack([pixels.decode(record["image"]) for record in records]),
-        "text": model.tokenizer.encode(captions, length=slots),
-        "empty": model.tokenizer.encode([""], length=slots)[0],
-        "captions": np.array(captions),
-        "seen": np.arange(len(records)) < len(data.train),
-    }
-    with atomic.replaced(options.out) as file, open(file, "wb") as stream:
-        np.savez_compressed(stream, **arrays)
+    images, arrays = recipes.people(64, dalle_jax.load(options.model).tokenizer)
+    recipes.save(options.out, images=images, **arrays)
 
 
 def train(options: Train) -> None:
@@ -178,19 +150,15 @@ def train(options: Train) -> None:
         line |= {"prior updates": options.prior_updates, "prior minutes": prior_minutes}
         line |= {"minutes": codec_minutes + prior_minutes}
         np.save(decoded_file(options.out, name, options.seed), decoded[shown(len(decoded))])
-        print(json.dumps(line), flush=True)
-        with open(options.out, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        recipes.add(options.out, line)
 
 
 def train_codec(variant: Variant, images: np.ndarray, options: Train) -> tuple[Codec, dict]:
     """Trains a tokenizer, and its decoder alone at the end where the variant says so."""
     last = round(options.codec_updates * variant.decoder_alone)
-    settings = (options.codec_width, options.codec_batch, options.seed)
 
     def run(steps):
-        width, batch, seed = settings
-        return variant.settings(width, steps, batch, seed)
+        return variant.settings(options.codec_width, steps, options.codec_batch, options.seed)
 
     rng = np.random.default_rng(options.seed)
     order = recipes.epochs(rng, len(images), options.codec_updates, options.codec_batch)
@@ -221,11 +189,8 @@ def train_prior(data, codes, own, K: int, options: Train) -> tuple[np.ndarray, n
     G = codes.shape[1]
     program = Codes(grid=G, codes=K)
     data = {**data, "codes": codes.reshape(len(codes), -1).astype(np.int32)}
-    numbers, *seeds, text, all_codes, empty = recipes.inputs(
-        data, [Recipe()], options.prior_updates, options.seed + 1
-    )
-    seeds = [x[options.seed :] for x in seeds]
-    args = (numbers, *seeds, text, all_codes, empty)
+    args = recipes.inputs(data, [Recipe()], options.prior_updates, [options.seed])
+    numbers, *_, text, all_codes, _ = args
     params = program.lower(recipes.training(program, options.prior_updates), *args).compile()(*args)
     args = (numbers, params["last"], text[own], all_codes[own])
     judge = program.lower(recipes.judging(program, options.prior_updates), *args).compile()
@@ -284,10 +249,8 @@ def paired_distance(first: np.ndarray, second: np.ndarray) -> float:
 def in_chunks(function, params, arrays: np.ndarray) -> np.ndarray:
     """Applies a function of parameters to many arrays, some at a time."""
     function, parts = jax.jit(function), []
-    for start in range(0, len(arrays), CHUNK):
-        part = arrays[start : start + CHUNK]
-        filled = np.concatenate([part, np.repeat(part[-1:], CHUNK - len(part), axis=0)])
-        parts.append(np.asarray(function(params, jnp.asarray(filled)))[: len(part)])
+    for indices, valid in micro_batches(len(arrays), IMAGE_BYTES):
+        parts.append(np.asarray(function(params, jnp.asarray(arrays[indices])))[:valid])
     return np.concatenate(parts)
 
 
@@ -324,16 +287,4 @@ def sheet(options: Sheet) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).parent))  # or emoji.py there would hide the package `emoji`
-    show_log_lines()
-    reuse_freed_memory()
-    enable_compilation_cache()
-    choices = {Prepare: prepare, Train: train, Table: table, Sheet: sheet}
-    chosen = tyro.cli(
-        Annotated[Prepare, tyro.conf.subcommand("prepare", prefix_name=False)]
-        | Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
-        | Annotated[Table, tyro.conf.subcommand("table", prefix_name=False)]
-        | Annotated[Sheet, tyro.conf.subcommand("sheet", prefix_name=False)],
-        description=__doc__,
-    )
-    choices[type(chosen)](chosen)
+    recipes.run_command({Prepare: prepare, Train: train, Table: table, Sheet: sheet}, __doc__)

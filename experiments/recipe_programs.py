@@ -26,7 +26,7 @@ from dalle_jax.models.layers import matrices, split_qkv
 from dalle_jax.optim.muon import Muon
 from dalle_jax.optim.optimizer import adamw
 from dalle_jax.optim.schedules import cosine, warm_up
-from dalle_jax.train.cell_orders import mixed_orders, random_share
+from dalle_jax.train.cell_orders import mixed_orders
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 from dalle_jax.train.progressive_stage import ProgressiveStage, progressive_run, sample_stages
 
@@ -73,7 +73,7 @@ class Numbered:
     def random_share(self, step):
         """Share of images in a random order at a step."""
         first, last = self.numbers.first_random, self.numbers.last_random
-        return last + (first - last) * random_share(step / self.run.loop.steps)
+        return last + (first - last) * super().random_share(step)
 
 
 class Progressive(Numbered, ProgressiveStage):
@@ -128,10 +128,6 @@ class Autoregressive(Numbered, PriorStage):
 
 class Ordered(Autoregressive):
     """The autoregressive prior whose order is annealed, or is always raster order."""
-
-    def _cells(self, key, batch, step):
-        shape = (len(batch["codes"]), self.config.image_length)
-        return mixed_orders(key, shape, self.random_share(step))
 
 
 def schedule(run: PriorRun, numbers: Numbers) -> optax.Schedule:

@@ -16,10 +16,10 @@ device after the last update. Several processes can run `train` with one file an
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Union
 
 import jax
 import jax.numpy as jnp
@@ -98,20 +98,23 @@ class Table:
 def prepare(options: Prepare) -> None:
     """Writes codes, tokens and captions, those of training first."""
     model = dalle_jax.load(options.model)
-    data = PeopleOptions().open(model.px)
+    images, arrays = people(model.px, model.tokenizer)
+    codes, _ = model.codes_and_errors(images)
+    save(options.out, codes=codes.reshape(len(codes), -1).astype(np.int32), **arrays)
+
+
+def people(px: int, tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The images, those of training first, and tokens and captions of all."""
+    data = PeopleOptions().open(px)
     records = [part[i] for part in (data.train, data.validation) for i in range(len(part))]
     captions = [record["captions"][0] for record in records]
-    codes, _ = model.codes_and_errors(np.stack([pixels.decode(x["image"]) for x in records]))
     slots = prior().model.text_length - 1
-    arrays = {
-        "codes": codes.reshape(len(codes), -1).astype(np.int32),
-        "text": model.tokenizer.encode(captions, length=slots),
-        "empty": model.tokenizer.encode([""], length=slots)[0],
+    return np.stack([pixels.decode(record["image"]) for record in records]), {
+        "text": tokenizer.encode(captions, length=slots),
+        "empty": tokenizer.encode([""], length=slots)[0],
         "captions": np.array(captions),
         "seen": np.arange(len(records)) < len(data.train),
     }
-    with atomic.replaced(options.out) as file, open(file, "wb") as stream:
-        np.savez_compressed(stream, **arrays)
 
 
 def training(program: Program, steps: int) -> Callable:
@@ -190,12 +193,12 @@ def epochs(rng: np.random.Generator, images: int, steps: int, batch: int) -> np.
     return np.concatenate(orders)[: steps * batch].reshape(steps, batch).astype(np.int32)
 
 
-def inputs(data, recipes: list[Recipe], steps: int, seeds: int) -> tuple:
+def inputs(data, recipes: list[Recipe], steps: int, seeds: Sequence[int]) -> tuple:
     """Arguments of a program that trains recipes with several seeds."""
     numbers = jax.tree.map(lambda *x: jnp.array(x, jnp.float32), *(x.numbers for x in recipes))
     seen = int(data["seen"].sum())
-    shown, dropped = zip(*(batches(seed, seen, steps) for seed in range(seeds)), strict=True)
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    shown, dropped = zip(*(batches(seed, seen, steps) for seed in seeds), strict=True)
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
     arrays = (jnp.asarray(data[name]) for name in ("text", "codes", "empty"))
     return numbers, keys, jnp.stack(shown), jnp.stack(dropped), *arrays
 
@@ -204,7 +207,7 @@ def measure(options: Measure) -> None:
     """Measures the programs in turns, so that other work on the machine slows all of them."""
     data, steps, compiled = load(options.data), options.updates, {}
     for name, program in PROGRAMS.items():
-        args = inputs(data, [Recipe(name)], steps, 1)
+        args = inputs(data, [Recipe(name)], steps, range(1))
         compiled[name] = program.lower(training(program, steps), *args).compile(), args
     seconds = {name: [] for name in compiled}
     for turn in range(options.rounds + 1):  # the first one warms up
@@ -227,7 +230,7 @@ def train(options: Train) -> None:
         if not names:
             continue
         steps = round(options.updates / ratios.get(name, 1))
-        args = inputs(data, [RECIPES[x] for x in names], steps, options.seeds)
+        args = inputs(data, [RECIPES[x] for x in names], steps, range(options.seeds))
         function = program.lower(training(program, steps), *args).compile()
         start = time.perf_counter()
         params = jax.block_until_ready(function(*args))
@@ -245,10 +248,7 @@ def train(options: Train) -> None:
         judged = {kind: judge(args[0], params[kind], *truth.inputs) for kind in params}
         for i, recipe in enumerate(names):
             found = {kind: truth.compare(*(x[i] for x in judged[kind])) for kind in judged}
-            line = json.dumps({"recipe": recipe} | same | found)
-            print(line, flush=True)
-            with open(options.out, "a") as file:
-                file.write(line + "\n")
+            add(options.out, {"recipe": recipe} | same | found)
 
 
 class Truth:
@@ -292,10 +292,23 @@ def share_right(sampled: np.ndarray, true: np.ndarray, own: np.ndarray) -> np.nd
     return (apart.argmin(axis=1).reshape(own.shape) == own).mean(axis=1)
 
 
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """Writes what `load` reads."""
+    with atomic.replaced(path) as file, open(file, "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+
+
 def load(path: Path) -> dict[str, np.ndarray]:
     """Arrays of `prepare`."""
     with np.load(path) as file:
         return dict(file)
+
+
+def add(path: Path, line: dict) -> None:
+    """Prints a line and adds it to a file."""
+    print(json.dumps(line), flush=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[dict]:
@@ -323,17 +336,19 @@ def _seeds(values: list[float], measure: str) -> str:
     return f"{form.format(np.mean(values))} ({each})"
 
 
-if __name__ == "__main__":
+def run_command(commands: dict[type, Callable], description: str) -> None:
+    """Runs the command that the command line names; each has the name of its function."""
     sys.path.remove(str(Path(__file__).parent))  # or emoji.py there would hide the package `emoji`
     show_log_lines()
     reuse_freed_memory()
     enable_compilation_cache()
-    choices = {Prepare: prepare, Measure: measure, Train: train, Table: table}
-    chosen = tyro.cli(
-        Annotated[Prepare, tyro.conf.subcommand("prepare", prefix_name=False)]
-        | Annotated[Measure, tyro.conf.subcommand("measure", prefix_name=False)]
-        | Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
-        | Annotated[Table, tyro.conf.subcommand("table", prefix_name=False)],
-        description=__doc__,
-    )
-    choices[type(chosen)](chosen)
+    parsers = [
+        Annotated[options, tyro.conf.subcommand(function.__name__, prefix_name=False)]
+        for options, function in commands.items()
+    ]
+    chosen = tyro.cli(Union[tuple(parsers)], description=description)  # noqa: UP007
+    commands[type(chosen)](chosen)
+
+
+if __name__ == "__main__":
+    run_command({Prepare: prepare, Measure: measure, Train: train, Table: table}, __doc__)

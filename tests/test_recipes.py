@@ -93,7 +93,7 @@ def data(**changes):
 def test_the_base_trains_as_the_product_does_beside_other_recipes_and_seeds():
     steps, program = 8, PROGRAMS["progressive"]
     chosen = [RECIPES["muon-0.003"], RECIPES["base"]]
-    args = recipes.inputs(data(), chosen, steps, 2)
+    args = recipes.inputs(data(), chosen, steps, range(2))
     found = program.lower(recipes.training(program, steps), *args).compile()(*args)
     s = ProgressiveStage(program.run(steps), **NOTHING)
     state, step = init_state(s, args[1][1]), make_train_step(s, ema_every=5, ema_decay=0.98)

@@ -250,8 +250,12 @@ class PriorStage(Stage):
 
     def _cells(self, key, batch, step):
         """Cells of each image, in the order in which they are learned."""
-        share = random_share(step / self.run.loop.steps)
-        return mixed_orders(key, (len(batch["codes"]), self.config.image_length), share)
+        shape = (len(batch["codes"]), self.config.image_length)
+        return mixed_orders(key, shape, self.random_share(step))
+
+    def random_share(self, step):
+        """Share of images in a random order at a step."""
+        return random_share(step / self.run.loop.steps)
 
     def _loss(self, params, batch, scales=None, cells=None):
         text, codes = batch["text"], batch["codes"].reshape(len(batch["codes"]), -1)
