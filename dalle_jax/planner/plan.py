@@ -24,7 +24,6 @@ from dalle_jax.parallel.mesh import DATA, FSDP, TENSOR
 from dalle_jax.parallel.powersgd import PowerSGDConfig
 from dalle_jax.parallel.sharding_rules import shardings
 from dalle_jax.planner.collectives import Collective
-from dalle_jax.precision.formats import has_16_bits
 from dalle_jax.train import state as state_lib
 from dalle_jax.train.prior_stage import PriorRun, PriorStage
 
@@ -98,7 +97,8 @@ def bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int]:
     inside = image_bytes(shallow, run) - image_bytes(shallow, run, remat=True)
     layer = _kernel_sizes(state.params["layers"]) // run.model.depth // mesh[TENSOR]
     heads = _kernel_sizes(state.params["head"]) // mesh[TENSOR]
-    number, gradient = (jnp.dtype(x).itemsize for x in (run.precision, run.grad_dtype))
+    number = jnp.dtype(run.precision).itemsize
+    gradient = min(jnp.dtype(x).itemsize for x in (run.grad_dtype, run.kernels))
     if mesh[FSDP] > 1:
         whole = layer * (2 * number + gradient) + 2 * heads * 4
     else:
@@ -123,26 +123,9 @@ def paper_bytes_per_device(run: PriorRun, mesh: dict[str, int]) -> dict[str, int
 
     Source: Ramesh et al. 2021, section 2.4 and appendices D and E.
     """
-    if run.precision == "bfloat16":
-        run = dataclasses.replace(run, grad_dtype="bfloat16")
-    ours = bytes_per_device(run, mesh)
-    params = state_shapes(run).params
-    places = shardings(params, AbstractMesh(tuple(mesh.values()), tuple(mesh)), PriorStage.rules)
-    parts = [
-        (_part_bytes(leaf, place) // leaf.dtype.itemsize, has_16_bits(path))
-        for (path, leaf), place in zip(
-            jax.tree.leaves_with_path(params), jax.tree.leaves(places), strict=True
-        )
-    ]
-    small = sum(numbers for numbers, is_kernel in parts if is_kernel)
-    large = sum(numbers for numbers, is_kernel in parts if not is_kernel)
-    sizes = {
-        "weights": 2 * small + 4 * large,
-        "gradients": 2 * small + 4 * large,
-        "moments": 4 * small + 8 * large,
-        "ema": 0,
-    } | {name: ours[name] for name in ("kept", "recomputed", "gathered")}
-    return sizes | {"total": sum(sizes.values())}
+    loop = dataclasses.replace(run.loop, ema_on_host=True)
+    formats = {"precision": "float16", "kernels": "float16", "moments": "16-bit"}
+    return bytes_per_device(dataclasses.replace(run, loop=loop, **formats), mesh)
 
 
 def images_per_device(run: PriorRun, mesh: dict[str, int]) -> int:
