@@ -78,7 +78,10 @@ class AutoregressivePrior(PriorTransformer):
         config = self.config
         check_lengths(config, text, codes)
         if cells is not None and config.order == "raster":
-            raise ValueError("got an order of the cells, but a prior of order raster knows but one")
+            raise ValueError(
+                "got an order of the cells, but a prior with order raster predicts them row by "
+                "row; leave cells out, or choose order annealed"
+            )
         image = self._embed_image(codes, cells)
         x = jnp.concatenate([self.embed_text(text), image], axis=1)  # B T D
         sizes = {"text_length": config.text_length, "grid": config.grid, "kernel": config.kernel}

@@ -195,7 +195,7 @@ def test_in_any_order_a_code_follows_from_those_before_it_and_from_its_cell():
 
 def test_an_order_is_refused_where_it_means_nothing():
     text, codes = _batch(TINY, 1)
-    with pytest.raises(ValueError, match="a prior of order raster knows but one"):
+    with pytest.raises(ValueError, match="a prior with order raster predicts them row by row"):
         AutoregressivePrior(TINY).apply(
             {"params": _parameters(TINY)}, text, codes, cells=jnp.arange(9)[None]
         )
