@@ -240,7 +240,7 @@ def paired_distance(first: np.ndarray, second: np.ndarray) -> float:
     an image with itself is: this keeps the estimate unbiased.
     """
     kernel = [
-        distances._kernel_sum(x.astype(float), y.astype(float), same=True)
+        distances.kernel_sum(x.astype(float), y.astype(float), same=True)
         for x, y in ((first, first), (second, second), (first, second))
     ]
     return float((kernel[0] + kernel[1] - 2 * kernel[2]) / (len(first) * (len(first) - 1)))

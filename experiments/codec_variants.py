@@ -134,7 +134,7 @@ class Unit(Codec):
         def features(x):
             return unit(self._apply(params, x, "encode"))
 
-        centres, _ = codebook_init._clusters(
+        centres, _ = codebook_init.clusters(
             jax.random.key(self.run.loop.seed),
             lambda images: features(vqgan.preprocess(images)),
             self.run.model.codes,

@@ -12,19 +12,16 @@ revision and guidance, and an image of the mean orders of training beside it.
 import dataclasses
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from people import PeopleOptions, prior
+from recipes import nearest, run_command
 
 import dalle_jax
-from dalle_jax.compilation_cache import enable_compilation_cache
 from dalle_jax.data.emoji import PeopleSource
 from dalle_jax.evaluate.distances import kernel_distance
 from dalle_jax.evaluate.features import efficientnet_network
@@ -32,9 +29,7 @@ from dalle_jax.generate.code_sampler import sample_codes
 from dalle_jax.generate.model import Model
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image import pixels
-from dalle_jax.malloc import reuse_freed_memory
 from dalle_jax.models.progressive_prior import ProgressivePrior
-from dalle_jax.terminal import show_log_lines
 from dalle_jax.train.cell_orders import order_ranks, order_scores
 from dalle_jax.train.log import read_metrics
 from dalle_jax.train.progressive_stage import progressive_run
@@ -152,12 +147,8 @@ class Truth:
 
     def compare(self, images) -> dict[str, float]:
         """Shares that are right, and how far off they are."""
-        flat = images.reshape(len(images), -1).astype(np.float64)
-        true = self.all.reshape(len(self.all), -1).astype(np.float64)
-        apart = (flat**2).sum(1)[:, None] + (true**2).sum(1)[None] - 2 * flat @ true.T
-        apart /= flat.shape[1]
-        nearest = apart.argmin(axis=1)
-        right, tone = nearest == self.own, self.tones[nearest] == self.tones[self.own]
+        found = nearest(*(x.reshape(len(x), -1).astype(np.float64) for x in (images, self.all)))
+        right, tone = found == self.own, self.tones[found] == self.tones[self.own]
         decibels, _ = pixels.decibels(self.all[self.own], images)
         kid = kernel_distance(self._network(images)[0], self._features)
         return {
@@ -244,13 +235,4 @@ def _short(value) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).parent))  # or emoji.py there would hide the package `emoji`
-    show_log_lines()
-    reuse_freed_memory()
-    enable_compilation_cache()
-    chosen = tyro.cli(
-        Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
-        | Annotated[Draw, tyro.conf.subcommand("draw", prefix_name=False)],
-        description=__doc__,
-    )
-    (train if isinstance(chosen, Train) else draw)(chosen)
+    run_command({Train: train, Draw: draw}, __doc__)

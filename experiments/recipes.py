@@ -288,8 +288,13 @@ def share_right(sampled: np.ndarray, true: np.ndarray, own: np.ndarray) -> np.nd
 
     Pixels are float32 [images, pixels]; `own` is what `to_sample` gives.
     """
-    apart = (true**2).sum(1)[None] - 2 * sampled @ true.T  # and the same for all
-    return (apart.argmin(axis=1).reshape(own.shape) == own).mean(axis=1)
+    return (nearest(sampled, true).reshape(own.shape) == own).mean(axis=1)
+
+
+def nearest(images: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Index of the true image [N, pixels] that is nearest to each image [B, pixels]."""
+    apart = (true**2).sum(1)[None] - 2 * images @ true.T  # and the square of the image for all
+    return apart.argmin(axis=1)
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:

@@ -89,8 +89,8 @@ def kernel_distance(first: Features, second: Others) -> float:
 
     Source: Binkowski et al. 2018.
     """
-    within = [_kernel_sum(x, x, same=True) / (len(x) * (len(x) - 1)) for x in (first, second)]
-    between = _kernel_sum(first, second, same=False) / (len(first) * len(second))
+    within = [kernel_sum(x, x, same=True) / (len(x) * (len(x) - 1)) for x in (first, second)]
+    between = kernel_sum(first, second, same=False) / (len(first) * len(second))
     return float(sum(within) - 2 * between)
 
 
@@ -135,8 +135,10 @@ def kernel_distance_and_error(
     return kernel_distance(first, second), error
 
 
-def _kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
-    """Sum of the kernel over all pairs; if x is y, over those of two different images."""
+def kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
+    """Sum of the kernel over all pairs of rows, x [N, D] and y [M, D]; without pairs of an image
+    with itself, those of equal index, if both are of the same images.
+    """
     total = 0.0
     for i, rows in _blocks(x):
         for j, columns in _blocks(y):

@@ -50,7 +50,7 @@ def kmeans_init(
     def features(x):
         return shown.apply(encoder, dvae.preprocess(x), method="encode")
 
-    centres, distance = _clusters(key_centres, features, config.codes, images)
+    centres, distance = clusters(key_centres, features, config.codes, images)
     s = SHARPNESS / distance
     output = {"kernel": 2 * s * centres.T[None, None], "bias": -s * jnp.square(centres).sum(-1)}
     table = {**params["decoder"]["input"], "kernel": _spread(key_rotation, centres, config)}
@@ -71,11 +71,11 @@ def kmeans_codebook(
     def features(x):
         return VQGAN(config).apply({"params": params}, vqgan.preprocess(x), method="encode")
 
-    centres, _ = _clusters(key, features, config.codes, images)
+    centres, _ = clusters(key, features, config.codes, images)
     return {**params, "quantize": {"embedding": centres}}
 
 
-def _clusters(key, features: Callable, codes: int, images):
+def clusters(key, features: Callable, codes: int, images):
     """Centres of the clusters of all cells, and their mean squared distance in the last round."""
     cells = _different_cells(features, images)
     if len(cells) < codes:
