@@ -854,8 +854,8 @@ MUTANTS = [
     Mutant(
         "nats-by-pictures",
         "evaluate/likelihood.py",
-        "(text * tokens)[where].sum() / tokens[where].sum()",
-        "text[where].mean()",
+        "(text * tokens).sum() / tokens.sum()",
+        "text.mean()",
         "evaluate/test_report.py",
     ),
 ]

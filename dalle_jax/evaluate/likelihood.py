@@ -5,6 +5,7 @@ Letters: B images, R pixel side, G grid side, P text positions, I image position
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import numpy as np
 from dalle_jax.evaluate.image_sets import BATCH, ImageBatch
 from dalle_jax.generate.model import Model
 from dalle_jax.image.pixels import decibels
-from dalle_jax.losses import prior_loss
+from dalle_jax.losses import cross_entropy, prior_loss
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
 from dalle_jax.models.codec import code_use
 from dalle_jax.models.prior_config import PriorConfig
+from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior
 
 
 def codec_quality(model: Model, batches: Iterable[ImageBatch]) -> dict[str, float | int]:
@@ -45,20 +47,29 @@ def codec_quality(model: Model, batches: Iterable[ImageBatch]) -> dict[str, floa
 
 
 def prior_nats(
-    model: Model, batches: Iterable[ImageBatch], captions: Sequence[str], families: Sequence[str]
+    model: Model,
+    part: Literal["prior", "progressive"],
+    batches: Iterable[ImageBatch],
+    captions: Sequence[str],
+    families: Sequence[str],
 ) -> dict[str, dict[str, float | int]]:
-    """Measures how likely the prior finds true captions and the codes of their images.
+    """Measures how likely a prior finds true captions and the codes of their images.
+
+    The progressive prior predicts one code a stage here, in raster order, as the autoregressive one
+    does; it knows nothing of how likely captions are.
 
     Args:
-      model: has an autoregressive prior.
+      model: has that prior.
+      part: which prior.
       batches: the true image of each caption.
       captions: one of each image; those too long for the model are cut.
       families: kind of each.
     Returns:
-      "text_nats" and "image_nats" per token for "all" and, if there are several, each family.
-    Source: Ramesh et al. 2021, section 2.2.
+      "image_nats" per code and, of the autoregressive prior, "text_nats" per token, for "all" and,
+      if there are several, each family.
+    Source: Ramesh et al. 2021, section 2.2; of the progressive prior ours.
     """
-    config, params = model.priors["prior"]
+    config, params = model.priors[part]
     rows, nats = [], []
     for batch in batches:
         texts = model.tokenizer.encode(
@@ -71,29 +82,34 @@ def prior_nats(
         measured = _nats(config, params, texts[filled], codes[filled])
         rows.extend(batch.rows)
         nats.append(np.stack(measured, axis=1)[: len(batch.rows)])
-    text, image, tokens = np.concatenate(nats).astype(float).T
+    image, *of_text = np.concatenate(nats).astype(float).T
     kinds = np.asarray([families[row] for row in rows])
     chosen = {"all": np.ones(len(rows), bool)}
     if len(set(families)) > 1:
         chosen |= {family: kinds == family for family in sorted(set(families))}
-    return {
-        family: {
-            "captions": int(where.sum()),
-            "image_nats": float(image[where].mean()),
-            "text_nats": float((text * tokens)[where].sum() / tokens[where].sum()),
-        }
-        for family, where in chosen.items()
-    }
+
+    def means(where):
+        found = {"captions": int(where.sum()), "image_nats": float(image[where].mean())}
+        if of_text:
+            text, tokens = (x[where] for x in of_text)
+            found["text_nats"] = float((text * tokens).sum() / tokens.sum())
+        return found
+
+    return {family: means(where) for family, where in chosen.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(config: PriorConfig, params, texts, codes):
-    """Nats per text token, per image token, and text tokens, of each example by itself."""
+def _nats(config: PriorConfig | ProgressiveConfig, params, texts, codes):
+    """Nats per code of each example by itself; those per text token, if any, and its tokens."""
+    if isinstance(config, ProgressiveConfig):
+        stage = jnp.broadcast_to(jnp.arange(config.image_length), codes.shape)
+        logits = ProgressivePrior(config).apply({"params": params}, texts, codes, stage)
+        return (cross_entropy(logits, codes).mean(axis=1),)
     text_logits, image_logits = AutoregressivePrior(config).apply({"params": params}, texts, codes)
 
     def one(*example):
         _, metrics = prior_loss(*(field[None] for field in example))
-        return metrics["text_nats"], metrics["image_nats"]
+        return metrics["image_nats"], metrics["text_nats"]
 
-    text, image = jax.vmap(one)(text_logits, image_logits, texts, codes)
-    return text, image, jnp.sum(texts < text_logits.shape[-1], axis=1)
+    image, text = jax.vmap(one)(text_logits, image_logits, texts, codes)
+    return image, text, jnp.sum(texts < text_logits.shape[-1], axis=1)

@@ -40,6 +40,7 @@ from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.sheet import contact_sheet
 
 SHEET_CAPTIONS = 12
+PRIORS = {"prior": "Autoregressive prior", "progressive": "Progressive prior"}
 
 
 def evaluate(
@@ -131,16 +132,17 @@ def evaluate(
             ),
             _samples(small, truth, reconstructed, samples),
         ]
-        if "prior" in model.priors:  # the progressive one has no fixed order of codes
-            nats = prior_nats(model, truth, small.captions, small.families)
-            sections.append(
-                Section(
-                    key="prior",
-                    title="Prior",
-                    note="Nats per token on the true captions and images.",
-                    rows=[{"family": family} | row for family, row in nats.items()],
+        for part, title in PRIORS.items():
+            if part in model.priors:
+                nats = prior_nats(model, part, truth, small.captions, small.families)
+                sections.append(
+                    Section(
+                        key=part,
+                        title=title,
+                        note="Nats per token on the true captions and images, in raster order.",
+                        rows=[{"family": family} | row for family, row in nats.items()],
+                    )
                 )
-            )
         if "blur" in chosen:
             sections.append(
                 Section(

@@ -30,6 +30,7 @@ from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.pixels import encode_png
 from dalle_jax.losses import prior_loss
 from dalle_jax.models.autoregressive_prior import AutoregressivePrior
+from dalle_jax.models.progressive_prior import ProgressivePrior
 
 CAPTIONS = ("red apple", "blue heart", "crying cat", "green apple", "a cat", "apple")
 CONFIG = EvaluationConfig(
@@ -270,7 +271,7 @@ def test_the_best_of_n_is_the_highest_scored_of_the_first():
 
 def test_likelihood_equals_what_training_measures(model, suite):
     batches = list(real_images(suite, suite.truth, tiny.PX))
-    nats = prior_nats(model, batches, CAPTIONS, suite.families)
+    nats = prior_nats(model, "prior", batches, CAPTIONS, suite.families)
     assert list(nats) == ["all", "animal", "fruit", "sign"]
     counts = [nats[family]["captions"] for family in nats]
     assert counts == [6, 2, 3, 1]
@@ -285,6 +286,22 @@ def test_likelihood_equals_what_training_measures(model, suite):
     _, expected = prior_loss(*logits, text, codes)
     for name in ("text_nats", "image_nats"):
         assert nats["all"][name] == pytest.approx(float(expected[name]), rel=1e-5)
+
+
+def test_a_progressive_priors_likelihood_is_that_of_one_code_a_stage(suite):
+    model = tiny.model(prior=None, prior_params=None, **tiny.progressive_parts())
+    batches = real_images(suite, suite.truth, tiny.PX)
+    nats = prior_nats(model, "progressive", batches, CAPTIONS, suite.families)
+    assert nats["fruit"].keys() == {"captions", "image_nats"}
+
+    text = jnp.asarray(model.tokenizer.encode(CAPTIONS, length=63))
+    codes = model.encode(random_images(6)).reshape(6, -1)
+    config, params = model.priors["progressive"]
+    stage = jnp.tile(jnp.arange(16), (6, 1))
+    apply = jax.jit(ProgressivePrior(config).apply)
+    log_p = np.asarray(jax.nn.log_softmax(apply({"params": params}, text, codes, stage)))
+    chosen = [log_p[i, cell, code] for i in range(6) for cell, code in enumerate(codes[i])]
+    assert nats["all"]["image_nats"] == pytest.approx(-np.mean(chosen), rel=1e-5)
 
 
 def test_codec_quality_counts_codes_and_decibels(model, suite):
