@@ -1,5 +1,7 @@
 """Convolution and max-pool against XLA's, whose gradients come from automatic differentiation."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,13 @@ from dalle_jax.models.convolution import convolve, kernel_gradient, max_pool
 def plain(x, kernel):
     dimensions = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradients(f, dy, *inputs):
+    """What f gives, and gradients of its inputs from that of its output."""
+    y, gradients = jax.vjp(f, *inputs)
+    return y, gradients(dy)
 
 
 def drawn(key, side, channels, features, shape=(2, 6, 5)):
@@ -26,23 +35,24 @@ def drawn(key, side, channels, features, shape=(2, 6, 5)):
 @pytest.mark.parametrize(("channels", "features"), [(3, 8), (8, 3), (4, 4)])
 def test_output_and_gradients_equal_the_plain_convolutions(key, side, channels, features):
     x, kernel, dy = drawn(key, side, channels, features)
-    y, gradients = jax.vjp(convolve, x, kernel)
-    expected, expected_gradients = jax.vjp(plain, x, kernel)
+    y, gradients = with_gradients(convolve, dy, x, kernel)
+    expected, expected_gradients = with_gradients(plain, dy, x, kernel)
     chex.assert_trees_all_equal(y, expected)
-    chex.assert_trees_all_close(gradients(dy), expected_gradients(dy), rtol=1e-5, atol=2e-5)
+    chex.assert_trees_all_close(gradients, expected_gradients, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("channels", "features"), [(3, 8), (8, 3)])
 def test_kernel_gradient_as_products_equals_xlas_on_every_backend(key, channels, features):
     x, kernel, dy = drawn(key, 3, channels, features)
-    expected = jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](dy)[0]
-    chex.assert_trees_all_close(kernel_gradient(x, dy, side=3), expected, rtol=1e-5, atol=2e-5)
+    _, (_, expected) = with_gradients(plain, dy, x, kernel)
+    found = jax.jit(partial(kernel_gradient, side=3))(x, dy)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_an_image_smaller_than_the_kernel_has_the_same_gradient(key):
     x, kernel, dy = drawn(key, 7, 3, 4, shape=(2, 2, 1))
-    expected = jax.vjp(plain, x, kernel)[1](dy)
-    chex.assert_trees_all_close(jax.vjp(convolve, x, kernel)[1](dy), expected, rtol=1e-5, atol=2e-5)
+    found, expected = (with_gradients(f, dy, x, kernel)[1] for f in (convolve, plain))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_only_a_cpu_makes_the_kernel_gradient_of_matrix_products(key):
@@ -67,9 +77,8 @@ def test_max_pool_and_its_gradient_equal_a_windows_greatest(key):
             x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding="VALID"
         )
 
-    y, gradient = jax.vjp(max_pool, x)
-    expected, expected_gradient = jax.vjp(windows, x)
-    chex.assert_trees_all_equal((y, gradient(dy)), (expected, expected_gradient(dy)))
+    found, expected = (with_gradients(f, dy, x) for f in (max_pool, windows))
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_of_equal_pixels_one_gets_the_gradient():

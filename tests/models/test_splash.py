@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +21,16 @@ def test_splash_equals_dense_attention_and_so_do_its_gradients(kind):
     query, key, value, weight = jnp.asarray(rng.normal(size=shape), jnp.float32)
     mask = attention_mask(kind, **SIZES)
 
-    def of_splash(*qkv):
-        return (splash(*qkv, kind=kind, **SIZES, interpret=True) * weight).sum()
+    def gradients(attend):
+        def weighted(*qkv):
+            seen = attend(*qkv)
+            return (seen * weight).sum(), seen
 
-    def of_dense(*qkv):
-        return (dense(*qkv, mask=mask) * weight).sum()
+        return jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(query, key, value)
 
-    seen = splash(query, key, value, kind=kind, **SIZES, interpret=True)
-    assert_allclose(seen, dense(query, key, value, mask=mask), atol=2e-6)
-    found = jax.grad(of_splash, argnums=(0, 1, 2))(query, key, value)
-    wanted = jax.grad(of_dense, argnums=(0, 1, 2))(query, key, value)
+    found, seen = gradients(partial(splash, kind=kind, **SIZES, interpret=True))
+    wanted, expected = gradients(partial(dense, mask=mask))
+    assert_allclose(seen, expected, atol=2e-6)
     for gradient, true in zip(found, wanted, strict=True):
         assert_allclose(gradient, true, atol=1e-5)
 

@@ -1,7 +1,7 @@
 """The VQ-GAN: published sizes, the release's conventions, and its quantiser written out."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -40,6 +40,16 @@ def shapes(config, px):
     return jax.eval_shape(VQGAN(config).init, key, image)["params"]
 
 
+@cache
+def drawn(config):
+    return jax.jit(partial(init_params, config))
+
+
+@cache
+def apply(config, method):
+    return jax.jit(partial(VQGAN(config).apply, method=method))
+
+
 def names(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in tree}
 
@@ -74,12 +84,11 @@ def test_wavelets_are_sums_and_differences_of_the_pixels_of_a_square():
 def test_a_network_with_wavelets_sees_the_means_of_squares_and_makes_both_sides_twice_as_long():
     config = dataclasses.replace(SMALL, wavelets=True)
     assert config.factor == 2 * SMALL.factor
-    params = init_params(config, jax.random.key(0))
+    params = drawn(config)(jax.random.key(0))
     small = jnp.asarray(np.random.RandomState(0).uniform(-1, 1, (1, 4, 4, 3)), jnp.float32)
     large = small.repeat(2, axis=1).repeat(2, axis=2)
     z, wanted = (
-        VQGAN(c).apply({"params": params}, x, method="encode")
-        for c, x in ((config, large), (SMALL, small))
+        apply(c, "encode")({"params": params}, x) for c, x in ((config, large), (SMALL, small))
     )
     np.testing.assert_allclose(z, wanted, atol=1e-6)
     codes = jnp.zeros((1, 4, 4), int)
@@ -91,11 +100,11 @@ def test_a_network_with_wavelets_sees_the_means_of_squares_and_makes_both_sides_
 def test_patches_multiply_the_factor(key):
     config = dataclasses.replace(SMALL, patch=2)
     assert config.factor == 4
-    params = init_params(config, key)
-    images = jax.random.randint(key, (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
-    codes, _ = codes_and_errors(config, params, images)
+    params = jax.eval_shape(drawn(config), key)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.uint8)
+    codes, _ = jax.eval_shape(partial(codes_and_errors, config), params, images)
     chex.assert_shape(codes, (2, 2, 2))
-    chex.assert_shape(decode(config, params, codes), (2, 8, 8, 3))
+    chex.assert_shape(jax.eval_shape(partial(decode, config), params, codes), (2, 8, 8, 3))
 
 
 def test_parameters_have_the_releases_names():
@@ -175,10 +184,10 @@ def test_gradients_pass_straight_through_to_the_features():
 
 
 def test_codes_come_with_their_squared_distance_in_float16(key):
-    params = jax.jit(lambda key: init_params(SMALL, key))(key)
+    params = drawn(SMALL)(key)
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     codes, errors = jax.jit(codes_and_errors, static_argnums=0)(SMALL, params, images)
-    z = VQGAN(SMALL).apply({"params": params}, jnp.asarray(images) / 127.5 - 1, method="encode")
+    z = apply(SMALL, "encode")({"params": params}, np.float32(images) / 127.5 - 1)
     table = np.asarray(params["quantize"]["embedding"])
     all_distances = np.square(np.asarray(z)[..., None, :] - table).sum(-1)
     chex.assert_shape((codes, errors), (2, 4, 4))
@@ -188,12 +197,10 @@ def test_codes_come_with_their_squared_distance_in_float16(key):
 
 
 def test_decoding_codes_equals_decoding_their_entries(key):
-    params = jax.jit(lambda key: init_params(SMALL, key))(key)
+    params = drawn(SMALL)(key)
     codes = jnp.arange(4).reshape(1, 2, 2)
     entries = params["quantize"]["embedding"][codes]
-    of_codes, of_entries = (
-        VQGAN(SMALL).apply({"params": params}, z, method="decode") for z in (codes, entries)
-    )
+    of_codes, of_entries = (apply(SMALL, "decode")({"params": params}, z) for z in (codes, entries))
     chex.assert_shape(of_codes, (1, 4, 4, 3))
     chex.assert_trees_all_equal(of_codes, of_entries)
 

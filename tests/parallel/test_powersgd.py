@@ -57,30 +57,35 @@ def drawn(seed):
 
 def begun(config, shards=1, error_seed=None):
     """States of M members: without errors, or with some."""
-    state = powersgd.init(parameters(), config=config, shards=shards)
+    state = jax.jit(lambda: powersgd.init(parameters(), config=config, shards=shards))()
     error = {path: np.zeros((M, *e.shape), "f") for path, e in state.error.items()}
     if error_seed is not None:
         error = kernels_of(drawn(error_seed))
     if config.low_precision:
-        error = powersgd.stored_error(jax.tree.map(jnp.asarray, error), config)
+        error = jax.jit(powersgd.stored_error, static_argnums=1)(error, config)
     return state.replace(error=error)
 
 
+@functools.cache
 def mapped_reduce(config, shards=1):
     """For all members at once; fails unless what it says is the same for all of them is so."""
-    return jax.vmap(
-        functools.partial(powersgd.reduce, config=config, axis_name="data", shards=shards),
-        in_axes=(0, PowerSGDState(error=0, q=None)),
-        out_axes=(None, PowerSGDState(error=0, q=None), None, None),
-        axis_name="data",
+    return jax.jit(
+        jax.vmap(
+            functools.partial(powersgd.reduce, config=config, axis_name="data", shards=shards),
+            in_axes=(0, PowerSGDState(error=0, q=None)),
+            out_axes=(None, PowerSGDState(error=0, q=None), None, None),
+            axis_name="data",
+        )
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "shards"))
 def reduce(grads, state, *, config, shards=1):
     """Means, error buffers in float32, norm and flag."""
     means, state, norm, finite = mapped_reduce(config, shards)(grads, state)
-    return means, powersgd.read_error(state.error, config), norm, finite
+    return means, read_error(state.error, config), norm, finite
+
+
+read_error = jax.jit(powersgd.read_error, static_argnums=1)
 
 
 def kernels_of(tree):

@@ -29,6 +29,7 @@ NORMS = 4 * D * L + 2 * D
 TABLES = (40 + 7 + 7 + 32 + 4 + 4) * D
 STARTS = 2 * D
 HEADS = D * (40 + 32)
+ONE_KIND = PriorConfig(**SIZES, attention="dense")  # of layers: compiles in a third
 
 
 def run(**changes):
@@ -105,7 +106,7 @@ def test_the_papers_formats_take_two_bytes_for_each_number_of_a_kernel():
 def test_what_a_run_stores_in_16_bits_or_on_the_host_is_counted_so():
     stored = {"precision": "float16", "kernels": "float16", "moments": "16-bit"}
     loop = dataclasses.replace(run().loop, ema_on_host=True)
-    one = run(**stored, loop=loop, batch_size=1, scan_layers=False)
+    one = run(**stored, loop=loop, batch_size=1, model=ONE_KIND)
     found = compiled_step.compiled_for(one, jax.devices()[:1])
     held = plan.bytes_per_device(one, {"data": 1, "fsdp": 1, "tensor": 1})
     state, batch = held["weights"] + held["moments"], 4 * (7 + 16)
@@ -138,7 +139,7 @@ def test_a_batch_that_does_not_go_around_is_refused():
 
 
 def test_the_update_is_compiled_for_the_devices_that_are_given():
-    one = run(batch_size=1, precision="float32", scan_layers=False)
+    one = run(batch_size=1, precision="float32", model=ONE_KIND)
     found = compiled_step.compiled_for(one, jax.devices()[:1])
     held = plan.bytes_per_device(one, {"data": 1, "fsdp": 1, "tensor": 1})
     state, batch = held["weights"] + held["moments"] + held["ema"], 4 * (7 + 16)

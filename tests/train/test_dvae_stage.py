@@ -42,8 +42,8 @@ def test_defaults_are_the_papers():
 
 def test_loss_is_mean_nll_and_kl_over_the_values_of_a_cell(key):
     paper = stage(dataclasses.replace(DVAERun(), model=SIZES))
-    params = paper.init(key)
-    loss, metrics = paper.loss(params, {"image": jnp.asarray(images())}, key, jnp.int32(5_000))
+    params = jax.jit(paper.init)(key)
+    loss, metrics = jax.jit(paper.loss)(params, {"image": images()}, key, 5_000)
     # 4 x 4 pixels of 3 channels under each cell; at f = 8 this is the paper's 192
     expected = metrics["nll"] + 6.6 / 48 * metrics["kl"]
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
@@ -77,7 +77,7 @@ def test_training_lowers_the_loss_and_repeats(key):
         return jax.tree.map(jnp.add, params, updates), state, value
 
     def run():
-        params = s.init_from_data(s.init(key))
+        params = s.init_from_data(jax.jit(s.init)(key))
         state, values = s.optimizer.init(params), []
         for step in range(30):
             params, state, value = update(params, state, {"image": images()}, step)
@@ -101,15 +101,16 @@ def test_windows_lie_on_the_grid_and_inside_the_image(key):
 
 def test_measurements_count_codes_and_decibels(key):
     s = stage(short())
-    measured = s.evaluate(s.init(key))
+    params = jax.jit(s.init)(key)
+    measured = s.evaluate(params)
     assert 1 <= measured["perplexity"] <= measured["codes"] <= 16
     assert 0 < measured["psnr"] < 30
-    assert s.sheet(s.init(key)).ndim == 3
+    assert s.sheet(params).ndim == 3
 
 
 def test_a_collapsed_codebook_is_named_in_the_log(key, caplog):
     s = stage(short(kmeans_init=False))
-    params = s.init(key)
+    params = jax.jit(s.init)(key)
     output = params["encoder"]["output"]
     params["encoder"]["output"] = output | {"bias": 1e3 * jax.nn.one_hot(3, 16)}
     with caplog.at_level("WARNING"):

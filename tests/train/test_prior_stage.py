@@ -105,9 +105,11 @@ def test_an_annealed_order_is_random_at_first_and_raster_order_at_the_end(tokens
     batch = {"text": jnp.zeros((4, SLOTS), jnp.int32), "codes": jnp.arange(64).reshape(4, 4, 4)}
     raster = np.arange(16)
 
+    keys = jax.random.split(key, 100)
+    cells_of = jax.jit(jax.vmap(lambda k, step: s._cells(k, batch, step), (0, None)))
+
     def in_raster_order(step):
-        of = lambda k: s._cells(k, batch, step)  # noqa: E731
-        cells = np.asarray(jax.vmap(of)(jax.random.split(key, 100)))
+        cells = np.asarray(cells_of(keys, step))
         assert (np.sort(cells, axis=-1) == raster).all()
         return (cells == raster).all(axis=-1).mean()
 

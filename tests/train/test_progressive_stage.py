@@ -28,6 +28,9 @@ SHAPES = jax.eval_shape(partial(init_params, CONFIG), jax.random.key(0))
 PARAMS = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), SHAPES)  # all codes equally likely
 
 
+logits_of = partial(jax.jit(ProgressivePrior(CONFIG).apply), {"params": RANDOM})
+
+
 def stage(validation=(), **changes):
     settings = {"loop": LoopConfig(steps=10), "batch_size": 3, "warmup_steps": 1}
     run = progressive_run(short_prior_run(model=tiny.parts()["prior"]), **(settings | changes))
@@ -52,9 +55,7 @@ def test_the_loss_is_the_mean_nats_of_all_codes_by_their_stages(key):
     loss, metrics = jax.jit(s.loss)(RANDOM, BATCH, key, 0)
     key_order, key_stages = jax.random.split(key)
     stages = sample_stages(key_stages, order_ranks(jax.random.uniform(key_order, (3, 16))))
-    logits = ProgressivePrior(CONFIG).apply(
-        {"params": RANDOM}, BATCH["text"], BATCH["codes"].reshape(3, 16), stages
-    )
+    logits = logits_of(BATCH["text"], BATCH["codes"].reshape(3, 16), stages)
     log_p = np.asarray(jax.nn.log_softmax(logits))
     wanted = -np.mean([log_p[i, j, c] for i in range(3) for j, c in enumerate(CODES[i].ravel())])
     np.testing.assert_allclose([loss, metrics["image_nats"]], wanted, rtol=1e-5)
@@ -66,14 +67,13 @@ def test_the_dynamic_order_takes_the_easiest_codes_first(key):
     s = stage(order="dynamic")
     loss, _ = jax.jit(s.loss)(RANDOM, BATCH, key, 0)
     first = jnp.zeros((3, 16), int)
-    prior = ProgressivePrior(CONFIG)
     codes = BATCH["codes"].reshape(3, 16)
-    logits = prior.apply({"params": RANDOM}, BATCH["text"], codes, first)
+    logits = logits_of(BATCH["text"], codes, first)
     nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), CODES.reshape(3, 16, 1), -1)[
         ..., 0
     ]
     stages = sample_stages(jax.random.split(key)[1], order_ranks(jnp.asarray(nats)))
-    logits = prior.apply({"params": RANDOM}, BATCH["text"], codes, stages)
+    logits = logits_of(BATCH["text"], codes, stages)
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), CODES.reshape(3, 16, 1), -1)
     np.testing.assert_allclose(loss, -log_p.mean(), rtol=1e-4)
 
