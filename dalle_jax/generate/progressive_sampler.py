@@ -141,7 +141,7 @@ def sample_passes(
         codes, cache, grids = _sample_span(
             *(config, params, layers, state, codes, cache, plan),
             **options,
-            order=sampling.order,
+            by_confidence=sampling.order == "confidence",
             n=n,
             length=None if span[0] == last else int(before[span[-1]]) + n,
         )
@@ -191,10 +191,10 @@ def _begin(
     return (noise, key_codes), captions, cache
 
 
-@partial(jax.jit, static_argnames=("config", "order", "n", "length"))
+@partial(jax.jit, static_argnames=("config", "by_confidence", "n", "length"))
 def _sample_span(
     config, params, layers, state, codes, cache, plan, *, temperature, top_k, top_p, guidance,
-    order, n, length,
+    by_confidence, n, length,
 ):  # fmt: skip
     """Samples some stages of at most n cells, in a cache of this length; None for the last one."""
     noise, key_codes = state
@@ -210,14 +210,14 @@ def _sample_span(
         number, at, count, share = plan  # cells in the cache, cells of this stage
         key = jax.vmap(jax.random.fold_in, (0, None))(key_codes, number)
         priority = noise
-        if order == "confidence":
+        if by_confidence:
             all_cells = jnp.broadcast_to(jnp.arange(I)[None], (B, I))
             logits = prior.predict(cache, twice(all_cells), count=at, layers=layers)
             logits = guide(logits, _guidance_at(guidance, share))
             sampled, log_q = sample_logits(logits, key, temperature, top_k, top_p)
             priority = log_q + (1 - share) * noise
         _, cells = jax.lax.top_k(jnp.where(codes == K, priority, -jnp.inf), n)
-        if order == "confidence":
+        if by_confidence:
             new = jnp.take_along_axis(sampled, cells, axis=1)
         else:
             logits = prior.predict(cache, twice(cells), count=at, layers=layers)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle_jax.generate import progressive_sampler
 from dalle_jax.generate.progressive_sampler import cells_filled, sample
 from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.models.progressive_prior import ProgressiveConfig, ProgressivePrior, init_params
@@ -76,6 +77,14 @@ def test_more_stages_than_cells_are_refused():
 
 
 ORDERS = ["dynamic", "confidence", "random", "raster"]
+
+
+def test_new_values_and_another_order_do_not_compile_the_stages_again():
+    draw(order="raster")
+    before = progressive_sampler._sample_span._cache_size()
+    draw(order="random", temperature=0.5, choice_temperature=2.0)
+    draw(order="dynamic", seed=1)
+    assert progressive_sampler._sample_span._cache_size() == before
 
 
 @pytest.mark.parametrize("order", ORDERS)
