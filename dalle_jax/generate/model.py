@@ -216,6 +216,8 @@ class Model(ModelParts):
         part = next((part for part in fitting if part in self.priors), fitting[0])
         if part not in self.priors:
             able = " or ".join(name for part in self.priors for name in DECODERS[part])
+            if "progressive" in self.priors:
+                able += f"; with order raster and stages {self.grid**2} it takes code after code"
             raise ModelError(
                 f"model {self.name!r} has no {sampling.decoder} prior; its decoder is {able}"
             )

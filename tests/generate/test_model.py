@@ -226,6 +226,13 @@ def test_only_kernels_away_from_codes_and_tokens_are_stored_in_bfloat16(saved):
             assert tensor.dtype == ("bfloat16" if rounded else "float32"), name
 
 
+def test_a_model_without_an_autoregressive_prior_says_how_it_takes_code_after_code():
+    alone = tiny.model(prior=None, prior_params=None, **tiny.progressive_parts())
+    said = "has no jacobi prior; its decoder is progressive; with order raster and stages 16 it"
+    with pytest.raises(ModelError, match=said):
+        alone.generate(["red apple"], sampling=SamplingConfig(decoder="jacobi"))
+
+
 def test_dvae_alone_encodes_and_decodes_but_does_not_sample(tmp_path, images):
     alone = tiny.model(prior=None, prior_params=None, tokenizer=None)
     alone.save(tmp_path / "alone")
