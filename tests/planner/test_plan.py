@@ -97,8 +97,9 @@ def test_the_papers_formats_take_two_bytes_for_each_number_of_a_kernel():
     held = plan.paper_bytes_per_device(run(), MESH)
     others = (TABLES + HEADS) // 4 + BIASES + NORMS + STARTS
     assert held["weights"] == held["gradients"] == KERNELS // 4 * 2 + 4 * others
-    moments = KERNELS // 4 * 4 + 8 * others
-    assert moments < held["moments"] < moments + 100  # and counters
+    whole = plan.bytes_per_device(run(), MESH)
+    counters = whole["moments"] - 2 * whole["weights"]
+    assert held["moments"] == KERNELS // 4 * 4 + 8 * others + counters
     assert held["gathered"] == 3 * 12 * D * D * 2 + 2 * HEADS * 4
     assert held["ema"] == 0
 
@@ -106,6 +107,10 @@ def test_the_papers_formats_take_two_bytes_for_each_number_of_a_kernel():
 def test_what_a_run_stores_in_16_bits_or_on_the_host_is_counted_so():
     stored = {"precision": "float16", "kernels": "float16", "moments": "16-bit"}
     loop = dataclasses.replace(run().loop, ema_on_host=True)
+    held = plan.bytes_per_device(run(**stored, loop=loop), MESH)
+    paper = plan.paper_bytes_per_device(run(), MESH)
+    for kind in ("weights", "gradients", "moments", "ema"):
+        assert held[kind] == paper[kind]
     one = run(**stored, loop=loop, batch_size=1, model=ONE_KIND)
     found = compiled_step.compiled_for(one, jax.devices()[:1])
     held = plan.bytes_per_device(one, {"data": 1, "fsdp": 1, "tensor": 1})
