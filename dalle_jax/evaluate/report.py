@@ -40,7 +40,7 @@ from dalle_jax.generate.sampling import SamplingConfig
 from dalle_jax.image.sheet import contact_sheet
 
 SHEET_CAPTIONS = 12
-PRIORS = {"prior": "Autoregressive prior", "progressive": "Progressive prior"}
+PRIOR_TITLES = {"prior": "Autoregressive prior", "progressive": "Progressive prior"}
 
 
 def evaluate(
@@ -132,7 +132,7 @@ def evaluate(
             ),
             _samples(small, truth, reconstructed, samples),
         ]
-        for part, title in PRIORS.items():
+        for part, title in PRIOR_TITLES.items():
             if part in model.priors:
                 nats = prior_nats(model, part, truth, small.captions, small.families)
                 sections.append(
