@@ -78,7 +78,7 @@ def compare(report, label, case, batch):
 def seconds(sample, *inputs):
     """The time of drawing one grid for each key."""
     program = jax.jit(sample).lower(*inputs).compile()
-    return median_time(program, *inputs, seconds=4, least=1, warm=0)
+    return median_time(program, *inputs, seconds=4, least=1)
 
 
 if __name__ == "__main__":
