@@ -331,10 +331,13 @@ def test_bad_requests_are_refused_before_sampling(model, suite, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_reranker_its_study_is_left_out(model, suite, tmp_path):
-    sections = run(model, suite, tmp_path, reranker=None, judge=None, chosen=("rerank",))
-    assert [section.key for section in sections] == [
-        *("request", "distances", "codec", "samples", "prior")
-    ]
+def test_each_prior_has_a_section_and_without_a_reranker_its_study_is_left_out(suite, tmp_path):
+    model = tiny.model(**tiny.progressive_parts())
+    without = {"reranker": None, "judge": None, "chosen": ("rerank",)}
+    sampling = SamplingConfig(decoder="autoregressive")
+    sections = run(model, suite, tmp_path, sampling=sampling, **without)
+    keys = [section.key for section in sections]
+    assert keys == ["request", "distances", "codec", "samples", "prior", "progressive"]
+    assert ["text_nats" in section.rows[0] for section in sections[4:]] == [True, False]
     assert "CLIP score" not in sections[1].rows[0]
     assert studies.RADII == (0, 1, 2, 4, 8)
