@@ -144,7 +144,7 @@ def clip() -> ClipRun:
     return short_clip_run(
         model=CLIPConfig(**image, **text, text_vocabulary=2048, features=128),
         loop=LoopConfig(
-            steps=700, save_every=100, evaluate_every=350, sheet_every=None, ema_decay=0.99
+            steps=2_100, save_every=100, evaluate_every=700, sheet_every=None, ema_decay=0.99
         ),
         optimizer="muon",
     )
