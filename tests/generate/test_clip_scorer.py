@@ -153,13 +153,24 @@ def test_a_config_that_does_not_fit_is_refused(copy):
         Clip.load(copy)
 
 
-def test_the_shipped_clip_tells_colours_apart():
+def test_the_shipped_clip_gives_a_disc_the_caption_of_its_colour():
     clip = Clip.load("emoji")
     y, x = np.mgrid[:64, :64] - 31.5
     disc = (y**2 + x**2 < 28**2)[..., None]
-    red, blue = (
-        np.where(disc, np.uint8(c), np.uint8(255)) for c in ((220, 50, 50), (60, 120, 200))
-    )
-    red_fits, blue_fits = clip.score(["red circle", "blue circle"], np.array([[red, blue]] * 2))
-    assert red_fits[0] > red_fits[1] + 0.2
-    assert blue_fits[1] > blue_fits[0] + 0.2
+    colours = {
+        "red": (220, 50, 50),
+        "orange": (240, 140, 40),
+        "yellow": (250, 200, 60),
+        "green": (110, 170, 80),
+        "blue": (60, 120, 200),
+        "purple": (150, 100, 190),
+        "brown": (140, 90, 60),
+        "black": (40, 40, 45),
+    }
+    discs = np.stack([np.where(disc, np.uint8(c), np.uint8(255)) for c in colours.values()])
+    captions = [f"{name} circle" for name in colours]
+    scores = clip.score(captions, np.stack([discs] * len(captions)))
+    best = [captions[row] for row in np.argmax(scores, axis=0)]
+    assert best == captions
+    others = np.where(np.eye(len(captions), dtype=bool), -np.inf, scores).max(axis=0)
+    assert (np.diag(scores) > others + 0.05).all()
