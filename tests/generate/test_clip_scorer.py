@@ -153,7 +153,7 @@ def test_a_config_that_does_not_fit_is_refused(copy):
         Clip.load(copy)
 
 
-def test_the_shipped_clip_gives_a_disc_the_caption_of_its_colour():
+def test_the_shipped_clip_tells_colours_apart():
     clip = Clip.load("emoji")
     y, x = np.mgrid[:64, :64] - 31.5
     disc = (y**2 + x**2 < 28**2)[..., None]
@@ -174,3 +174,9 @@ def test_the_shipped_clip_gives_a_disc_the_caption_of_its_colour():
     assert best == captions
     others = np.where(np.eye(len(captions), dtype=bool), -np.inf, scores).max(axis=0)
     assert (np.diag(scores) > others + 0.05).all()
+
+    ranked = scores[:-1, :-1]  # "blue circle" would take the black disc
+    assert (ranked.argmax(axis=1) == np.arange(len(ranked))).all()
+    red, blue = captions.index("red circle"), captions.index("blue circle")
+    assert scores[red, red] > scores[red, blue] + 0.2
+    assert scores[blue, blue] > scores[blue, red]
