@@ -143,6 +143,24 @@ def test_a_prior_goes_on_from_that_of_another_model(workdir, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_a_prior_joins_those_of_another_model(workdir, tmp_path, monkeypatch, capsys):
+    few = ("--steps", 1, "--evaluate-every", "None", "--sheet-every", "None")
+    model = ("--codec", workdir / "model", "--workdir", tmp_path, "--keep-tokenizer", *few)
+    sizes = ("--model.heads", 1, "--model.text-vocabulary", 300)  # the tokenizer's size wins
+    run("debug", "progressive", *model, *sizes, monkeypatch=monkeypatch)
+    old, new = (dalle_jax.load(folder / "model") for folder in (workdir, tmp_path))
+    assert new.fingerprints["tokenizer"] == old.fingerprints["tokenizer"]
+    assert new.fingerprints["prior"] == old.fingerprints["prior"]
+    assert new.priors["progressive"][0].heads == 1
+    assert new.generate(["a large red circle"]).shape == (1, 1, 16, 16, 3)
+
+    has_none = ("--codec", workdir / "dvae" / "model")
+    with pytest.raises(SystemExit):
+        run("debug", "prior", *model, *has_none, monkeypatch=monkeypatch)
+    assert "that model has no prior; name another" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
 def test_a_vqgan_makes_the_codes_in_place_of_the_dvae(tmp_path, monkeypatch):
     few = ("--steps", 2, "--evaluate-every", "None", "--sheet-every", "None")
     run("debug", "vqgan", "--workdir", tmp_path, *few, monkeypatch=monkeypatch)

@@ -6,13 +6,19 @@ A workdir holds one folder for each stage and, once trained, `model`, the folder
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dalle_jax.errors import UserError
 from dalle_jax.generate.model import Model
-from dalle_jax.generate.model_folder import CLIP_FOLDER, CONFIG, copy_other_priors, replace_folder
+from dalle_jax.generate.model_folder import (
+    CLIP_FOLDER,
+    CONFIG,
+    copy_other_priors,
+    find_folder,
+    replace_folder,
+)
 from dalle_jax.image.sheet import contact_sheet, save_png
 from dalle_jax.models.codec import TITLES, CodecConfig
 from dalle_jax.parallel.processes import is_leader, leader_first
@@ -39,6 +45,7 @@ def train_stages(
     clip: ClipRun | None,
     codec: str = "dvae",
     continued: bool = False,
+    keep_tokenizer: bool = False,
 ) -> None:
     """Trains or resumes stages, each in a folder of its name, and writes the model folder.
 
@@ -52,6 +59,7 @@ def train_stages(
       codec: what makes codes for priors and CLIP: a stage of the workdir, or a model by its
         folder or name.
       continued: whether priors go on from those of that model, with its tokenizer.
+      keep_tokenizer: whether new priors have its tokenizer too, and join its other priors.
     Raises:
       UserError: if the runs do not fit each other, before any of them begins.
     """
@@ -68,12 +76,13 @@ def train_stages(
         _check_fit(prior, px=codec_model.px, codec=codec_model.codec, title=title)
         if continued:
             _check_continued(stage, prior, codec_model)
+        if keep_tokenizer:
+            _check_tokenizer(codec_model)
         opened = _opened(data, codec_model.px)
         codec_model.name = name  # that of the model to come, whosever codec it is
-        model = train_prior(
-            prior, opened, codec_model, workdir=workdir / stage, continued=continued
-        )
-        _save(model, workdir)
+        kept = {"continued": continued, "keep_tokenizer": keep_tokenizer}
+        model = train_prior(prior, opened, codec_model, workdir=workdir / stage, **kept)
+        _save(model, workdir, joins=[find_folder(codec)] if keep_tokenizer else [])
         log.info("the model is in %s", workdir / "model")
         if is_leader() and prior.loop.sheet_every is not None:
             model = Model.load(workdir / "model")  # on one device
@@ -96,15 +105,16 @@ def open_codec(codec: str, workdir: Path) -> Model:
     return Model.load(workdir / codec / "model" if codec in ("dvae", "vqgan") else codec)
 
 
-def _save(model: Model, workdir: Path) -> None:
-    """Writes the model folder, with what the workdir has of CLIP and of other priors."""
+def _save(model: Model, workdir: Path, joins: Iterable[Path]) -> None:
+    """Writes the model folder, with the workdir's CLIP, and its and other models' other priors."""
     if not is_leader():
         model.write(None)
         return
     with replace_folder(workdir / "model") as new:
         model.write(new)
-        if (workdir / "model" / CONFIG).is_file():
-            copy_other_priors(workdir / "model", new)
+        for old in (workdir / "model", *joins):
+            if (old / CONFIG).is_file():
+                copy_other_priors(old, new)
         _add_clip(workdir, new)
 
 
@@ -143,6 +153,14 @@ def _check_continued(stage: str, prior: PriorRun, model: Model) -> None:
         raise UserError(
             f"--continued wants the sizes of the prior of {model.name!r}, but --model has "
             f"{', '.join(differing)}"
+        )
+
+
+def _check_tokenizer(model: Model) -> None:
+    if model.tokenizer is None:
+        raise UserError(
+            f"--keep-tokenizer wants the tokenizer of {model.name!r}, but that model has no prior; "
+            "name another with --codec, or leave it out"
         )
 
 

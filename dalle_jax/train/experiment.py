@@ -38,6 +38,13 @@ Continued = Annotated[
     ),
 ]
 
+KeepTokenizer = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="Keep the tokenizer of --codec, a model with priors, so that the new prior joins them."
+    ),
+]
+
 
 def main(
     name: str,
@@ -103,6 +110,7 @@ def _command(command: str, doc: str, data: type, runs: dict[str, Any]):
         fields.append(("codec", Codec, dataclasses.field(default="dvae")))
     if set(runs) <= set(PRIOR_STAGES):
         fields.append(("continued", Continued, dataclasses.field(default=False)))
+        fields.append(("keep_tokenizer", KeepTokenizer, dataclasses.field(default=False)))
     for stage, run in runs.items():
         # One stage alone needs no prefix before its options.
         prefix = stage if len(runs) > 1 else ""
@@ -126,4 +134,5 @@ def _run(name: str, options: Any) -> None:
         clip=getattr(options, "clip", None),
         codec=wanted or "dvae",
         continued=getattr(options, "continued", False),
+        keep_tokenizer=getattr(options, "keep_tokenizer", False),
     )

@@ -84,7 +84,13 @@ def train_codec(run: DVAERun | VQGANRun, data: Data, *, name: str, workdir: Path
 
 
 def train_prior(
-    run: PriorRun, data: Data, codec_model: Model, *, workdir: Path, continued: bool = False
+    run: PriorRun,
+    data: Data,
+    codec_model: Model,
+    *,
+    workdir: Path,
+    continued: bool = False,
+    keep_tokenizer: bool = False,
 ) -> Model:
     """Trains or resumes a prior of either kind; gives the complete model, not yet saved.
 
@@ -98,14 +104,15 @@ def train_prior(
       workdir: folder of this run alone.
       continued: begin with the prior of that model, which has the sizes of the run, and keep its
         tokenizer.
+      keep_tokenizer: draw a new prior, but keep its tokenizer.
     """
     stage_class = ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage
     initial = init_from = None
     if continued:
-        tokenizer, part = codec_model.tokenizer, stage_class.name
+        part = stage_class.name
         initial, init_from = codec_model.priors[part][1], codec_model.fingerprints[part]
-    else:
-        run, tokenizer = with_tokenizer(run, data, workdir)
+    kept = codec_model.tokenizer if continued or keep_tokenizer else None
+    run, tokenizer = with_tokenizer(run, data, workdir, kept)
     text = {"px": codec_model.px, "tokenizer": tokenizer, "text_length": run.model.text_length}
     validation = data.validation
     if run.loop.evaluate_every is not None:  # read again and again, so always encoded once
@@ -228,12 +235,14 @@ def _first_images(source: DataSource, px: int):
     return next(one_epoch(source, batch_size=INIT_IMAGES, px=px))["image"]
 
 
-def with_tokenizer(run: Any, data: Data, workdir: Path) -> tuple[Any, Tokenizer]:
-    """Gives the run's tokenizer, and the run with the size of its vocabulary."""
+def with_tokenizer(
+    run: Any, data: Data, workdir: Path, kept: Tokenizer | None = None
+) -> tuple[Any, Tokenizer]:
+    """Gives the run's tokenizer, or the kept one, and the run with the size of its vocabulary."""
     wanted = run.model.text_vocabulary
-    tokenizer = run_tokenizer(data.train, vocabulary=wanted, folder=workdir)
+    tokenizer = kept or run_tokenizer(data.train, vocabulary=wanted, folder=workdir)
     if tokenizer.vocabulary != wanted:
-        log.info("the captions give a vocabulary of %d, not %d", tokenizer.vocabulary, wanted)
+        log.info("the tokenizer has a vocabulary of %d, not %d", tokenizer.vocabulary, wanted)
         sizes = dataclasses.replace(run.model, text_vocabulary=tokenizer.vocabulary)
         run = dataclasses.replace(run, model=sizes)
     return run, tokenizer
