@@ -94,8 +94,7 @@ def decode(report, case, config, batch, *, captions, own, target=None):
     grid = jnp.zeros((1, config.image_length), jnp.int32)
     params = drawn(AutoregressivePrior(config).init, text[:1], grid)
     program = jax.jit(lambda *inputs: sample(config, *inputs)).lower(params, text, keys).compile()
-    # hundreds of steps each: one run is a mean already, and needs no other to warm up
-    taken = median_time(program, params, text, keys, seconds=4, least=1, warm=0)
+    taken = median_time(program, params, text, keys, seconds=4, least=1)
     report.look()
     step = taken / config.image_length
     report.add(case, "a step", 1e3 * step, "ms")

@@ -129,15 +129,12 @@ def own_read_gbs(megabytes: int = 256) -> float:
     return 1e-9 * sum(part.nbytes for part in parts) / taken
 
 
-def times(
-    function: Callable, *args: Any, seconds: float = 4, least: int = 3, warm: int = 1
-) -> list[float]:
+def times(function: Callable, *args: Any, seconds: float = 4, least: int = 3) -> list[float]:
     """Seconds of each call, until all of them have taken `seconds`, and of at least `least` calls.
 
-    `warm` calls before them are not counted.
+    One call before them, which touches its memory for the first time, is not counted.
     """
-    for _ in range(warm):
-        jax.block_until_ready(function(*args))
+    jax.block_until_ready(function(*args))
     taken: list[float] = []
     while len(taken) < least or sum(taken) < seconds:
         start = time.perf_counter()
