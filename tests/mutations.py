@@ -233,6 +233,20 @@ MUTANTS = [
         "np.float32",
         EXPERIMENT,
     ),
+    Mutant(
+        "kept-tokenizer-is-learned-anew",
+        "train/trainers.py",
+        "if continued or keep_tokenizer else None",
+        "if continued else None",
+        "test_experiments.py -k joins_those",
+    ),
+    Mutant(
+        "other-priors-are-lost",
+        "train/all_stages.py",
+        'for old in (workdir / "model", *joins):',
+        'for old in (workdir / "model",):',
+        "test_experiments.py -k joins_those",
+    ),
     # Optimizer and schedules
     Mutant(
         "biases-decay",
