@@ -104,7 +104,7 @@ def train_prior(
       workdir: folder of this run alone.
       continued: begin with the prior of that model, which has the sizes of the run, and keep its
         tokenizer.
-      keep_tokenizer: draw a new prior, but keep its tokenizer.
+      keep_tokenizer: keep its tokenizer for a new prior too.
     """
     stage_class = ProgressiveStage if isinstance(run, ProgressiveRun) else PriorStage
     initial = init_from = None
